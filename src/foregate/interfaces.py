@@ -1,0 +1,122 @@
+"""The seams, on one page. Each has a real implementation and at least one more (synchronous, faulty, simulated)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foregate.types import ExpertKey, ExpertLayout, Prediction, RoutingStep
+
+
+class ExpertRead(Protocol):
+    """The reading of one expert into one slot, in ``chunks`` independent parts; ``read`` may run on any thread."""
+
+    chunks: int
+    disk_bytes: int
+
+    def read(self, index: int) -> None:
+        """Read chunk ``index``. Blocking. Raises OSError (the transfer retries) or ForegateError (it does not)."""
+        ...
+
+    def finish(self) -> None:
+        """Bring the bytes into slot layout and verify them, after every chunk. Raises ExpertReadError."""
+        ...
+
+    def where(self, index: int) -> str:
+        """File, offset and expert of chunk ``index``, for error messages."""
+        ...
+
+
+class ExpertStore(Protocol):
+    """Where experts lie when they are not in a slot."""
+
+    slot_bytes: int
+    direct_io: bool
+
+    def layout(self, layer: int) -> ExpertLayout:
+        """Layout of every expert of MoE layer ``layer``."""
+        ...
+
+    def begin(self, key: ExpertKey, into: memoryview) -> ExpertRead:
+        """Plan a read of ``key`` into ``into`` (page-aligned, ``slot_bytes`` long). Reads nothing yet."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Ticket(Protocol):
+    """One submitted transfer, from submit to its end."""
+
+    key: ExpertKey
+    slot: int
+    speculative: bool
+
+    @property
+    def done(self) -> bool:
+        """True once the bytes are in the slot, the transfer failed, or it was cancelled."""
+        ...
+
+
+class Transfer(Protocol):
+    """Moves experts into slots in the background. Demand overtakes speculation; nothing is read twice."""
+
+    def submit(self, key: ExpertKey, slot: int, *, speculative: bool) -> Ticket: ...
+
+    def promote(self, ticket: Ticket) -> None:
+        """A speculative transfer that is needed now: continue it at demand priority."""
+        ...
+
+    def wait(self, ticket: Ticket) -> None:
+        """Block until the bytes are there. Raises TransferError with file, offset and expert, or on time-out."""
+        ...
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """Stop a speculative transfer. True when the slot is free now; False while a chunk is still being read."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class EvictionPolicy(Protocol):
+    """Chooses which resident expert to forget. Knows keys, not slots or bytes."""
+
+    def touch(self, key: ExpertKey) -> None:
+        """``key`` was used (or has just become resident)."""
+        ...
+
+    def victim(self, candidates: Collection[ExpertKey]) -> ExpertKey:
+        """The candidate to evict; ``candidates`` is never empty and keeps cache order."""
+        ...
+
+    def forget(self, key: ExpertKey) -> None:
+        """``key`` left the cache."""
+        ...
+
+
+class RoutingObserver(Protocol):
+    """Told of every routing decision, in execution order."""
+
+    def on_route(self, step: RoutingStep) -> None: ...
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """Scores experts of later layers from what is known so far. See ``predictors`` for when each signal fires."""
+
+    name: str
+    lookahead: int
+
+    def reset(self) -> None:
+        """Forget the sequence (a new prompt begins)."""
+        ...
+
+    def observe(self, step: RoutingStep) -> None:
+        """The router of one layer has chosen."""
+        ...
+
+    def predict(self, layer: int, signal: NDArray[np.float32] | None) -> Sequence[Prediction]:
+        """Predictions made when MoE layer ``layer`` has its signal."""
+        ...
