@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,12 +102,27 @@ class RoutingObserver(Protocol):
     def on_route(self, step: RoutingStep) -> None: ...
 
 
-@runtime_checkable
+class Signals(Protocol):
+    """What one forward pass has made known when MoE layer ``layer`` has been routed. Hidden states stay in the engine."""
+
+    layer: int
+    layers: int
+    top_k: int
+
+    def rank(self, target: int, source: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Experts of MoE layer ``target`` by its own router, best first, with scores, both [E].
+
+        ``source`` is what the router is fed: ``"router_input"`` (this layer's router input as it is) or ``"residual"``
+        (the residual stream after attention, through the norm of ``target``). Raises ConfigError where the model has
+        no such signal.
+        """
+        ...
+
+
 class Predictor(Protocol):
-    """Scores experts of later layers from what is known so far. See ``predictors`` for when each signal fires."""
+    """Scores experts of later layers. Called after the routing of every layer of every decode step."""
 
     name: str
-    lookahead: int
 
     def reset(self) -> None:
         """Forget the sequence (a new prompt begins)."""
@@ -117,6 +132,6 @@ class Predictor(Protocol):
         """The router of one layer has chosen."""
         ...
 
-    def predict(self, layer: int, signal: NDArray[np.float32] | None) -> Sequence[Prediction]:
-        """Predictions made when MoE layer ``layer`` has its signal."""
+    def predict(self, signals: Signals) -> Sequence[Prediction]:
+        """Predictions for layers after ``signals.layer``; empty where there is nothing to say."""
         ...

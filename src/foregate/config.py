@@ -1,0 +1,115 @@
+"""Frozen settings; the CLI reads its defaults and choices from here. Also the grammar of ``--memory-budget``."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from foregate.errors import BudgetError, ConfigError
+
+UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A parsed ``--memory-budget``: exactly one of bytes, a share of all expert bytes (0 < share), or automatic."""
+
+    nbytes: int | None = None
+    share: float | None = None
+
+    @property
+    def automatic(self) -> bool:
+        return self.nbytes is None and self.share is None
+
+
+def parse_budget(text: str) -> Budget:
+    """``8GB``, ``8GiB``, ``512M``, ``1000000``, ``25%`` or ``auto``. Raises BudgetError with the value otherwise."""
+    value = str(text).strip()
+    if value.lower() == "auto":
+        return Budget()
+    match = re.fullmatch(r"([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?|[-+]?nan|[-+]?inf(?:inity)?)\s*(%|[A-Za-z]*)", value, re.I)
+    number = _number(match.group(1)) if match else None
+    if match is None or number is None:
+        raise BudgetError(f"memory budget {text!r} is not a size: use bytes (8GB, 512MiB), a share (25%) or auto")
+    if not math.isfinite(number) or number <= 0:
+        raise BudgetError(f"memory budget {text!r} must be a positive, finite amount")
+    unit = match.group(2).upper()
+    if unit == "%":
+        return Budget(share=number / 100)
+    if unit not in UNITS:
+        raise BudgetError(f"memory budget {text!r}: unknown unit {match.group(2)!r}; use KB, MB, GB, KiB, MiB, GiB or %")
+    return Budget(nbytes=int(number * UNITS[unit]))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def parse_prefetch(text: str) -> int | None:
+    """``auto`` → None, ``off`` → 0, ``N`` → at most N speculative reads a layer. Raises ConfigError otherwise."""
+    value = str(text).strip().lower()
+    if value == "auto":
+        return None
+    if value == "off":
+        return 0
+    if re.fullmatch(r"[0-9]+", value):
+        return int(value)
+    raise ConfigError(f"prefetch {text!r} is not auto, off or a whole number of experts per layer")
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """How to run a model. ``threads`` are compute threads (None: torch's own choice); the readers come on top."""
+
+    model: str = "reference"
+    memory_budget: str = "25%"
+    predictor: str = "next-gate"
+    prefetch: str = "auto"
+    lookahead: int = 1
+    cache_policy: str = "lru"
+    reader_threads: int = 4
+    threads: int | None = None
+    read_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        parse_budget(self.memory_budget)
+        parse_prefetch(self.prefetch)
+        _at_least("lookahead", self.lookahead, 1)
+        _at_least("reader threads", self.reader_threads, 1)
+        if self.threads is not None:
+            _at_least("threads", self.threads, 1)
+        if not self.read_timeout_s > 0:
+            raise ConfigError(f"read time-out {self.read_timeout_s!r} must be a positive number of seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """How to choose tokens. ``temperature`` 0 is greedy; then ``top_p`` and ``seed`` have nothing to act on."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("max new tokens", self.max_new_tokens, 1)
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature {self.temperature!r} must be a finite number that is not negative")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top-p {self.top_p!r} must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed {self.seed!r} must be from 0 to 2^63 - 1")
+        if self.temperature == 0 and self.top_p != 1.0:
+            raise ConfigError(f"top-p {self.top_p} does nothing at temperature 0 (greedy); give --temperature too")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name} {value!r} must be at least {least}")
