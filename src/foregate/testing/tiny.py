@@ -1,0 +1,96 @@
+"""Seeded tiny checkpoints (below 2 MB) of every MoE family, laid out on disk as the hub has them.
+
+The weights are random and so is the routing: right for correctness, meaningless for prediction.
+Shapes: E experts, D hidden.
+"""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import logging
+
+from foregate.testing.families import FAMILIES, REFUSED, REQUIRED, config_of
+from foregate.testing.tokenizer import BOS, EOS, PAD, save_tokenizer
+
+__all__ = ["FAMILIES", "REFUSED", "REQUIRED", "build"]
+
+ROUTER_NAMES = {"gate", "router"}
+ROUTER_GAIN = 4.0
+"""Standard deviation of the router logits for a normed input: far from ties, far from a single expert."""
+
+JITTER = 0.1
+"""Standard deviation around the own initial value, for norms, biases and everything else that is no matrix."""
+
+
+def build(family: str, directory: Path, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Path:
+    """Write a tiny checkpoint of ``family`` to ``directory`` and return it. Same arguments, same bytes.
+
+    ``overrides`` replace keys of the config. The output row of the end token is zero, so its logit never wins and
+    greedy generation runs to the length asked for.
+    """
+    directory = Path(directory)
+    config = AutoConfig.for_model(family, **config_of(family, **overrides))
+    model = randomised(config, seed, getattr(torch, dtype))
+    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    with no_progress_bar():
+        model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws one for the single shard of a tiny checkpoint."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def randomised(config: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of ``config`` in which every parameter and every stored buffer is seeded random."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for name, tensor in stored_tensors(model):
+            tensor.copy_(random_value(name, tensor, seed))
+        model.get_output_embeddings().weight[EOS] = 0.0
+    return model
+
+
+def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters (tied ones once) and floating-point persistent buffers, by name."""
+    saved = model.state_dict().keys()
+    yield from model.named_parameters()
+    yield from ((name, b) for name, b in model.named_buffers() if name in saved and b.is_floating_point())
+
+
+def random_value(name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
+    """The value of the tensor ``name``, in float32: independent of every other tensor."""
+    generator = np.random.Generator(np.random.SFC64([seed, crc32(name.encode())]))
+    noise = torch.from_numpy(generator.standard_normal(tuple(tensor.shape), dtype=np.float32))
+    if tensor.ndim < 2 or name.endswith("A_log"):
+        return tensor.float() + JITTER * noise
+    return noise * deviation(name, tensor)
+
+
+def deviation(name: str, tensor: torch.Tensor) -> float:
+    """Standard deviation of a matrix: unit-variance outputs, wider for routers, narrower for embeddings."""
+    if "embed" in name:
+        return 0.5
+    gain = ROUTER_GAIN if ROUTER_NAMES.intersection(name.split(".")) else 1.0
+    return gain / math.sqrt(tensor[0].numel() if tensor.ndim == 2 else tensor.shape[-1])
