@@ -1,0 +1,125 @@
+"""The transfer without threads: reads on the caller's thread. For tests and for the naive baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from time import perf_counter
+
+from foregate.errors import ExpertReadError, TransferError
+from foregate.experts.attempt import begin, chunk_bytes, finish, read_chunk
+from foregate.experts.slots import SlotPool
+from foregate.experts.ticket import ExpertTicket, TransferStats
+from foregate.interfaces import ExpertRead, ExpertStore
+from foregate.types import ExpertKey
+
+
+class SyncTransfer:
+    """Implements ``interfaces.Transfer``; reads at ``submit``, or with ``lazy`` at ``wait``. Has no time-out.
+
+    Same retries, errors and counters as ``ThreadedTransfer``.
+    """
+
+    def __init__(self, store: ExpertStore, pool: SlotPool, *, lazy: bool = False, retries: int = 3) -> None:
+        self._store = store
+        self._pool = pool
+        self._lazy = lazy
+        self._retries = retries
+        self._stats = TransferStats()
+
+    def __enter__(self) -> SyncTransfer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def submit(self, key: ExpertKey, slot: int, *, speculative: bool) -> ExpertTicket:
+        """Begin the read of ``key`` into ``slot``."""
+        ticket = ExpertTicket(key, slot, speculative, urgent=not speculative)
+        plan = begin(self._store, key, self._pool.view(slot))
+        if isinstance(plan, TransferError):
+            self._fail(ticket, plan)
+        else:
+            ticket.read = plan
+        if not self._lazy:
+            self._load(ticket)
+        return ticket
+
+    def promote(self, ticket: ExpertTicket) -> None:
+        """Read at ``wait`` what was cancelled, or failed before it was needed."""
+        if ticket.cancelled or (ticket.error and ticket.read and not ticket.urgent):
+            self._stats.cancelled -= ticket.cancelled
+            ticket.cancelled = False
+            ticket.rewind()
+        ticket.urgent = True
+
+    def wait(self, ticket: ExpertTicket) -> None:
+        """Read what is unread. Raises TransferError when the read failed or was cancelled."""
+        self.wait_any([ticket])
+        if ticket.error is not None:
+            raise ticket.error
+        if ticket.cancelled:
+            raise TransferError(f"expert {ticket.key.layer}.{ticket.key.expert} waited for after it was cancelled")
+
+    def wait_any(self, tickets: Sequence[ExpertTicket]) -> ExpertTicket:
+        """The first of ``tickets`` (not empty) that has ended, or else the first one, read now."""
+        for ticket in tickets:
+            if not ticket.cancelled:
+                self.promote(ticket)
+        ended = next((ticket for ticket in tickets if ticket.done), tickets[0])
+        self._load(ended)
+        return ended
+
+    def cancel(self, ticket: ExpertTicket) -> bool:
+        """Always True: nothing is being read."""
+        if not ticket.done:
+            ticket.cancelled = ticket.done = True
+            ticket.urgent = False
+            self._stats.cancelled += 1
+        return True
+
+    def stats(self) -> TransferStats:
+        """A copy of the counters."""
+        return replace(self._stats, active_s=self._stats.busy_s)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _load(self, ticket: ExpertTicket) -> None:
+        while not ticket.done:
+            assert ticket.read is not None, "a ticket without a plan is done"
+            failure = self._read_chunks(ticket, ticket.read) or finish(ticket.read)
+            bad_checksum = isinstance(failure, ExpertReadError) and ticket.finished == ticket.read.chunks
+            if bad_checksum and ticket.rereads < self._retries:
+                ticket.rereads += 1
+                self._stats.rereads += 1
+                ticket.rewind()
+            elif failure:
+                self._fail(ticket, failure)
+            else:
+                ticket.done = True
+
+    def _read_chunks(self, ticket: ExpertTicket, read: ExpertRead) -> TransferError | None:
+        for index in range(read.chunks):
+            began = perf_counter()
+            retries, failure = read_chunk(read, index, self._retries)
+            self._stats.busy_s += perf_counter() - began
+            self._stats.retries += retries
+            if failure:
+                return failure
+            self._account(ticket, chunk_bytes(read, index))
+        return None
+
+    def _account(self, ticket: ExpertTicket, nbytes: int) -> None:
+        ticket.finished += 1
+        self._stats.chunks += 1
+        if ticket.speculative:
+            self._stats.prefetch_bytes += nbytes
+        else:
+            self._stats.demand_bytes += nbytes
+
+    def _fail(self, ticket: ExpertTicket, error: TransferError) -> None:
+        ticket.error = error
+        ticket.done = True
+        self._stats.failed += 1
+        self._stats.failed_prefetch += not ticket.urgent
