@@ -34,7 +34,11 @@ class ExpertStore(Protocol):
     """Where experts lie when they are not in a slot."""
 
     slot_bytes: int
-    direct_io: bool
+
+    @property
+    def direct_io(self) -> bool:
+        """False once the file system has refused O_DIRECT."""
+        ...
 
     def layout(self, layer: int) -> ExpertLayout:
         """Layout of every expert of MoE layer ``layer``."""
@@ -56,7 +60,12 @@ class Ticket(Protocol):
 
     @property
     def done(self) -> bool:
-        """True once the bytes are in the slot, the transfer failed, or it was cancelled."""
+        """True once nothing will write to the slot any more: complete, failed, or cancelled."""
+        ...
+
+    @property
+    def ok(self) -> bool:
+        """True once the expert is in its slot, verified."""
         ...
 
 
@@ -71,6 +80,10 @@ class Transfer(Protocol):
 
     def wait(self, ticket: Ticket) -> None:
         """Block until the bytes are there. Raises TransferError with file, offset and expert, or on time-out."""
+        ...
+
+    def wait_any(self, tickets: Sequence[Ticket]) -> Ticket:
+        """Block until one of ``tickets`` (not empty) has ended, and return it; ``wait`` tells how it ended."""
         ...
 
     def cancel(self, ticket: Ticket) -> bool:
