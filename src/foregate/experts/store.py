@@ -9,8 +9,8 @@ from mmap import mmap
 
 from foregate.checkpoint.assemble import assemble
 from foregate.checkpoint.naming import LayerSources
+from foregate.checkpoint.opening import Checkpoint
 from foregate.checkpoint.reader import WeightFiles
-from foregate.checkpoint.spec import Checkpoint
 from foregate.errors import CheckpointError, ExpertReadError
 from foregate.interfaces import ExpertRead, ExpertStore
 from foregate.types import ALIGNMENT, ExpertKey, ExpertLayout, Segment, align_up
