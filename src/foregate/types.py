@@ -110,6 +110,7 @@ class StepStats:
     stall_s: float = 0.0
     demand_stall_s: float = 0.0
     late_stall_s: float = 0.0
+    io_s: float = 0.0
     wall_s: float = 0.0
 
     def add(self, other: StepStats) -> None:

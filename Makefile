@@ -1,0 +1,34 @@
+# Two commands do everything, installation included: `make demo` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+OUT ?= out
+
+.PHONY: demo test check fast cgroup reference slow clean
+
+demo: $(VENV)/.installed  ## The main job: the built-in model under a quarter of its expert bytes.
+	$(BIN)/foregate run reference --memory-budget 25% --max-new-tokens 96 --stats \
+	  -p "Question: Natalia sold 48 clips in April and half as many in May. How many clips did she sell in all?"
+
+test: $(VENV)/.installed  ## Every quick check: what CI runs.
+	BIN=$(BIN) scripts/check
+
+fast: $(VENV)/.installed  ## The tests alone.
+	$(BIN)/pytest
+
+slow: $(VENV)/.installed  ## The long tests (minutes).
+	$(BIN)/pytest -m slow
+
+cgroup: $(VENV)/.installed  ## Several gigabytes of experts, four times the budget, under a hard memory limit. Needs root.
+	$(BIN)/python -m foregate.testing.cgroup_run --dir $(OUT)/large --gigabytes 4
+
+reference: $(VENV)/.installed  ## Train the reference model on (hours; resumes). DATA=directory with gsm8k_train.jsonl
+	$(BIN)/foregate reference train --resume --data-dir $(DATA)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

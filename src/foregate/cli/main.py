@@ -1,0 +1,63 @@
+"""The ``foregate`` command: registers one file a command, and turns our errors into one line and exit code 1."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from foregate import __version__
+from foregate.cli.doctor import doctor
+from foregate.cli.inspect import inspect
+from foregate.cli.pack import pack
+from foregate.cli.reference import app as reference
+from foregate.cli.run import run
+from foregate.errors import ForegateError
+
+app = typer.Typer(
+    name="foregate",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run Mixture-of-Experts models that do not fit in memory.",
+)
+app.command()(run)
+app.command()(inspect)
+app.command()(pack)
+app.command()(doctor)
+app.add_typer(reference, name="reference", help="The built-in reference model: train it, judge it.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"foregate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 our one-line error, 2 wrong usage, 130 interrupted."""
+    try:
+        app()
+    except ForegateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        # The reader of our output has gone (head, less): not an error, and nothing more can be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

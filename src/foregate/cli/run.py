@@ -1,0 +1,123 @@
+"""``foregate run``: generate text under a memory budget."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from foregate.cli.output import console, print_json, size, two_columns
+from foregate.config import RunConfig, SamplingConfig
+from foregate.errors import ConfigError, PromptError
+from foregate.experts.policy import POLICIES
+from foregate.predictors import PREDICTORS
+
+_RUN = RunConfig()
+_SAMPLING = SamplingConfig()
+
+
+class ChatTemplate(str, Enum):
+    auto = "auto"
+    off = "off"
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="Directory, hub id, pack, or 'reference' (built in).")] = _RUN.model,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt.")] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file ('-': stdin).")] = None,
+    memory_budget: Annotated[
+        str, typer.Option("--memory-budget", "--budget", "--ram", help="Bytes (8GB, 512MiB), 25% of the experts, or auto.")
+    ] = _RUN.memory_budget,
+    predictor: Annotated[str, typer.Option(help=f"One of: {', '.join(PREDICTORS.names)}.")] = _RUN.predictor,
+    prefetch: Annotated[str, typer.Option(help="auto, off, or N experts a layer at most.")] = _RUN.prefetch,
+    lookahead: Annotated[int, typer.Option(help="Layers between the signal and the layer it predicts.")] = _RUN.lookahead,
+    cache_policy: Annotated[str, typer.Option(help=f"One of: {', '.join(POLICIES.names)}.")] = _RUN.cache_policy,
+    reader_threads: Annotated[int, typer.Option(help="Threads that read experts.")] = _RUN.reader_threads,
+    threads: Annotated[int | None, typer.Option(help="Compute threads; torch's choice if not given.")] = _RUN.threads,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = _SAMPLING.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _SAMPLING.temperature,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; needs a temperature.")] = _SAMPLING.top_p,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = _SAMPLING.seed,
+    chat_template: Annotated[ChatTemplate, typer.Option(help="Use the model's chat template if it has one.")] = ChatTemplate.auto,
+    stats: Annotated[bool, typer.Option("--stats", help="A table of figures on stderr at the end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of the text.")] = False,
+) -> None:
+    """Generate text with a Mixture-of-Experts model whose experts need not fit in memory."""
+    config = RunConfig(
+        model=model,
+        memory_budget=memory_budget,
+        predictor=PREDICTORS.check(predictor),
+        prefetch=prefetch,
+        lookahead=lookahead,
+        cache_policy=POLICIES.check(cache_policy),
+        reader_threads=reader_threads,
+        threads=threads,
+    )
+    sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    text = read_prompt(prompt, file)
+    from foregate.engine.engine import Engine  # torch and transformers take seconds to import; errors above do not wait
+
+    with console().status("loading") if console().is_terminal else nullcontext():
+        engine = Engine(config)
+    with engine:
+        for step in engine.stream(engine.encode(text, chat_template.value), sampling):
+            if not as_json:
+                sys.stdout.write(step.text)
+                sys.stdout.flush()
+        assert engine.report is not None
+        report = engine.report.as_dict()
+    if as_json:
+        print_json(report)
+    else:
+        sys.stdout.write("\n")
+    if stats:
+        console().print(stats_table(report))
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from exactly one of: the option, a file, stdin. Raises PromptError or ConfigError."""
+    if prompt is not None and file is not None:
+        raise ConfigError(f"give a prompt or a file, not both: {prompt!r} and {file}")
+    if prompt is None:
+        prompt = _read_file(file)
+    if not prompt.strip():
+        raise PromptError("the prompt is empty")
+    return prompt
+
+
+def _read_file(file: Path | None) -> str:
+    if file is None or str(file) == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            raise PromptError("no prompt: give -p PROMPT, -f FILE, or pipe it into stdin")
+        return sys.stdin.read()
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"cannot read the prompt from {file}: {error}") from error
+
+
+def stats_table(report: dict[str, Any]) -> Table:
+    """Speed, hits, bytes, stalls and memory of one run."""
+    decode, prefetch = report["decode"], report["prefetch"]
+    speed = f"{1 / report['tpot_s']:.1f} tok/s" if report["tpot_s"] else "-"
+    rows = [
+        ("decode speed", f"{speed}  (TPOT {report['tpot_s'] * 1e3:.1f} ms, TTFT {report['ttft_s']:.2f} s)"),
+        ("tokens", f"{report['prompt_tokens']} prompt, {report['completion_tokens']} generated"),
+        ("expert hits", f"{decode['hit_rate']:.1%} of decode, {'cold' if report['cold'] else 'warm'} start"),
+        ("read per token", size(decode["read_bytes_per_token"])),
+        ("stall per token", f"{decode['stall_s_per_token'] * 1e3:.2f} ms"),
+        ("overlap", f"{decode['overlap_ratio']:.0%} of decode's I/O time hidden"),
+        ("experts in memory", f"{size(report['resident_bytes_peak'])} peak of {size(report['budget_bytes'])} budget"),
+        ("process", f"{size(report['rss_peak_bytes'])} peak RSS, {size(report['dense_bytes'])} of it dense weights"),
+        ("prefetch", ", ".join(f"{prefetch[name]} {name}" for name in prefetch)),
+        ("predictor", f"{report['predictor']}, lookahead {report['lookahead']}: {report['controller']['reason']}"),
+        ("cache", f"{report['cache_policy']}, {report['slots']} slots of {report['experts']} experts"),
+        ("reads", f"{report['store']} file, {'O_DIRECT' if report['direct_io'] else 'buffered'}"),
+    ]
+    return two_columns(f"{report['model']}", rows)
+

@@ -1,0 +1,297 @@
+"""The composition root: one place that knows every part, and the generation loop over them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foregate.checkpoint.locate import locate
+from foregate.checkpoint.spec import Checkpoint, open_checkpoint
+from foregate.config import RunConfig, SamplingConfig, parse_prefetch
+from foregate.engine.memory import SlotPlan, plan_slots, rss_peak
+from foregate.engine.meter import Meter
+from foregate.engine.model import load_model, load_tokenizer
+from foregate.engine.report import RunReport
+from foregate.engine.runtime import ExpertRuntime, install
+from foregate.engine.sampler import Sampler
+from foregate.engine.signals import ModelSignals
+from foregate.engine.text import Detokenizer, check_length, encode
+from foregate.errors import ForegateError
+from foregate.experts.cache import ExpertCache
+from foregate.experts.compute import SlotViews, check_supported
+from foregate.experts.policy import POLICIES
+from foregate.experts.slots import SlotPool
+from foregate.experts.store import CHUNK_BYTES, open_store
+from foregate.experts.transfer import ThreadedTransfer
+from foregate.interfaces import ExpertStore, Predictor, RoutingObserver
+from foregate.predictors import PREDICTORS
+from foregate.predictors.oracle import Oracle, RouteRecorder
+from foregate.prefetch.controller import Controller
+from foregate.prefetch.pipeline import Pipeline
+from foregate.prefetch.prefetcher import Prefetcher
+from foregate.types import FinishReason, GenerationStep, Phase, StepStats
+
+
+class Engine:
+    """A model whose experts live on disk, ready to generate. One sequence at a time; not thread-safe.
+
+    ``wrap_store`` lets tests put a fault-injecting store around the real one.
+    """
+
+    def __init__(self, config: RunConfig, *, wrap_store: Callable[[ExpertStore], ExpertStore] | None = None) -> None:
+        began = perf_counter()
+        POLICIES.check(config.cache_policy)
+        PREDICTORS.check(config.predictor)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.checkpoint: Checkpoint = open_checkpoint(locate(config.model))
+        self.spec = self.checkpoint.spec
+        self.plan = self._plan()
+        self.tokenizer = load_tokenizer(self.checkpoint.directory)
+        self.model = load_model(self.checkpoint)
+        store = open_store(self.checkpoint)
+        self.store = wrap_store(store) if wrap_store else store
+        self._build()
+        self.load_s = perf_counter() - began
+        self.report: RunReport | None = None
+        self._runs = 0
+        self._failed = ""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a sequence, prompt included."""
+        return self.spec.context_length or 2**31
+
+    @property
+    def observers(self) -> list[RoutingObserver]:
+        """Told of every routing decision; append to listen."""
+        return self.runtime.observers
+
+    def encode(self, prompt: str, template: str = "auto") -> list[int]:
+        """Token ids of ``prompt``. Raises PromptError (empty, too long)."""
+        return encode(self.tokenizer, prompt, template=template, context=self.context)
+
+    def stream(self, prompt_ids: list[int], sampling: SamplingConfig | None = None) -> Iterator[GenerationStep]:
+        """Generate token by token. Raises PromptError, TransferError; ``report`` holds the figures afterwards."""
+        sampling = sampling or SamplingConfig()
+        check_length(prompt_ids, self.context)
+        if self._failed:
+            raise ForegateError(f"this engine has failed and must be rebuilt: {self._failed}")
+        if isinstance(self.predictor, Oracle):
+            self._record(self.predictor, prompt_ids, sampling)
+        yield from self._run(prompt_ids, sampling)
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int]) -> Tensor:
+        """Logits [T, V] of one pass over ``ids``, as a prompt."""
+        self.runtime.begin_prefill()
+        try:
+            return self._call(torch.tensor([ids]), None, keep=0).logits[0]  # type: ignore[no-any-return]
+        finally:
+            self.runtime.finish()
+
+    def close(self) -> None:
+        """Stop the readers, close the files, take the hooks off."""
+        self.transfer.close()
+        self.store.close()
+        self.signals.close()
+
+    # Building
+
+    def _plan(self) -> SlotPlan:
+        return plan_slots(
+            self.config.memory_budget,
+            slot_bytes=self.spec.expert_slot_bytes,
+            experts=self.spec.experts,
+            dense_bytes=self.spec.dense_bytes,
+        )
+
+    def _build(self) -> None:
+        config, spec = self.config, self.spec
+        modules = [self.model.get_submodule(path) for path in spec.module_paths]
+        for module, layout in zip(modules, self.checkpoint.layouts, strict=True):
+            check_supported(module, layout, spec.model_type)
+        self.pool = SlotPool(self.plan.slots, self.plan.slot_bytes)
+        self.signals = ModelSignals(self.model, spec.module_paths, spec.top_k, spec.model_type)
+        self.transfer = ThreadedTransfer(
+            self.store, self.pool, threads=config.reader_threads, timeout_s=config.read_timeout_s
+        )
+        self.predictor: Predictor = PREDICTORS.load(config.predictor)(lookahead=config.lookahead)
+        self._views = SlotViews(self.pool)
+        self._modules = modules
+        self._assemble()
+
+    def _assemble(self) -> None:
+        """The parts with state, new and cold, over the same pool, model and reader threads."""
+        config, spec = self.config, self.spec
+        staging, off_reason = self._staging()
+        self.cache = ExpertCache(self.pool, POLICIES.load(config.cache_policy)())
+        controller = Controller(
+            parse_prefetch(config.prefetch),
+            expert_bytes=spec.expert_slot_bytes,
+            chunk_bytes=CHUNK_BYTES,
+            off_reason=off_reason,
+        )
+        self.prefetcher = Prefetcher(
+            self.cache, self.transfer, controller, experts=spec.experts_per_layer, top_k=spec.top_k
+        )
+        self.pipeline = Pipeline(self.cache, self.transfer, self.prefetcher)
+        self.runtime = ExpertRuntime(
+            cache=self.cache,
+            pipeline=self.pipeline,
+            prefetcher=self.prefetcher,
+            predictor=self.predictor,
+            signals=self.signals,
+            views=self._views,
+            layouts=self.checkpoint.layouts,
+            experts=spec.experts_per_layer,
+            decode_staging=staging,
+        )
+        self._meter = Meter(self.cache, self.transfer, self.pipeline, self.prefetcher)
+        install(self.runtime, self._modules)
+
+    def _staging(self) -> tuple[int, str]:
+        """Slots set aside for speculative reads while decoding, and why speculation is off, if it is."""
+        limit = parse_prefetch(self.config.prefetch)
+        if self.config.predictor == "none":
+            return 0, "predictor is none"
+        if limit == 0:
+            return 0, "prefetch is off"
+        wanted = (limit or self.spec.top_k) * (self.config.lookahead + 1)
+        staging = min(wanted, self.plan.slots // 4)
+        if staging < 1:
+            return 0, f"a budget of {self.plan.slots} slots leaves none for staging"
+        if self.plan.slots >= self.spec.experts:
+            return 0, ""  # All fit: nothing is ever absent once read; a cold prefill may still read ahead.
+        return staging, ""
+
+    # Running
+
+    def _record(self, oracle: Oracle, prompt_ids: list[int], sampling: SamplingConfig) -> None:
+        """Run once without speculation to learn the routing, then forget everything that this has cached."""
+        recorder = RouteRecorder()
+        self.predictor = PREDICTORS.load("none")()
+        plain, self.config = self.config, replace(self.config, predictor="none")
+        try:
+            self._renew()
+            self.runtime.observers.append(recorder)
+            for _ in self._run(prompt_ids, sampling):
+                pass
+        finally:
+            self.predictor, self.config = oracle, plain
+            self._renew()
+        oracle.load(recorder)
+
+    def _renew(self) -> None:
+        observers = self.runtime.observers
+        self.cache.clear()
+        self._assemble()
+        self.runtime.observers.extend(observers)
+        self._runs = 0
+
+    def _run(self, prompt_ids: list[int], sampling: SamplingConfig) -> Iterator[GenerationStep]:
+        self.report = report = self._new_report(len(prompt_ids))
+        sampler, detokenizer = Sampler(sampling), Detokenizer(self.tokenizer)
+        stop = self._stop_ids()
+        room = min(sampling.max_new_tokens, self.context - len(prompt_ids))
+        ids, past = prompt_ids, None
+        self._meter.lap()
+        self._runs += 1
+        try:
+            for index in range(room):
+                phase = Phase.DECODE if index else Phase.PREFILL
+                logits, past = self._forward(ids, past, len(prompt_ids) + index - 1, phase)
+                token = sampler.choose(logits)
+                finish = FinishReason.STOP if token in stop else FinishReason.LENGTH if index == room - 1 else None
+                text = "" if finish is FinishReason.STOP else detokenizer.add(token)
+                if finish:
+                    text += detokenizer.flush()
+                    self.runtime.finish()
+                yield self._step(report, GenerationStep(index, token, text, phase, self._meter.lap(), finish))
+                if finish:
+                    return
+                ids = [token]
+        except ForegateError as error:
+            self._failed = str(error)
+            raise
+        finally:
+            self.runtime.finish()
+            self._close_report(report)
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[int], past: Any, position: int, phase: Phase) -> tuple[Tensor, Any]:
+        if phase is Phase.PREFILL:
+            self.runtime.begin_prefill()
+        else:
+            self.runtime.begin_decode(position)
+        out = self._call(torch.tensor([ids]), past, keep=1)
+        self.signals.stop_learning()
+        return out.logits[0, -1], out.past_key_values
+
+    def _call(self, ids: Tensor, past: Any, *, keep: int) -> Any:
+        """One forward of the stock model. ``keep`` 1 computes the logits of the last position alone, where it can."""
+        extra = {"logits_to_keep": keep} if _takes_logits_to_keep(type(self.model)) else {}
+        return self.model(input_ids=ids, past_key_values=past, use_cache=True, **extra)
+
+    def _stop_ids(self) -> set[int]:
+        configs = (self.model.generation_config, self.model.config)
+        ends = next((c.eos_token_id for c in configs if getattr(c, "eos_token_id", None) is not None), [])
+        return set(ends) if isinstance(ends, (list, tuple)) else {int(ends)}
+
+    # Reporting
+
+    def _new_report(self, prompt_tokens: int) -> RunReport:
+        return RunReport(
+            model=self.config.model,
+            predictor=self.config.predictor,
+            prefetch=self.config.prefetch,
+            lookahead=self.config.lookahead,
+            cache_policy=self.config.cache_policy,
+            store="packed" if self.checkpoint.packed else "direct",
+            direct_io=self.store.direct_io,
+            cold=self._runs == 0,
+            prompt_tokens=prompt_tokens,
+            budget_bytes=self.plan.budget_bytes,
+            slots=self.plan.slots,
+            experts=self.spec.experts,
+            dense_bytes=self.spec.dense_bytes,
+            load_s=self.load_s,
+        )
+
+    def _step(self, report: RunReport, step: GenerationStep) -> GenerationStep:
+        report.steps.append(step)
+        return step
+
+    def _close_report(self, report: RunReport) -> None:
+        self._add_leftovers(report, self._meter.lap())
+        controller = self.prefetcher.controller
+        report.controller = {**asdict(controller.decision), "switches": controller.switches}
+        report.resident_bytes_peak = self.pool.peak_bytes
+        report.rss_peak_bytes = rss_peak()
+        report.direct_io = self.store.direct_io
+
+    @staticmethod
+    def _add_leftovers(report: RunReport, rest: StepStats) -> None:
+        """What was cancelled after an early end belongs to the last step; its time does not."""
+        if report.steps:
+            rest.wall_s = 0.0
+            report.steps[-1].stats.add(rest)
+
+
+def _takes_logits_to_keep(model: type) -> bool:
+    parameters = inspect.signature(model.forward).parameters  # type: ignore[attr-defined]
+    return "logits_to_keep" in parameters

@@ -1,0 +1,40 @@
+"""Turns the running counters of cache, transfer, pipeline and prefetcher into one StepStats per forward pass."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from foregate.experts.cache import ExpertCache
+from foregate.experts.transfer import ThreadedTransfer
+from foregate.prefetch.pipeline import Pipeline
+from foregate.prefetch.prefetcher import Prefetcher
+from foregate.types import StepStats
+
+
+class Meter:
+    """``lap()`` gives what has happened since the last lap."""
+
+    def __init__(
+        self, cache: ExpertCache, transfer: ThreadedTransfer, pipeline: Pipeline, prefetcher: Prefetcher
+    ) -> None:
+        self._cache = cache
+        self._transfer = transfer
+        self._pipeline = pipeline
+        self._prefetcher = prefetcher
+        self._last = self._now()
+
+    def lap(self) -> StepStats:
+        """Differences of every counter since the last call; ``wall_s`` is the time between."""
+        now, before = self._now(), self._last
+        self._last = now
+        names = StepStats.__dataclass_fields__
+        return StepStats(**{name: getattr(now, name) - getattr(before, name) for name in names})
+
+    def _now(self) -> StepStats:
+        total = StepStats(wall_s=perf_counter(), evictions=self._cache.evictions)
+        total.add(self._pipeline.stats)
+        total.add(self._prefetcher.stats)
+        moved = self._transfer.stats()
+        total.demand_bytes, total.prefetch_bytes = moved.demand_bytes, moved.prefetch_bytes
+        total.retries, total.io_s = moved.retries + moved.rereads, moved.active_s
+        return total

@@ -1,0 +1,89 @@
+"""A transformers model with its dense weights loaded and its experts left on ``meta``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from foregate.checkpoint.spec import Checkpoint
+from foregate.errors import CheckpointError
+
+
+def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Load everything but the experts, the ordinary way. Raises CheckpointError where dense weights are missing."""
+    bare = _without_experts(checkpoint)
+    with _quiet():
+        model, info = bare.from_pretrained(
+            checkpoint.directory, dtype=checkpoint.skeleton.dtype, local_files_only=True, output_loading_info=True
+        )
+    missing = sorted(info["missing_keys"]) + sorted(str(item[0]) for item in info["mismatched_keys"])
+    if missing:
+        raise CheckpointError(f"{checkpoint.directory}: weights missing or of wrong shape: {', '.join(missing[:4])}")
+    _drop_page_cache(checkpoint.directory)
+    return model.eval()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's own tokenizer. Raises CheckpointError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def _without_experts(checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    """The model's own class, except that expert parameters are plain ``meta`` tensors that nobody loads.
+
+    Name and module stay, because transformers looks conversions up by class name.
+    """
+    base = type(checkpoint.skeleton.model)
+    paths = checkpoint.spec.module_paths
+    hidden = {path: [p.name for p in layout.params] for path, layout in zip(paths, checkpoint.layouts, strict=True)}
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        for path, names in hidden.items():
+            _hide(self.get_submodule(path), names)
+
+    ignored = [rf"^(?:.*\.)?{re.escape(path)}\." for path in hidden] + [r"\.experts\."]
+    body = {"__init__": __init__, "__module__": base.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
+    return type(base.__name__, (base,), body)
+
+
+def _hide(module: nn.Module, names: list[str]) -> None:
+    for name in names:
+        parameter = module._parameters.pop(name)
+        object.__setattr__(module, name, parameter)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no load report from transformers: the engine speaks for itself."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _drop_page_cache(path: Path) -> None:
+    """Dense weights are in anonymous memory now; their file pages would be memory that no budget sees."""
+    for file in path.glob("*.safetensors"):
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)

@@ -1,0 +1,119 @@
+"""The record of one run: what ``foregate run --json`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from foregate.types import FinishReason, GenerationStep, Phase, StepStats
+
+
+@dataclass(slots=True)
+class RunReport:
+    """Figures of one generation. Seconds and bytes. ``cold`` is true when the cache was empty at its start."""
+
+    model: str
+    predictor: str
+    prefetch: str
+    lookahead: int
+    cache_policy: str
+    store: str
+    direct_io: bool
+    cold: bool
+    prompt_tokens: int
+    budget_bytes: int
+    slots: int
+    experts: int
+    dense_bytes: int
+    load_s: float
+    controller: dict[str, Any] = field(default_factory=dict)
+    steps: list[GenerationStep] = field(default_factory=list)
+    resident_bytes_peak: int = 0
+    rss_peak_bytes: int = 0
+
+    @property
+    def decode(self) -> list[GenerationStep]:
+        """Steps after the first token."""
+        return [step for step in self.steps if step.phase is Phase.DECODE]
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean seconds per token after the first; 0 when there is only one."""
+        times = [step.stats.wall_s for step in self.decode]
+        return sum(times) / len(times) if times else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form. ``expert_cache``, ``read_bytes``, ``prefetch`` and stalls sum over prefill and decode."""
+        total, decode = _sum(self.steps), _sum(self.decode)
+        times = [step.stats.wall_s for step in self.decode]
+        return {
+            "model": self.model,
+            "text": "".join(step.text for step in self.steps),
+            "token_ids": [step.token_id for step in self.steps],
+            "finish_reason": (self.steps[-1].finish or FinishReason.LENGTH).value if self.steps else None,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": len(self.steps),
+            "load_s": self.load_s,
+            "ttft_s": self.steps[0].stats.wall_s if self.steps else 0.0,
+            "tpot_s": self.tpot_s,
+            "tpot_median_s": median(times) if times else 0.0,
+            "expert_cache": {"hits": total.hits, "misses": total.misses, "evictions": total.evictions},
+            "read_bytes": {"demand": total.demand_bytes, "prefetch": total.prefetch_bytes},
+            "prefetch": {
+                name: getattr(total, name) for name in ("issued", "used", "late", "wasted", "cancelled")
+            },
+            "read_retries": total.retries,
+            "stall_s": total.stall_s,
+            "stall": {"demand_s": total.demand_stall_s, "late_prefetch_s": total.late_stall_s},
+            "overlap_ratio": overlap(total),
+            "decode": _decode(decode, len(self.decode)),
+            "resident_bytes_peak": self.resident_bytes_peak,
+            "budget_bytes": self.budget_bytes,
+            "slots": self.slots,
+            "experts": self.experts,
+            "dense_bytes": self.dense_bytes,
+            "rss_peak_bytes": self.rss_peak_bytes,
+            "predictor": self.predictor,
+            "prefetch_setting": self.prefetch,
+            "lookahead": self.lookahead,
+            "cache_policy": self.cache_policy,
+            "controller": self.controller,
+            "store": self.store,
+            "direct_io": self.direct_io,
+            "cold": self.cold,
+        }
+
+
+def overlap(stats: StepStats) -> float:
+    """Share of the time in which the disk was read that the model did not wait for it; 1 when nothing was read."""
+    return max(0.0, 1.0 - stats.stall_s / stats.io_s) if stats.io_s > 0 else 1.0
+
+
+def hit_rate(stats: StepStats) -> float:
+    """Share of needed experts that were ready without waiting; 1 when none was needed."""
+    needed = stats.hits + stats.misses
+    return stats.hits / needed if needed else 1.0
+
+
+def _sum(steps: Sequence[GenerationStep]) -> StepStats:
+    total = StepStats()
+    for step in steps:
+        total.add(step.stats)
+    return total
+
+
+def _decode(stats: StepStats, tokens: int) -> dict[str, Any]:
+    """Decode alone, per token where that is what people compare."""
+    per = 1 / tokens if tokens else 0.0
+    return {
+        "tokens": tokens,
+        "hit_rate": hit_rate(stats),
+        "read_bytes_per_token": (stats.demand_bytes + stats.prefetch_bytes) * per,
+        "stall_s_per_token": stats.stall_s * per,
+        "overlap_ratio": overlap(stats),
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "evictions": stats.evictions,
+    }

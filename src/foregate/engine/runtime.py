@@ -1,0 +1,203 @@
+"""What transformers calls instead of its own experts: routing in, output out, the pipeline in between.
+
+Shapes: T tokens, k experts chosen, E experts, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from foregate.engine.signals import ModelSignals
+from foregate.experts.cache import ExpertCache
+from foregate.experts.compute import SlotViews, expert_forward
+from foregate.interfaces import Predictor, RoutingObserver
+from foregate.prefetch.pipeline import Compute, Pipeline
+from foregate.prefetch.prefetcher import Prefetcher
+from foregate.types import ExpertLayout, Phase, RoutingStep
+
+IMPLEMENTATION = "foregate"
+"""Name under which the function is registered in transformers' ExpertsInterface."""
+
+GATHER_TOKENS = 8
+"""Up to this many tokens the experts run in order of arrival and [T, k, D] holds their outputs; above, in ascending
+order into one fp32 sum. Chosen by T alone, never by residency: the order of accumulation is part of the result."""
+
+STREAM_SHARE = 0.75
+"""Share of a layer's experts that a long prompt must use for the next layer to be read ahead whole."""
+
+
+class ExpertRuntime:
+    """Runs the experts of every MoE layer of one model. ``phase`` and ``position`` are set before each forward."""
+
+    def __init__(
+        self,
+        *,
+        cache: ExpertCache,
+        pipeline: Pipeline,
+        prefetcher: Prefetcher,
+        predictor: Predictor,
+        signals: ModelSignals,
+        views: SlotViews,
+        layouts: Sequence[ExpertLayout],
+        experts: Sequence[int],
+        decode_staging: int,
+    ) -> None:
+        self.phase = Phase.PREFILL
+        self.position = 0
+        self.observers: list[RoutingObserver] = []
+        self.predictor = predictor
+        self._cache = cache
+        self._pipeline = pipeline
+        self._prefetcher = prefetcher
+        self._signals = signals
+        self._views = views
+        self._layouts = layouts
+        self._experts = experts
+        self._decode_staging = decode_staging
+
+    def begin_prefill(self) -> None:
+        """A prompt starts: staging will hold whole layers."""
+        self.phase, self.position = Phase.PREFILL, 0
+        self._prefetcher.streaming = True
+        self.predictor.reset()
+
+    def begin_decode(self, position: int) -> None:
+        """A forward of one token at ``position`` starts."""
+        if self.phase is Phase.PREFILL:
+            self._leave_prefill()
+        self.phase, self.position = Phase.DECODE, position
+        self._prefetcher.controller.begin_step()
+
+    def finish(self) -> None:
+        """The sequence ended, or broke: nothing stays staged or in flight."""
+        self._prefetcher.expire()
+        self._prefetcher.settle()
+
+    def _leave_prefill(self) -> None:
+        self.finish()
+        self._prefetcher.streaming = False
+        self._cache.set_staging(self._decode_staging)
+
+    def forward(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Output [T, D] of MoE layer ``layer`` for ``x`` [T, D], routed to ``index`` [T, k] with ``weights`` [T, k]."""
+        self._route(layer, index, weights)
+        accumulate = self._gather if _few(index) else self._sum
+        return accumulate(layer, module, x, index, weights)
+
+    def forward_scaled(self, layer: int, module: nn.Module, repeated: Tensor) -> Tensor:
+        """Llama 4's form: ``repeated`` [E*T, D] holds each token scaled for each expert, zero where not chosen."""
+        rows = repeated.view(self._experts[layer], -1, repeated.shape[-1])
+        scores, logits = self._signals.router_output(layer)
+        index = logits.topk(self._signals.top_k, dim=-1).indices
+        self._route(layer, index, scores.gather(1, index))
+        out = torch.zeros_like(rows)
+
+        def compute(expert: int, slot: int) -> None:
+            token = (index == expert).any(dim=1)
+            out[expert, token] = self._expert(layer, module, rows[expert, token], slot)
+
+        self._run(layer, index, compute)
+        return out.view_as(repeated)
+
+    def _route(self, layer: int, index: Tensor, weights: Tensor) -> None:
+        self._prefetcher.arrived(layer)
+        step = RoutingStep(
+            layer, self.phase, self.position, index.numpy().astype(np.int64), weights.float().numpy().astype(np.float32)
+        )
+        self.predictor.observe(step)
+        for observer in self.observers:
+            observer.on_route(step)
+
+    def _gather(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        parts = x.new_zeros((*index.shape, x.shape[-1]), dtype=torch.promote_types(x.dtype, weights.dtype))
+
+        def compute(expert: int, slot: int) -> None:
+            token, rank = torch.where(index == expert)
+            out = self._expert(layer, module, x[token], slot)
+            parts[token, rank] = (out * weights[token, rank, None]).to(parts.dtype)
+
+        self._run(layer, index, compute)
+        return parts.sum(dim=1).to(x.dtype)
+
+    def _sum(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros(x.shape, dtype=torch.float32)
+
+        def compute(expert: int, slot: int) -> None:
+            token, rank = torch.where(index == expert)
+            out = self._expert(layer, module, x[token], slot)
+            total.index_add_(0, token, (out * weights[token, rank, None]).float())
+
+        self._run(layer, index, compute)
+        return total.to(x.dtype)
+
+    def _run(self, layer: int, index: Tensor, compute: Compute) -> None:
+        needed = self._needed(layer, index)
+        if _few(index):
+            self._pipeline.decode(layer, needed, compute, lambda: self._predict(layer))
+        else:
+            self._make_staging(layer)
+            self._pipeline.stream(layer, needed, compute, self._ahead(layer, len(needed)))
+
+    def _expert(self, layer: int, module: nn.Module, x: Tensor, slot: int) -> Tensor:
+        return expert_forward(module, x, self._views.weights(slot, self._layouts[layer]))
+
+    def _needed(self, layer: int, index: Tensor) -> list[int]:
+        """Experts to run, each once, in rank order of the first token; sentinels of expert parallelism left out."""
+        return [e for e in dict.fromkeys(index.flatten().tolist()) if 0 <= e < self._experts[layer]]
+
+    def _predict(self, layer: int) -> None:
+        if self.phase is Phase.DECODE and self._cache.staging:
+            self._signals.layer = layer
+            self._prefetcher.consider(self.predictor.predict(self._signals))
+
+    def _make_staging(self, layer: int) -> None:
+        """Room for the next layer: free slots first, and at least a quarter of a full pool."""
+        if self._prefetcher.may_stream:
+            pool = self._cache.pool
+            wanted = min(self._experts[layer], max(pool.free, pool.slots // 4), pool.slots - 1)
+            if wanted > self._cache.staging:
+                self._cache.set_staging(wanted)
+
+    def _ahead(self, layer: int, used: int) -> Callable[[], None]:
+        if used < STREAM_SHARE * self._experts[layer]:
+            return lambda: None
+        return lambda: self._prefetcher.stream_ahead(layer + 1)
+
+
+def _few(index: Tensor) -> bool:
+    return index.shape[0] <= GATHER_TOKENS
+
+
+def install(runtime: ExpertRuntime, modules: Sequence[nn.Module]) -> None:
+    """Point every expert module at ``runtime``, through transformers' own interface where the family uses it."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_function)
+    for layer, module in enumerate(modules):
+        module._foregate = (runtime, layer)  # type: ignore[assignment]
+        if hasattr(module, "_is_expert_parallel"):
+            module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
+        else:
+            _install_scaled(runtime, layer, module)
+
+
+def _experts_function(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    runtime, layer = self._foregate
+    result: Tensor = runtime.forward(layer, self, hidden_states, top_k_index, top_k_weights)
+    return result
+
+
+def _install_scaled(runtime: ExpertRuntime, layer: int, module: Any) -> None:
+    """Llama 4 is outside the interface: give the instance the flags of its layout and a forward of ours."""
+
+    def apply_gate(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        gated: Tensor = up * module.act_fn(gate)
+        return gated
+
+    module.is_transposed, module._apply_gate = True, apply_gate
+    module.forward = lambda hidden_states: runtime.forward_scaled(layer, module, hidden_states)

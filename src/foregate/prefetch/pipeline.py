@@ -1,0 +1,195 @@
+"""The per-layer loop: routing known → slots, reads, waits, and ``compute`` called once for every needed expert.
+
+No torch here: the caller's ``compute(expert, slot)`` does the arithmetic, so a simulator can drive the same loop.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from time import perf_counter
+
+from foregate.errors import IntegrityError, TransferError
+from foregate.experts.cache import ExpertCache, SlotState
+from foregate.interfaces import Ticket, Transfer
+from foregate.prefetch.prefetcher import Prefetcher
+from foregate.types import ExpertKey, StepStats
+
+Compute = Callable[[int, int], None]
+"""``compute(expert, slot)``: the expert's weights are in ``slot`` until this returns."""
+
+
+class Pipeline:
+    """Serves the experts of one MoE layer after another from cache, staging and store. One thread owns it."""
+
+    def __init__(self, cache: ExpertCache, transfer: Transfer, prefetcher: Prefetcher) -> None:
+        self.stats = StepStats()
+        self._cache = cache
+        self._transfer = transfer
+        self._prefetcher = prefetcher
+        self._submitted: dict[ExpertKey, float] = {}
+        self._late: set[ExpertKey] = set()
+
+    def decode(self, layer: int, needed: Sequence[int], compute: Compute, predict: Callable[[], None]) -> None:
+        """A step of few tokens: resident experts first, then whichever read arrives next.
+
+        ``predict`` runs after the demand reads are submitted, so that speculation queues behind them. Experts beyond
+        the cache's room are served in waves. Raises TransferError when a read has failed for good.
+        """
+        keys = [ExpertKey(layer, expert) for expert in needed]
+        flight: dict[ExpertKey, Ticket] = {}
+        pinned = set(keys)
+        self._cache.pin(keys)
+        try:
+            ready, missing = self._classify(keys, flight)
+            self._request(missing, flight)
+            predict()
+            for key in ready:
+                self._serve(key, compute, pinned)
+            while flight or missing:
+                self._request(missing, flight)
+                self._serve(self._next_arrival(flight, missing), compute, pinned)
+        finally:
+            self._abandon(flight)
+            self._cache.unpin(pinned)
+        self._prefetcher.expire(layer)
+
+    def stream(self, layer: int, needed: Sequence[int], compute: Compute, ahead: Callable[[], None]) -> None:
+        """A step of many tokens: experts in ascending order, as many reads ahead as the cache has room for.
+
+        ``ahead`` runs once every read of this layer is submitted: the disk's next work is the next layer's.
+        """
+        keys = [ExpertKey(layer, expert) for expert in sorted(needed)]
+        flight: dict[ExpertKey, Ticket] = {}
+        pinned: set[ExpertKey] = set()
+        waiting = deque(keys)
+        try:
+            for key in keys:
+                while waiting and self._acquire(waiting[0], flight, pinned):
+                    waiting.popleft()
+                    if not waiting:
+                        ahead()
+                self._arrive(key, flight)
+                self._serve(key, compute, pinned)
+        finally:
+            self._abandon(flight)
+            self._cache.unpin(pinned)
+        self._prefetcher.expire(layer)
+
+    # Deciding what is where
+
+    def _classify(
+        self, keys: Iterable[ExpertKey], flight: dict[ExpertKey, Ticket]
+    ) -> tuple[list[ExpertKey], deque[ExpertKey]]:
+        ready: list[ExpertKey] = []
+        missing: deque[ExpertKey] = deque()
+        for key in keys:
+            if self._take_present(key, flight):
+                if key not in flight:
+                    ready.append(key)
+            else:
+                missing.append(key)
+        return ready, missing
+
+    def _take_present(self, key: ExpertKey, flight: dict[ExpertKey, Ticket]) -> bool:
+        """True if ``key`` is resident, staged, or on its way (then its ticket is in ``flight``)."""
+        if self._cache.state(key) is SlotState.RESIDENT:
+            self._cache.touch(key)
+            self.stats.hits += 1
+            return True
+        ticket = self._prefetcher.claim(key)
+        if ticket is None:
+            return False
+        if ticket.ok:
+            self._cache.adopt(key)
+            self.stats.hits += 1
+            return True
+        self._cache.promote(key)
+        self._transfer.promote(ticket)
+        flight[key] = ticket
+        self._late.add(key)
+        self.stats.misses += 1
+        self.stats.late += 1
+        return True
+
+    def _request(self, missing: deque[ExpertKey], flight: dict[ExpertKey, Ticket]) -> None:
+        while missing:
+            slot = self._cache.reserve(missing[0])
+            if slot is None:
+                return
+            self._read(missing.popleft(), slot, flight)
+
+    def _acquire(self, key: ExpertKey, flight: dict[ExpertKey, Ticket], pinned: set[ExpertKey]) -> bool:
+        """Pin ``key`` and make sure that it is present or on its way; False (unpinned) when there is no room yet."""
+        self._cache.pin([key])
+        if not self._take_present(key, flight):
+            slot = self._cache.reserve(key)
+            if slot is None:
+                self._cache.unpin([key])
+                return False
+            self._read(key, slot, flight)
+        pinned.add(key)
+        return True
+
+    def _read(self, key: ExpertKey, slot: int, flight: dict[ExpertKey, Ticket]) -> None:
+        self.stats.misses += 1
+        self._submitted[key] = perf_counter()
+        flight[key] = self._transfer.submit(key, slot, speculative=False)
+
+    # Waiting
+
+    def _next_arrival(self, flight: dict[ExpertKey, Ticket], missing: deque[ExpertKey]) -> ExpertKey:
+        """The next expert that has arrived."""
+        if not flight:
+            raise IntegrityError(f"no room for {missing[0]} although nothing is pinned or in flight")
+        started = perf_counter()
+        ticket = self._transfer.wait_any(list(flight.values()))
+        self._land(ticket.key, flight, started)
+        return ticket.key
+
+    def _arrive(self, key: ExpertKey, flight: dict[ExpertKey, Ticket]) -> None:
+        if key in flight:
+            self._land(key, flight, perf_counter())
+
+    def _land(self, key: ExpertKey, flight: dict[ExpertKey, Ticket], started: float) -> None:
+        """Wait for ``key`` and make it resident. Raises TransferError when its read has failed for good."""
+        try:
+            self._transfer.wait(flight[key])
+        finally:
+            self._count_stall(key, perf_counter() - started)
+        del flight[key]
+        self._cache.commit(key)
+        self._late.discard(key)
+        submitted = self._submitted.pop(key, None)
+        if submitted is not None:
+            self._prefetcher.controller.saw_read(perf_counter() - submitted)
+
+    def _count_stall(self, key: ExpertKey, seconds: float) -> None:
+        self.stats.stall_s += seconds
+        if key in self._late:
+            self.stats.late_stall_s += seconds
+        else:
+            self.stats.demand_stall_s += seconds
+
+    # Using and letting go
+
+    def _serve(self, key: ExpertKey, compute: Compute, pinned: set[ExpertKey]) -> None:
+        slot = self._cache.lookup(key)
+        if slot is None:
+            raise IntegrityError(f"{key} is to be computed but not resident")
+        compute(key.expert, slot)
+        pinned.discard(key)
+        self._cache.unpin([key])
+
+    def _abandon(self, flight: dict[ExpertKey, Ticket]) -> None:
+        """After an error: let reads under way end, so that nobody writes to a slot that is given away."""
+        for key, ticket in flight.items():
+            with suppress(TransferError):
+                self._transfer.wait(ticket)
+            # A read that timed out may still write: its slot stays taken, and the engine is not used again.
+            if ticket.done:
+                self._cache.abort(key)
+        flight.clear()
+        self._late.clear()
+        self._submitted.clear()

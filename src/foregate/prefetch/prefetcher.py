@@ -1,0 +1,130 @@
+"""Predictions + residency + allowance → speculative reads, and what became of each. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter, sleep
+
+from foregate.experts.cache import ExpertCache
+from foregate.interfaces import Ticket, Transfer
+from foregate.prefetch.controller import Controller
+from foregate.types import ExpertKey, Prediction, StepStats
+
+SETTLE_S = 5.0
+"""Seconds to wait for chunks that were being read when their transfer was cancelled."""
+
+
+class Prefetcher:
+    """Owns every staged expert from its submission until it is claimed, expires or is cancelled.
+
+    ``issued == used + wasted + cancelled + len(pending)`` at any time.
+    """
+
+    def __init__(
+        self, cache: ExpertCache, transfer: Transfer, controller: Controller, *, experts: Sequence[int], top_k: int
+    ) -> None:
+        self.controller = controller
+        self.stats = StepStats()
+        self._cache = cache
+        self._transfer = transfer
+        self._experts = experts
+        self._top_k = top_k
+        self._tickets: dict[ExpertKey, Ticket] = {}
+        self._dying: dict[ExpertKey, Ticket] = {}
+        self._predicted_at: dict[int, float] = {}
+        # True in prefill, whose whole-layer reads say nothing about the predictor.
+        self.streaming = False
+
+    @property
+    def pending(self) -> int:
+        """Speculative reads whose fate is open."""
+        return len(self._tickets)
+
+    @property
+    def may_stream(self) -> bool:
+        """Whether reading ahead is wanted at all: a prefill then reads the next layer while this one computes."""
+        return not self.controller.off_reason and self.controller.fixed != 0
+
+    def consider(self, predictions: Sequence[Prediction]) -> None:
+        """Submit the predicted-and-absent experts that the controller allows, nearest layer first."""
+        self._reap()
+        now = perf_counter()
+        for prediction in sorted(predictions, key=lambda p: p.layer):
+            self._predicted_at.setdefault(prediction.layer, now)
+            width = self.controller.fixed or self._top_k
+            allowed = self.controller.allowance(self._top_k)
+            ranked = [e for e in prediction.experts if 0 <= e < self._experts[prediction.layer]]
+            self._submit(prediction.layer, ranked[:width], allowed)
+
+    def stream_ahead(self, layer: int) -> None:
+        """Prefill: read the whole of ``layer`` ahead, as far as staging has room."""
+        self._reap()
+        if layer < len(self._experts) and self.may_stream:
+            self._submit(layer, range(self._experts[layer]), self._experts[layer])
+
+    def arrived(self, layer: int) -> None:
+        """The routing of ``layer`` is known: its window is over."""
+        predicted = self._predicted_at.pop(layer, None)
+        if predicted is not None:
+            self.controller.saw_window(perf_counter() - predicted)
+
+    def claim(self, key: ExpertKey) -> Ticket | None:
+        """The ticket of a staged expert that is needed now, or None. One that is being cancelled is revived."""
+        self._reap()
+        ticket = self._tickets.pop(key, None)
+        if ticket is None:
+            ticket = self._dying.pop(key, None)
+            self.stats.cancelled -= ticket is not None
+        if ticket is not None:
+            self.stats.used += 1
+            self._judge(used=True)
+        return ticket
+
+    def expire(self, layer: int | None = None) -> None:
+        """Give up what is staged for ``layer`` (None: for any) and was not used."""
+        for key in [k for k in self._tickets if layer is None or k.layer == layer]:
+            self._give_up(key, self._tickets.pop(key))
+        self._reap()
+
+    def settle(self) -> None:
+        """Wait until no cancelled read writes to a slot any more; one that hangs is left to the transfer's time-out."""
+        deadline = perf_counter() + SETTLE_S
+        while self._dying and perf_counter() < deadline:
+            self._reap()
+            sleep(1e-4)
+        self._reap()
+
+    def _submit(self, layer: int, experts: Sequence[int], allowed: int) -> None:
+        for expert in experts:
+            if allowed <= 0 or not self._cache.staging_room:
+                return
+            key = ExpertKey(layer, expert)
+            if self._cache.state(key) is not None:
+                continue
+            slot = self._cache.stage(key)
+            if slot is None:
+                return
+            self._tickets[key] = self._transfer.submit(key, slot, speculative=True)
+            self.stats.issued += 1
+            allowed -= 1
+
+    def _give_up(self, key: ExpertKey, ticket: Ticket) -> None:
+        self._judge(used=False)
+        if ticket.done:
+            self.stats.wasted += 1
+            self._cache.drop(key)
+            return
+        self.stats.cancelled += 1
+        if self._transfer.cancel(ticket):
+            self._cache.drop(key)
+        else:
+            self._dying[key] = ticket
+
+    def _judge(self, *, used: bool) -> None:
+        if not self.streaming:
+            self.controller.judge(used=used)
+
+    def _reap(self) -> None:
+        for key in [k for k, ticket in self._dying.items() if ticket.done]:
+            del self._dying[key]
+            self._cache.drop(key)
