@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foregate.checkpoint.locate import locate
-from foregate.checkpoint.spec import Checkpoint, open_checkpoint
+from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.config import RunConfig, SamplingConfig, parse_prefetch
 from foregate.engine.memory import SlotPlan, plan_slots, rss_peak
 from foregate.engine.meter import Meter

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from foregate.checkpoint.spec import Checkpoint
+from foregate.checkpoint.opening import Checkpoint
 from foregate.errors import CheckpointError
 
 

@@ -68,21 +68,42 @@ def randomised(config: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
     with torch.no_grad():
         for name, tensor in stored_tensors(model):
             tensor.copy_(random_value(name, tensor, seed))
+        for name, table, experts in hash_tables(model):
+            table.copy_(random_table(name, table, experts, seed))
         model.get_output_embeddings().weight[EOS] = 0.0
     return model
 
 
 def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters (tied ones once) and floating-point persistent buffers, by name."""
-    saved = model.state_dict().keys()
+    """Parameters (tied ones once) and the biases and scales among the stored buffers, by name.
+
+    The other buffers (decay tables, n-gram multipliers) are functions of the config.
+    """
     yield from model.named_parameters()
-    yield from ((name, b) for name, b in model.named_buffers() if name in saved and b.is_floating_point())
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if "bias" in name or "scalar" in name)
+
+
+def hash_tables(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """Token → experts tables [V, k] of routers that hash the token instead of scoring it, with their E."""
+    for name, module in model.named_modules():
+        if hasattr(module, "tid2eid"):
+            yield name, module.tid2eid, module.num_experts
+
+
+def source(name: str, seed: int) -> np.random.Generator:
+    """The generator of the tensor ``name``: independent of every other tensor's, the same on every platform."""
+    return np.random.Generator(np.random.SFC64([seed, crc32(name.encode())]))
+
+
+def random_table(name: str, table: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
+    """k distinct experts for each token."""
+    order = source(name, seed).random((table.shape[0], experts)).argsort(axis=1)
+    return torch.from_numpy(order[:, : table.shape[1]])
 
 
 def random_value(name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
-    """The value of the tensor ``name``, in float32: independent of every other tensor."""
-    generator = np.random.Generator(np.random.SFC64([seed, crc32(name.encode())]))
-    noise = torch.from_numpy(generator.standard_normal(tuple(tensor.shape), dtype=np.float32))
+    """The value of the tensor ``name``, in float32."""
+    noise = torch.from_numpy(source(name, seed).standard_normal(tuple(tensor.shape), dtype=np.float32))
     if tensor.ndim < 2 or name.endswith("A_log"):
         return tensor.float() + JITTER * noise
     return noise * deviation(name, tensor)
@@ -91,6 +112,6 @@ def random_value(name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
 def deviation(name: str, tensor: torch.Tensor) -> float:
     """Standard deviation of a matrix: unit-variance outputs, wider for routers, narrower for embeddings."""
     if "embed" in name:
-        return 0.5
+        return 1.0 / math.sqrt(tensor.shape[-1])
     gain = ROUTER_GAIN if ROUTER_NAMES.intersection(name.split(".")) else 1.0
     return gain / math.sqrt(tensor[0].numel() if tensor.ndim == 2 else tensor.shape[-1])
