@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ from foregate.testing.tiny import FAMILIES, REFUSED, REQUIRED, build
 from foregate.testing.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
 PROMPT = "The quick brown fox and the naïve 狐 of seven hills."
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices of 64 columns: a second thread only waits for the first, seconds of it when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

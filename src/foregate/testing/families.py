@@ -229,7 +229,7 @@ FURTHER_CONFIGS: dict[str, Config] = {
         ],
         "o_groups": 2,
         "o_lora_rank": 16,
-        "index_n_heads": 2,
+        "index_n_heads": 16,
         "index_head_dim": 16,
         "index_topk": 8,
     },

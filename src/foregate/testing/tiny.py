@@ -8,6 +8,7 @@ Shapes: E experts, D hidden.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +25,17 @@ from foregate.testing.tokenizer import BOS, EOS, PAD, save_tokenizer
 
 __all__ = ["FAMILIES", "REFUSED", "REQUIRED", "build"]
 
-ROUTER_NAMES = {"gate", "router"}
-ROUTER_GAIN = 4.0
-"""Standard deviation of the router logits for a normed input: far from ties, far from a single expert."""
+GAINS = (
+    (re.compile(r"\.(gate|router)(\.(wg|proj|layer|classifier))?\.weight$"), 4.0),
+    (re.compile(r"\.gate\.(down_proj|router_mlp\.\w+)\.weight$"), 2.0),  # Zaya's router has four matrices
+    (re.compile(r"embed"), 0.5),
+)
+"""Standard deviation of the output for a normed input, where it is not 1. Router logits: far from ties, far from a
+single expert. Embeddings: small beside what the layers add, or tied ones make the model repeat one token."""
 
-JITTER = 0.1
-"""Standard deviation around the own initial value, for norms, biases and everything else that is no matrix."""
+JITTERS = ((re.compile(r"(hidden_states|residual)_bias$"), 0.01), (re.compile(r""), 0.1))
+"""Standard deviation around the own initial value, for norms, biases and everything else that is no matrix; less for
+what is added to the residual stream, or every token looks alike. The first pattern that fits counts."""
 
 
 def build(family: str, directory: Path, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Path:
@@ -104,14 +110,12 @@ def random_table(name: str, table: torch.Tensor, experts: int, seed: int) -> tor
 def random_value(name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
     """The value of the tensor ``name``, in float32."""
     noise = torch.from_numpy(source(name, seed).standard_normal(tuple(tensor.shape), dtype=np.float32))
-    if tensor.ndim < 2 or name.endswith("A_log"):
-        return tensor.float() + JITTER * noise
-    return noise * deviation(name, tensor)
+    if tensor.ndim < 2 or name.endswith(("A_log", "bias")):
+        return tensor.float() + first_match(JITTERS, name) * noise
+    fan_in = tensor[0].numel() if tensor.ndim == 2 else tensor.shape[-1]
+    return noise * first_match(GAINS, name, default=1.0) / math.sqrt(fan_in)
 
 
-def deviation(name: str, tensor: torch.Tensor) -> float:
-    """Standard deviation of a matrix: unit-variance outputs, wider for routers, narrower for embeddings."""
-    if "embed" in name:
-        return 1.0 / math.sqrt(tensor.shape[-1])
-    gain = ROUTER_GAIN if ROUTER_NAMES.intersection(name.split(".")) else 1.0
-    return gain / math.sqrt(tensor[0].numel() if tensor.ndim == 2 else tensor.shape[-1])
+def first_match(table: tuple[tuple[re.Pattern[str], float], ...], name: str, default: float = 0.0) -> float:
+    """The number of the first pattern found in ``name``."""
+    return next((number for pattern, number in table if pattern.search(name)), default)
