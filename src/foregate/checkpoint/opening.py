@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from foregate.checkpoint.dtypes import FLOATS
 from foregate.checkpoint.fingerprint import fingerprint
+from foregate.checkpoint.manifest import EXPERTS_FILE, Manifest, is_pack, read_manifest
 from foregate.checkpoint.model_config import model_dtype, read_config, text_config
-from foregate.checkpoint.naming import ExpertSources, find_sources
+from foregate.checkpoint.naming import ExpertSources, find_sources, layouts
 from foregate.checkpoint.shards import Shards, read_shards
 from foregate.checkpoint.skeleton import Skeleton, build_skeleton
 from foregate.checkpoint.spec import MoeSpec, make_spec
-from foregate.errors import CheckpointError
+from foregate.errors import CheckpointError, PackError
 from foregate.types import ExpertLayout, Segment
 
 
@@ -21,7 +25,7 @@ class Checkpoint:
     """Everything about a checkpoint but its weights.
 
     ``layouts`` has one entry a MoE layer. ``dense`` are the tensors outside the experts that the model has parameters
-    for. ``sources`` is None for a pack.
+    for. An original has ``sources``, a pack has a ``manifest``; the other one is None.
     """
 
     directory: Path
@@ -32,10 +36,11 @@ class Checkpoint:
     shards: Shards
     dense: Mapping[str, Segment]
     sources: ExpertSources | None
+    manifest: Manifest | None
 
     @property
     def packed(self) -> bool:
-        return self.sources is None
+        return self.manifest is not None
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -46,7 +51,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
-    return _open_original(directory)
+    return _open_pack(directory) if is_pack(directory) else _open_original(directory)
 
 
 def _open_original(directory: Path) -> Checkpoint:
@@ -67,4 +72,44 @@ def _open_original(directory: Path) -> Checkpoint:
         shards=shards,
         dense=dense,
         sources=sources,
+        manifest=None,
     )
+
+
+def _open_pack(directory: Path) -> Checkpoint:
+    manifest = read_manifest(directory)
+    skeleton = build_skeleton(text_config(directory, read_config(directory)), _dtype(manifest))
+    shards = read_shards(directory)
+    _check_experts_file(directory, manifest)
+    placed = layouts(skeleton)
+    expected = [(module.path, module.experts, layout) for module, layout in placed]
+    if expected != [(layer.path, len(layer.experts), layer.layout) for layer in manifest.layers]:
+        message = f"{directory}: packed with transformers {manifest.transformers_version}, which lays experts out"
+        raise PackError(f"{message} differently from the one installed; pack the model again")
+    found = tuple(layout for _, layout in placed)
+    return Checkpoint(
+        directory=directory,
+        spec=make_spec(skeleton, found, shards.tensors.values()),
+        fingerprint=manifest.fingerprint,
+        skeleton=skeleton,
+        layouts=found,
+        shards=shards,
+        dense=shards.tensors,
+        sources=None,
+        manifest=manifest,
+    )
+
+
+def _dtype(manifest: Manifest) -> torch.dtype:
+    if manifest.dtype not in FLOATS:
+        raise PackError(f"the pack has dtype {manifest.dtype!r}; supported: {', '.join(FLOATS)}")
+    return FLOATS[manifest.dtype]
+
+
+def _check_experts_file(directory: Path, manifest: Manifest) -> None:
+    path = directory / EXPERTS_FILE
+    if not path.is_file():
+        raise PackError(f"{path}: file is missing")
+    size = path.stat().st_size
+    if size != manifest.experts_nbytes:
+        raise PackError(f"{path}: truncated or changed: expected {manifest.experts_nbytes} bytes, found {size}")

@@ -1,0 +1,127 @@
+"""foregate.json: what a pack holds, of what, and the checksum of every expert. Writes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from foregate.errors import PackError
+from foregate.types import ExpertKey, ExpertLayout, ParamLayout
+
+NAME = "foregate.json"
+EXPERTS_FILE = "experts.safetensors"
+DENSE_FILE = "model.safetensors"
+FORMAT = "foregate-pack"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExpert:
+    """Where one expert lies in the experts file (bytes), and the xxh3_128 of those bytes, padding included."""
+
+    offset: int
+    nbytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """One MoE layer: its module path, the slot layout of its experts, and the experts in order."""
+
+    path: str
+    layout: ExpertLayout
+    experts: tuple[PackedExpert, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A finished pack. ``fingerprint`` is the original checkpoint's; ``dtype`` as safetensors spells it."""
+
+    fingerprint: str
+    dtype: str
+    experts_nbytes: int
+    dense_nbytes: int
+    dense_checksum: str
+    layers: tuple[PackedLayer, ...]
+    foregate_version: str
+    transformers_version: str
+
+    def find(self, key: ExpertKey) -> PackedExpert:
+        """Where ``key`` lies. Raises IndexError for a key that the model does not have."""
+        return self.layers[key.layer].experts[key.expert]
+
+    def order(self) -> Iterator[ExpertKey]:
+        """Every expert, in the order of the file."""
+        for layer, packed in enumerate(self.layers):
+            for expert in range(len(packed.experts)):
+                yield ExpertKey(layer, expert)
+
+    def to_json(self) -> str:
+        """The text of foregate.json; the same manifest gives the same bytes."""
+        layers = [
+            {
+                "path": layer.path,
+                "slot_bytes": layer.layout.nbytes,
+                "params": [asdict(param) for param in layer.layout.params],
+                "experts": [[e.offset, e.nbytes, e.checksum] for e in layer.experts],
+            }
+            for layer in self.layers
+        ]
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "dtype": self.dtype,
+            "experts": {"file": EXPERTS_FILE, "nbytes": self.experts_nbytes, "checksum": "xxh3_128, each expert"},
+            "dense": {"file": DENSE_FILE, "nbytes": self.dense_nbytes, "xxh3_128": self.dense_checksum},
+            "foregate_version": self.foregate_version,
+            "transformers_version": self.transformers_version,
+            "layers": layers,
+        }
+        return json.dumps(content) + "\n"
+
+
+def is_pack(directory: Path) -> bool:
+    """Whether ``directory`` calls itself a finished pack."""
+    return (directory / NAME).is_file()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the pack ``directory``. Raises PackError naming the file if it is missing, junk or too new."""
+    path = directory / NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise PackError(f"{directory} is not a pack: it has no {NAME}") from None
+    except (OSError, ValueError) as error:
+        raise PackError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise PackError(f"{path}: not the manifest of a pack")
+    if content.get("version") != VERSION:
+        raise PackError(f"{path}: pack version {content.get('version')}; this Foregate reads version {VERSION}")
+    try:
+        return _parse(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PackError(f"{path}: damaged: {error!r}") from None
+
+
+def _parse(content: dict[str, Any]) -> Manifest:
+    return Manifest(
+        fingerprint=str(content["fingerprint"]),
+        dtype=str(content["dtype"]),
+        experts_nbytes=int(content["experts"]["nbytes"]),
+        dense_nbytes=int(content["dense"]["nbytes"]),
+        dense_checksum=str(content["dense"]["xxh3_128"]),
+        layers=tuple(_layer(layer) for layer in content["layers"]),
+        foregate_version=str(content["foregate_version"]),
+        transformers_version=str(content["transformers_version"]),
+    )
+
+
+def _layer(content: dict[str, Any]) -> PackedLayer:
+    params = tuple(ParamLayout(**{**param, "shape": tuple(param["shape"])}) for param in content["params"])
+    experts = tuple(PackedExpert(int(offset), int(nbytes), str(sum_)) for offset, nbytes, sum_ in content["experts"])
+    return PackedLayer(str(content["path"]), ExpertLayout(params, int(content["slot_bytes"])), experts)

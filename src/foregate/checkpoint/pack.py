@@ -1,0 +1,111 @@
+"""Rewriting a checkpoint so that every expert is one aligned read: the dense weights, the experts, a manifest.
+
+Everything is written to a hidden directory beside the output and renamed at the end, so that a half-written pack never
+looks finished. A killed pack resumes; one that runs out of space leaves nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from foregate.checkpoint import journal as journals
+from foregate.checkpoint.manifest import is_pack, read_manifest
+from foregate.checkpoint.opening import Checkpoint, open_checkpoint
+from foregate.checkpoint.packwriter import PackWriter
+from foregate.errors import PackError
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackResult:
+    """What ``pack`` did. ``resumed`` experts were there from an interrupted run; ``finished_before`` is all of it."""
+
+    directory: Path
+    experts: int
+    nbytes: int
+    resumed: int
+    finished_before: bool
+
+
+def pack(source: Path | str, out: Path | str, progress: Progress = lambda done, total: None) -> PackResult:
+    """Pack the checkpoint directory ``source`` into the directory ``out``.
+
+    Raises PackError, in one line, where ``out`` holds something else, cannot be written or the disk is full;
+    CheckpointError where ``source`` cannot be read.
+    """
+    checkpoint = open_checkpoint(source)
+    out = Path(out).resolve()
+    if checkpoint.packed:
+        raise PackError(f"{source} is a pack already")
+    if _finished(checkpoint, out):
+        return PackResult(out, checkpoint.spec.experts, _size(out), checkpoint.spec.experts, True)
+    temporary = out.parent / f".{out.name}.partial"
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        writer = PackWriter(checkpoint, temporary)
+        try:
+            _check_space(out.parent, writer.remaining_bytes)
+            resumed = writer.resumed
+            writer.run(progress)
+        finally:
+            writer.close()
+        temporary.replace(out)
+        _sync_directory(out.parent)
+        (out / journals.NAME).unlink()
+    except OSError as error:
+        raise _explain(error, out, temporary) from error
+    return PackResult(out, checkpoint.spec.experts, _size(out), resumed, False)
+
+
+def _finished(checkpoint: Checkpoint, out: Path) -> bool:
+    """Whether ``out`` is the pack that is asked for. Raises PackError if it is anything else but free."""
+    if out == checkpoint.directory.resolve():
+        raise PackError(f"{out}: the output is the checkpoint itself")
+    if not out.exists():
+        return False
+    if not out.is_dir():
+        raise PackError(f"{out} is a file")
+    if is_pack(out):
+        if read_manifest(out).fingerprint != checkpoint.fingerprint:
+            raise PackError(f"{out} is a pack of another model; choose another output")
+        # there if the run that finished the pack was killed in its very last step
+        (out / journals.NAME).unlink(missing_ok=True)
+        return True
+    if any(out.iterdir()):
+        raise PackError(f"{out} is not empty and not a pack; choose another output")
+    if os.path.ismount(out):
+        raise PackError(f"{out} is a mount point; choose a directory in it")
+    return False
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    status = os.statvfs(directory)
+    free = status.f_bavail * status.f_frsize
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed} bytes are needed, {free} are free")
+
+
+def _explain(error: OSError, out: Path, temporary: Path) -> PackError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        shutil.rmtree(temporary, ignore_errors=True)
+        return PackError(f"{out}: no space left on the device ({error.strerror}); nothing was kept")
+    return PackError(f"{out}: cannot be written: {error.strerror or error}")
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,91 @@
+"""Every byte position of a pack, known before the first weight is read: that is what makes packing resumable.
+
+Both files are valid safetensors files. The experts file has data from a multiple of 4096 bytes on, every expert in
+one piece in slot layout, and U8 padding tensors in the gaps, because the format forbids holes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from foregate.checkpoint.dtypes import BITS
+from foregate.checkpoint.layout import gaps
+from foregate.types import ALIGNMENT, ExpertKey, ExpertLayout, Segment, align_up
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedExpert:
+    """Where one expert goes: ``nbytes`` at byte ``offset`` of the experts file."""
+
+    key: ExpertKey
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsPlan:
+    """The experts file: ``header`` (with its length prefix), then ``experts`` without a gap, to ``nbytes``."""
+
+    header: bytes
+    experts: tuple[PlannedExpert, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DensePlan:
+    """The dense file: ``header`` (with its length prefix), then the source bytes of ``tensors``, to ``nbytes``."""
+
+    header: bytes
+    tensors: tuple[Segment, ...]
+    nbytes: int
+
+
+def plan_experts(paths: Sequence[str], counts: Sequence[int], layouts: Sequence[ExpertLayout]) -> ExpertsPlan:
+    """Place the experts of every MoE layer (module ``paths``, experts ``counts``), by layer, then by expert."""
+    entries: dict[str, dict[str, object]] = {}
+    placed: list[tuple[ExpertKey, int, int]] = []
+    end = 0
+    for layer, (path, count, layout) in enumerate(zip(paths, counts, layouts, strict=True)):
+        for expert in range(count):
+            entries.update(_entries(f"{path}.{expert}", layout, end))
+            placed.append((ExpertKey(layer, expert), end, layout.nbytes))
+            end += layout.nbytes
+    header = _header(entries, ALIGNMENT)
+    experts = tuple(PlannedExpert(key, len(header) + offset, nbytes) for key, offset, nbytes in placed)
+    return ExpertsPlan(header, experts, len(header) + end)
+
+
+def plan_dense(tensors: Iterable[Segment]) -> DensePlan:
+    """Place the dense ``tensors``: widest dtype first, so that all are aligned to their elements, then by name."""
+    ordered = tuple(sorted(tensors, key=lambda tensor: (-BITS[tensor.dtype], tensor.tensor)))
+    entries: dict[str, dict[str, object]] = {}
+    end = 0
+    for tensor in ordered:
+        entries[tensor.tensor] = _entry(tensor.dtype, tensor.shape, end, end + tensor.nbytes)
+        end += tensor.nbytes
+    header = _header(entries, 8)
+    return DensePlan(header, ordered, len(header) + end)
+
+
+def _entries(name: str, layout: ExpertLayout, base: int) -> dict[str, dict[str, object]]:
+    """Header entries of one expert at ``base``, in the order of their offsets."""
+    spans = [
+        (p.offset, f"{name}.{p.name}", _entry(p.dtype, p.shape, base + p.offset, base + p.offset + p.nbytes))
+        for p in layout.params
+    ]
+    for number, (begin, end) in enumerate(gaps(layout)):
+        spans.append((begin, f"{name}.padding.{number}", _entry("U8", (end - begin,), base + begin, base + end)))
+    return {key: entry for _, key, entry in sorted(spans, key=lambda span: span[0])}
+
+
+def _entry(dtype: str, shape: Sequence[int], begin: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def _header(entries: dict[str, dict[str, object]], alignment: int) -> bytes:
+    """Length and JSON, filled up with spaces as the format allows: data starts at a multiple of ``alignment``."""
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    length = align_up(8 + len(text), alignment) - 8
+    return length.to_bytes(8, "little") + text.ljust(length)
