@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from time import perf_counter
@@ -37,6 +38,8 @@ from foregate.prefetch.controller import Controller
 from foregate.prefetch.pipeline import Pipeline
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import FinishReason, GenerationStep, Phase, StepStats
+
+log = logging.getLogger("foregate")
 
 
 class Engine:
@@ -126,7 +129,9 @@ class Engine:
         for module, layout in zip(modules, self.checkpoint.layouts, strict=True):
             check_supported(module, layout, spec.model_type)
         self.pool = SlotPool(self.plan.slots, self.plan.slot_bytes)
-        self.signals = ModelSignals(self.model, spec.module_paths, spec.top_k, spec.model_type)
+        self.signals = ModelSignals(
+            self.model, spec.module_paths, spec.experts_per_layer, spec.top_k, spec.model_type
+        )
         self.transfer = ThreadedTransfer(
             self.store, self.pool, threads=config.reader_threads, timeout_s=config.read_timeout_s
         )
@@ -239,8 +244,16 @@ class Engine:
         else:
             self.runtime.begin_decode(position)
         out = self._call(torch.tensor([ids]), past, keep=1)
-        self.signals.stop_learning()
+        self._learned()
         return out.logits[0, -1], out.past_key_values
+
+    def _learned(self) -> None:
+        """The first pass has shown whether the model's routers can be asked ahead; if not, say so and do not."""
+        self.signals.stop_learning()
+        controller = self.prefetcher.controller
+        if self.signals.distrust and self.predictor.name in ("stale-gate", "next-gate") and not controller.off_reason:
+            controller.switch_off(self.signals.distrust)
+            log.warning("speculation is off: %s", self.signals.distrust)
 
     def _call(self, ids: Tensor, past: Any, *, keep: int) -> Any:
         """One forward of the stock model. ``keep`` 1 computes the logits of the last position alone, where it can."""

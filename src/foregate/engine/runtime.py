@@ -110,6 +110,7 @@ class ExpertRuntime:
         step = RoutingStep(
             layer, self.phase, self.position, index.numpy().astype(np.int64), weights.float().numpy().astype(np.float32)
         )
+        self._signals.on_route(step)
         self.predictor.observe(step)
         for observer in self.observers:
             observer.on_route(step)
@@ -152,7 +153,7 @@ class ExpertRuntime:
         return [e for e in dict.fromkeys(index.flatten().tolist()) if 0 <= e < self._experts[layer]]
 
     def _predict(self, layer: int) -> None:
-        if self.phase is Phase.DECODE and self._cache.staging:
+        if self.phase is Phase.DECODE and self._cache.staging and not self._prefetcher.controller.off_reason:
             self._signals.layer = layer
             self._prefetcher.consider(self.predictor.predict(self._signals))
 

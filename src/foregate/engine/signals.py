@@ -1,173 +1,100 @@
-"""Signals read off a stock model by hooks: router inputs and residuals, and later routers applied to them.
+"""Later routers asked ahead, on what this layer knows. Believed only where replaying a router gives what it chose.
 
-What differs by family (which norm feeds the MoE block, what the router takes besides hidden states) is learned by
-watching the first forward pass, not listed. Shapes: T tokens, E experts, D hidden.
+Shapes: T tokens, E experts, k chosen, D hidden.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from foregate.checkpoint.anatomy import FlowWatcher, MoeAnatomy
 from foregate.errors import ConfigError
+from foregate.types import RoutingStep
 
-
-@dataclass(slots=True)
-class MoeAnatomy:
-    """The parts of one MoE layer, and what flowed into them last."""
-
-    experts: nn.Module
-    block: nn.Module
-    decoder: nn.Module
-    router: nn.Module | None
-    norm: nn.Module | None = None
-    router_extra: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-    router_input: Tensor | None = None
-    residual: Tensor | None = None
-    candidates: dict[int, tuple[nn.Module, Tensor]] = field(default_factory=dict)
-
-
-def anatomy(model: nn.Module, experts_path: str) -> MoeAnatomy:
-    """Parts around the expert module at ``experts_path``: the block that owns it and the decoder layer around that."""
-    parts = experts_path.split(".")
-    block = model.get_submodule(".".join(parts[:-1]))
-    decoder = model.get_submodule(".".join(parts[: _layer_depth(model, parts)]))
-    experts = model.get_submodule(experts_path)
-    return MoeAnatomy(experts, block, decoder, _router(block, experts))
-
-
-def _layer_depth(model: nn.Module, parts: list[str]) -> int:
-    """Number of path parts up to the innermost numbered element of a module list."""
-    numbered = [i for i, part in enumerate(parts) if part.isdigit()]
-    return numbered[-1] + 1 if numbered else len(parts) - 1
-
-
-def _router(block: nn.Module, experts: nn.Module) -> nn.Module | None:
-    children = {name: child for name, child in block.named_children() if child is not experts}
-    for name in ("router", "gate"):
-        if name in children:
-            return children[name]
-    named = [child for child in children.values() if type(child).__name__.endswith(("Router", "Gate"))]
-    return named[0] if named else None
+Ranking = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 class ModelSignals:
-    """Implements ``interfaces.Signals`` over a live model. ``close`` removes every hook."""
+    """Implements ``interfaces.Signals`` over a live model. ``close`` removes every hook.
 
-    def __init__(self, model: nn.Module, experts_paths: tuple[str, ...], top_k: int, family: str) -> None:
+    ``distrust`` is empty, or says why routers of this model cannot be asked ahead.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str], experts: Sequence[int], top_k: int, family: str) -> None:
         self.layer = 0
-        self.layers = len(experts_paths)
+        self.layers = len(paths)
         self.top_k = top_k
+        self.distrust = ""
         self._family = family
-        self._parts = [anatomy(model, path) for path in experts_paths]
-        self._handles: list[Any] = []
-        self._watching: list[Any] = []
-        for part in self._parts:
-            self._attach(part)
+        self._flow = FlowWatcher(model, paths, experts)
 
     def close(self) -> None:
         """Remove every hook; the model is as it was."""
-        for handle in self._handles + self._watching:
-            handle.remove()
+        self._flow.close()
 
-    def reset(self) -> None:
-        """Forget the tensors of the last pass."""
-        for part in self._parts:
-            part.router_input = part.residual = None
+    def rank(self, target: int, source: str) -> Ranking:
+        """See ``interfaces.Signals``; of the last token of the pass."""
+        if self.distrust:
+            raise ConfigError(self.distrust)
+        here, there = self._flow.parts[self.layer], self._flow.parts[target]
+        value = here.router_input
+        if source == "residual" and here.residual is not None and there.norm is not None:
+            # .forward, not the call: hooks of ours and of tracers must not see a probe.
+            value = there.norm.forward(here.residual[-1:])
+        if value is None:
+            raise ConfigError(f"{self._family}: MoE layer {self.layer} has not run yet")
+        return _ranking(_route(there, value[-1:]), there.experts)
 
     def router_output(self, layer: int) -> Any:
-        """Output of the router of ``layer``, recomputed from its last input."""
-        part = self._parts[layer]
+        """Output of the router of ``layer`` for all tokens, recomputed from its last input."""
+        part = self._flow.parts[layer]
         assert part.router_input is not None
-        return self._route(part, part.router_input)
+        return _route(part, part.router_input)
 
-    def supports(self, source: str) -> bool:
-        """True if every layer has what ``source`` needs; known once one forward pass has run."""
-        return all(p.router is not None and (source != "residual" or p.norm is not None) for p in self._parts)
-
-    def rank(self, target: int, source: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """See ``interfaces.Signals``. Uses the last token of the pass."""
-        here, there = self._parts[self.layer], self._parts[target]
-        value = here.residual if source == "residual" else here.router_input
-        if value is None or there.router is None or (source == "residual" and there.norm is None):
-            raise ConfigError(f"{self._family} gives no {source.replace('_', ' ')} signal at MoE layer {self.layer}")
-        value = value[-1:]
-        if source == "residual":
-            assert there.norm is not None
-            # .forward, not the call: hooks of ours and of tracers must not see a probe.
-            value = there.norm.forward(value)
-        return _ranking(self._route(there, value), there)
-
-    def _route(self, part: MoeAnatomy, x: Tensor) -> Any:
-        assert part.router is not None
-        args, kwargs = part.router_extra
-        return part.router.forward(x, *args, **kwargs)
-
-    def _attach(self, part: MoeAnatomy) -> None:
-        def block_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
-            part.router_input = x.reshape(-1, x.shape[-1])
-            if part.norm is None:
-                self._learn_norm(part, x)
-
-        def router_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            part.router_extra = (args[1:] if args else (), rest)
-
-        self._handles.append(part.block.register_forward_pre_hook(block_input, with_kwargs=True))
-        if part.router is not None:
-            self._handles.append(part.router.register_forward_pre_hook(router_call, with_kwargs=True))
-        for child in part.decoder.children():
-            if child is not part.block:
-                self._watching.append(child.register_forward_hook(_watch(part), with_kwargs=True))
-
-    def _learn_norm(self, part: MoeAnatomy, x: Tensor) -> None:
-        """The norm is the sibling whose output *is* the tensor that entered the block."""
-        found = part.candidates.get(x.data_ptr())
-        part.candidates.clear()
-        if found is None:
-            return
-        part.norm, residual = found
-        part.residual = residual.reshape(-1, residual.shape[-1])
-
-        def norm_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            r = args[0] if args else kwargs["hidden_states"]
-            part.residual = r.reshape(-1, r.shape[-1])
-
-        self._handles.append(part.norm.register_forward_pre_hook(norm_input, with_kwargs=True))
+    def on_route(self, step: RoutingStep) -> None:
+        """In the first pass: check that a replayed router chooses what the model chose."""
+        if self._flow.learning and not self.distrust:
+            self.distrust = self._mismatch(step)
 
     def stop_learning(self) -> None:
-        """After the first pass: the watching hooks have told what they could."""
-        for handle in self._watching:
-            handle.remove()
-        self._watching.clear()
-        for part in self._parts:
-            part.candidates.clear()
+        """After the first pass."""
+        if self._flow.learning:
+            self._flow.stop_learning()
+
+    def _mismatch(self, step: RoutingStep) -> str:
+        part = self._flow.parts[step.layer]
+        place = f"{self._family}: MoE layer {step.layer}"
+        if part.router is None or part.router_input is None:
+            return f"{place} has no router module that can be asked ahead"
+        try:
+            ranked, _ = _ranking(_route(part, part.router_input[-1:]), part.experts)
+        except Exception as error:  # a stranger's module, called in a way that it may not foresee
+            return f"{place}: its router cannot be asked ahead ({type(error).__name__}: {error})"
+        chosen = {e for e in step.experts[-1].tolist() if 0 <= e < part.experts}
+        return "" if chosen == set(ranked[: len(chosen)].tolist()) else f"{place}: its router does not repeat its choice"
 
 
-def _watch(part: MoeAnatomy) -> Any:
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        source = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(output, Tensor) and isinstance(source, Tensor) and source.shape == output.shape:
-            # The last writer of an address wins: memory is reused within a layer.
-            part.candidates[output.data_ptr()] = (module, source)
-
-    return after
+def _route(part: MoeAnatomy, x: Tensor) -> Any:
+    assert part.router is not None
+    args, kwargs = part.router_extra
+    return part.router.forward(x.view((1,) * (part.router_dim - 2) + x.shape), *args, **kwargs)
 
 
-def _ranking(output: Any, part: MoeAnatomy) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _ranking(output: Any, experts: int) -> Ranking:
     """Best-first experts of a router's output, whatever its form: the chosen first, the rest by their logits."""
     tensors = [t for t in (output if isinstance(output, (tuple, list)) else (output,)) if isinstance(t, Tensor)]
     chosen = [t for t in tensors if not t.is_floating_point()]
-    scored = [t for t in tensors if t.is_floating_point()]
-    logits = max(reversed(scored), key=lambda t: t.shape[-1])[-1].float()
-    scores = logits.numpy()
+    scored = [t for t in tensors if t.is_floating_point() and t.shape[-1] >= experts]
+    # Llama 4 returns scores (zero where not chosen) before logits: the last is the one that ranks them all.
+    scores = scored[-1].reshape(-1, scored[-1].shape[-1])[-1].float().numpy()[:experts]
     order = np.argsort(-scores, kind="stable")
     if chosen:
-        first = chosen[-1][-1].numpy().astype(np.int64)
+        first = chosen[-1].reshape(-1, chosen[-1].shape[-1])[-1].numpy()
+        first = first[(first >= 0) & (first < experts)]
         order = np.concatenate([first, order[~np.isin(order, first)]])
     return order.astype(np.int64), scores[order].astype(np.float32)

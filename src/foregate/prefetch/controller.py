@@ -59,6 +59,11 @@ class Controller:
         self._window_s = Average()
         self._step = 0
 
+    def switch_off(self, reason: str) -> None:
+        """No speculation from now on."""
+        self.off_reason = reason
+        self.decision = Decision(False, reason, self.decision.precision, 0.0, 0.0)
+
     def begin_step(self) -> None:
         """A decode step starts: decide for all of it."""
         self._step += 1
