@@ -74,8 +74,8 @@ class MoeSpec:
         return self.dense_bytes + self.top_k * self.layers * self.expert_bytes
 
     @property
-    def min_budget(self) -> int:
-        """Bytes of the smallest budget that one MoE layer can run in: k slots."""
+    def layer_budget(self) -> int:
+        """Bytes of k slots: a smaller budget cannot hold what one layer needs for one token at the same time."""
         return self.top_k * self.expert_slot_bytes
 
 
