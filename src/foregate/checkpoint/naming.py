@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from transformers.core_model_loading import MergeModulelist, build_glob_alternation
+from transformers.core_model_loading import MergeModulelist
 
 from foregate.checkpoint.dtypes import FLOATS, spelling
 from foregate.checkpoint.layout import lay_out
@@ -65,14 +64,11 @@ def find_sources(skeleton: Skeleton, shards: Shards) -> ExpertSources:
 
 def layouts(skeleton: Skeleton) -> list[tuple[ExpertsModule, ExpertLayout]]:
     """Every MoE layer with the layout of its experts; parameters in module order, in the dtype they are loaded in."""
-    kept = skeleton.model._get_dtype_plan(skeleton.dtype)
-    search = build_glob_alternation(list(kept))[0].search if kept else None
     found = []
     for module in skeleton.moe:
         params = []
         for name, param in module.params.items():
-            upcast = search is not None and search(f"{module.path}.{name}")
-            dtype = torch.float32 if upcast else param.dtype
+            dtype = skeleton.loaded_dtype(f"{module.path}.{name}", param)
             params.append((name, spelling(dtype), tuple(param.shape[1:])))
         found.append((module, lay_out(params)))
     return found

@@ -62,7 +62,7 @@ def _open_original(directory: Path) -> Checkpoint:
     sources = find_sources(skeleton, shards)
     dense = {name: shards.tensors[name] for name in sources.dense}
     found = tuple(layer.layout for layer in sources.layers)
-    spec = make_spec(skeleton, found, dense.values())
+    spec = make_spec(skeleton, found)
     return Checkpoint(
         directory=directory,
         spec=spec,
@@ -89,7 +89,7 @@ def _open_pack(directory: Path) -> Checkpoint:
     found = tuple(layout for _, layout in placed)
     return Checkpoint(
         directory=directory,
-        spec=make_spec(skeleton, found, shards.tensors.values()),
+        spec=make_spec(skeleton, found),
         fingerprint=manifest.fingerprint,
         skeleton=skeleton,
         layouts=found,

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from foregate.types import ALIGNMENT
 
+REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
+"""What file systems answer that do not do O_DIRECT, at open or at the first read."""
+
 logger = logging.getLogger("foregate")
 
 
@@ -48,7 +51,7 @@ class WeightFiles:
                 break
             reached = done + count
             if direct and reached % ALIGNMENT:
-                if offset + reached >= self.size(path):
+                if offset + reached >= os.fstat(self._handle(path).fd).st_size:
                     return reached
                 # a direct read can only be continued from an aligned place
                 reached -= reached % ALIGNMENT
@@ -71,7 +74,7 @@ class WeightFiles:
             try:
                 return os.preadv(handle.fd, [into], offset), True
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in REFUSALS:
                     raise
             handle = self._fall_back(path)
         count = os.preadv(handle.fd, [into], offset)
@@ -95,7 +98,7 @@ class WeightFiles:
                 fd = os.open(path, flags | os.O_DIRECT)
                 return _Handle(fd, True, os.fstat(fd).st_size)
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in REFUSALS:
                     raise
             self._say_buffered(path)
         fd = os.open(path, flags)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, initialization
+from transformers.core_model_loading import build_glob_alternation
 
 from foregate.errors import UnsupportedModelError
 
@@ -48,6 +49,20 @@ class Skeleton:
     dtype: torch.dtype
     moe: tuple[ExpertsModule, ...]
 
+    def loaded_dtype(self, name: str, tensor: torch.Tensor) -> torch.dtype:
+        """What ``from_pretrained`` loads the parameter ``name`` in: some families keep some of them in float32."""
+        kept = self.model._get_dtype_plan(self.dtype)
+        upcast = bool(kept) and build_glob_alternation(list(kept))[0].search(name) is not None
+        return torch.float32 if upcast else tensor.dtype
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of everything but the routed experts, once loaded; tied weights count once."""
+        experts = {id(param) for module in self.moe for param in module.params.values()}
+        stored = self.model.state_dict(keep_vars=True)
+        unique = {id(tensor): (name, tensor) for name, tensor in stored.items() if id(tensor) not in experts}
+        return sum(tensor.numel() * self.loaded_dtype(name, tensor).itemsize for name, tensor in unique.values())
+
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Skeleton:
     """The model of ``config`` on the meta device, in ``dtype``.
@@ -62,6 +77,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Skeleton:
         # a config whose numbers do not fit together fails in the constructors, in any of these ways
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:
             raise UnsupportedModelError(f"model type {config.model_type!r} cannot be built: {error!r}") from error
+    model.tie_weights()
     modules = [_experts_module(path, module) for path, module in model.named_modules() if _holds_experts(module)]
     if not modules:
         raise UnsupportedModelError(_refusal(model, config.model_type))

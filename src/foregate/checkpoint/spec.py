@@ -12,7 +12,7 @@ from typing import Any
 from foregate.checkpoint.dtypes import spelling
 from foregate.checkpoint.skeleton import Skeleton
 from foregate.errors import UnsupportedModelError
-from foregate.types import ExpertLayout, Segment
+from foregate.types import ExpertLayout
 
 TOP_K_KEYS = (
     "num_experts_per_tok",
@@ -31,7 +31,7 @@ CONTEXT_KEYS = ("max_position_embeddings", "model_max_length", "max_seq_len", "n
 
 @dataclass(frozen=True, slots=True)
 class MoeSpec:
-    """A Mixture-of-Experts model in numbers. Sizes are bytes; ``expert_slot_bytes`` is with padding, the rest without.
+    """A Mixture-of-Experts model in numbers. Sizes are bytes as loaded; only ``expert_slot_bytes`` includes padding.
 
     ``moe_layers`` are decoder layer indices and ``module_paths`` their experts modules, both in execution order.
     ``shared_experts`` and ``context_length`` are None where the config does not say.
@@ -79,8 +79,8 @@ class MoeSpec:
         return self.top_k * self.expert_slot_bytes
 
 
-def make_spec(skeleton: Skeleton, layouts: Sequence[ExpertLayout], dense: Iterable[Segment]) -> MoeSpec:
-    """The spec of a model whose experts have ``layouts`` (one a MoE layer) and whose other tensors are ``dense``."""
+def make_spec(skeleton: Skeleton, layouts: Sequence[ExpertLayout]) -> MoeSpec:
+    """The spec of a model whose experts have ``layouts`` (one a MoE layer)."""
     config = skeleton.config
     counts = tuple(module.experts for module in skeleton.moe)
     pairs = list(zip(counts, layouts, strict=True))
@@ -100,7 +100,7 @@ def make_spec(skeleton: Skeleton, layouts: Sequence[ExpertLayout], dense: Iterab
         expert_bytes=max(layout.weight_bytes for layout in layouts),
         expert_slot_bytes=max(layout.nbytes for layout in layouts),
         total_expert_bytes=sum(count * layout.weight_bytes for count, layout in pairs),
-        dense_bytes=sum(tensor.nbytes for tensor in dense),
+        dense_bytes=skeleton.dense_bytes,
     )
 
 

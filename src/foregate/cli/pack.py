@@ -46,9 +46,7 @@ def _pack(source: Path, out: Path, quiet: bool) -> dict[str, Any]:
         done = write(source, out, report)
     if not quiet:
         state = "was packed already" if done.finished_before else "packed"
-        resumed = (
-            f", {done.resumed} of them before an interruption" if done.resumed and not done.finished_before else ""
-        )
+        resumed = f" ({done.resumed} before an interruption)" if done.resumed and not done.finished_before else ""
         console().print(f"{done.directory} {state}: {done.experts} experts{resumed}, {size(done.nbytes)}")
     return {
         "directory": str(done.directory),
@@ -81,7 +79,8 @@ def _progress(what: str, quiet: bool) -> Iterator[Report]:
     """A bar with the time that is left, on stderr; gone when done."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    screen = console()
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(), transient=True, disable=quiet) as bar:
+    with Progress(*columns, console=screen, transient=True, disable=quiet or not screen.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -34,7 +34,10 @@ class _Store:
             raise CheckpointError(f"chunk size {chunk_bytes} is not a positive multiple of {ALIGNMENT} bytes")
         self._layouts = checkpoint.layouts
         self._chunk_bytes = chunk_bytes
-        self._files = WeightFiles(paths)
+        try:
+            self._files = WeightFiles(paths)
+        except OSError as error:
+            raise CheckpointError(f"{paths[0]}: cannot be read: {error.strerror}") from error
         self.slot_bytes = max(layout.nbytes for layout in checkpoint.layouts)
 
     @property
