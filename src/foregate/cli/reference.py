@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +41,7 @@ def train(
     threads: Threads = 0,
 ) -> None:
     """Train from a corpus manifest; SIGINT or SIGTERM saves and exits, --resume continues bit for bit."""
+    _wait_passively()
     from foregate.reference.recipe import finish, prepare
     from foregate.reference.recipe import train as run
     from foregate.reference.train import Interrupt
@@ -117,6 +119,7 @@ def speed(
     threads: Threads = 0,
 ) -> None:
     """Measure tokens per second, eager and compiled, and suggest --tokens for the given time."""
+    _wait_passively()
     from foregate.reference.model import ModelConfig
     from foregate.reference.recipe import use_threads
     from foregate.reference.speed import tokens_for, tokens_per_second
@@ -126,6 +129,11 @@ def speed(
     for choice in ("off", "auto"):
         rate = tokens_per_second(ModelConfig(), TrainConfig(compile=choice))
         typer.echo(f"compile {choice}: {rate:.0f} tokens/s; {minutes:g} minutes: --tokens {tokens_for(minutes, rate)}")
+
+
+def _wait_passively() -> None:
+    """Let OpenMP threads sleep at barriers (torch must not be loaded yet). On two shared cores, spinning cost 5x."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _request(data_dir: Path | None, manifest: Path | None, run_dir: Path | None, **settings: object) -> Request:

@@ -136,7 +136,8 @@ def _from_weights(request: Request, say: Callable[[str], None]) -> Trainer:
     say(
         f"no run in {request.folder}: starting from the shipped weights ({seen} tokens) with a new, re-warmed optimizer"
     )
-    config = continued_config({"config": {}}, **request.changes())
+    # Another seed than the run's that made the weights: the texts come in a new order.
+    config = continued_config({"config": {"seed": seen}}, **request.changes())
     return Trainer.from_weights(model, config, corpus, request.folder, WEIGHTS, seen)
 
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """All in steps; `start` is where this (possibly re-warmed) optimizer began."""
+    """Lengths in steps; `peak` is the learning rate of the constant phase."""
 
     peak: float
     total: int
     warmup: int
     decay: int
-    start: int = 0
     final_ratio: float = 0.02
 
     @property
@@ -23,6 +22,6 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (0-based)."""
-        warm = min(1.0, (step - self.start + 1) / max(1, self.warmup))
+        warm = min(1.0, (step + 1) / max(1, self.warmup))
         left = min(1.0, (self.total - step) / max(1, self.decay))
         return self.peak * warm * (self.final_ratio + (1.0 - self.final_ratio) * left)

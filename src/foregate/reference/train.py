@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -117,7 +117,7 @@ def pick_layer(choice: str) -> tuple[LayerFunction, bool]:
 
 
 class Trainer:
-    """A run in a directory. Build with `fresh`, `resumed` or `from_weights`, then iterate over `run()`."""
+    """A run in a directory. Build it (or with `resumed`, `from_weights`), then iterate over `run()`."""
 
     def __init__(self, model: ModelConfig, config: TrainConfig, corpus: Corpus, run_dir: Path) -> None:
         self.model, self.config, self.corpus, self.run_dir = model, config, corpus, run_dir
@@ -128,7 +128,6 @@ class Trainer:
         )
         self.run_layer, self.compiled = pick_layer(config.compile)
         self.step = 0
-        self.first_step = 0  # where the optimizer's moments began (after a restart from exported weights)
         self.earlier_tokens = 0  # tokens that exported weights had seen before this run
         self.seconds = 0.0
 
@@ -300,6 +299,3 @@ class LossCurve:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-Report = Callable[[StepStats], None]
