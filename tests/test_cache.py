@@ -8,7 +8,7 @@ import pytest
 
 from foregate.errors import BudgetError, IntegrityError
 from foregate.experts.cache import ExpertCache, SlotState
-from foregate.experts.policy import Lru
+from foregate.experts.policy import Lfu, Lru
 from foregate.experts.slots import SlotPool
 from foregate.types import ExpertKey
 
@@ -52,6 +52,26 @@ def test_the_least_recently_used_goes_first_and_is_counted(cache: ExpertCache) -
     load(cache, D)
     assert set(cache.resident) == {A, C, D}
     assert (cache.evictions, cache.peak_resident) == (1, 3)
+
+
+@pytest.mark.parametrize("leave", ["evicted", "aborted"])
+def test_what_left_the_cache_comes_back_without_its_frequency(leave: str) -> None:
+    cache = ExpertCache(SlotPool(2, 4096), Lfu())
+    if leave == "evicted":
+        load(cache, A)
+        cache.touch(A)
+        cache.touch(A)
+        cache.set_staging(1)
+        load(cache, B)
+        cache.set_staging(0)
+    else:
+        for _ in range(2):
+            cache.reserve(A)
+            cache.abort(A)
+        load(cache, B)
+    cache.touch(B)
+    load(cache, A, C)
+    assert set(cache.resident) == {B, C}, "A was used once since it came back, B twice"
 
 
 def test_lookup_does_not_count_as_an_access(cache: ExpertCache) -> None:
@@ -217,6 +237,22 @@ def test_operations_in_the_wrong_state_are_refused_and_change_nothing(cache: Exp
                 operation(key)  # type: ignore[operator]
     states = [cache.state(key) for key in (A, B, C, D)]
     assert states == [SlotState.RESIDENT, SlotState.LOADING, SlotState.STAGED, None]
+
+
+def test_clearing_forgets_residents_and_their_history_and_nothing_else(cache: ExpertCache) -> None:
+    load(cache, A, B, C)
+    cache.stage(D)
+    with pytest.raises(IntegrityError, match="staged"):
+        cache.clear()
+    cache.drop(D)
+    cache.pin([A])
+    with pytest.raises(IntegrityError, match="idle with pins"):
+        cache.clear()
+    cache.unpin([A])
+    cache.clear()
+    assert (len(cache.resident), cache.pool.used, cache.evictions) == (0, 0, 0)
+    load(cache, D, A, B, C)
+    assert D not in cache.resident
 
 
 def test_idle_integrity_refuses_leftover_pins_and_loads(cache: ExpertCache) -> None:

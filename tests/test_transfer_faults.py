@@ -265,6 +265,49 @@ def test_whatever_a_store_raises_surfaces_at_the_wait_and_the_workers_live_on(
         assert transfer.stats().retries == 0, "only OSErrors of a chunk are retried"
 
 
+class Verifying(MemoryStore):
+    """The first ``finish`` waits for ``gate``, then finds a bad checksum."""
+
+    def __init__(self) -> None:
+        super().__init__(SLOT, chunks=2)
+        self.verifying, self.gate = threading.Event(), threading.Event()
+
+    def begin(self, key: ExpertKey, into: memoryview) -> MemoryRead:
+        read = super().begin(key, into)
+        good = read.finish
+
+        def finish() -> None:
+            first = not self.verifying.is_set()
+            self.verifying.set()
+            assert self.gate.wait(PATIENCE_S)
+            if first:
+                raise ExpertReadError("bad checksum")
+            good()
+
+        read.finish = finish  # type: ignore[method-assign]
+        return read
+
+
+@pytest.mark.parametrize("revive", ["no", "before the end", "after the end"])
+def test_cancelled_while_a_bad_checksum_is_found(revive: str) -> None:
+    store, pool = Verifying(), SlotPool(1, SLOT)
+    with ThreadedTransfer(store, pool, threads=2) as transfer:
+        ticket = transfer.submit(A, 0, speculative=True)
+        assert store.verifying.wait(PATIENCE_S)
+        assert not transfer.cancel(ticket), "it is not free while it is verified"
+        if revive == "before the end":
+            transfer.promote(ticket)
+        store.gate.set()
+        if revive != "before the end":
+            until(lambda: ticket.done)
+        if revive == "after the end":
+            transfer.promote(ticket)
+        if revive != "no":
+            transfer.wait(ticket)
+            assert pool.view(0) == store.expert_bytes(A)
+    assert sum(store.reads.values()) == (2 if revive == "no" else 4)
+
+
 def test_closing_the_store_ends_a_hang_with_an_error() -> None:
     store = faulty(Fault(Kind.HANG), chunks=1)
     with ThreadedTransfer(store, SlotPool(1, SLOT), threads=1) as transfer:

@@ -189,6 +189,16 @@ class ExpertCache:
         self._staging = self._checked(staging)
         self._make_room(0)
 
+    def clear(self) -> None:
+        """Forget every resident, for a cold start; no evictions are counted. Raises IntegrityError unless idle, with
+        nothing staged."""
+        self.check_integrity(idle=True)
+        if self._staged:
+            raise IntegrityError(f"cleared with experts staged: {sorted(self._staged)}")
+        for key in list(self._resident):
+            self.pool.give(self._leave(key, self._resident))
+            self.policy.forget(key)
+
     def check_integrity(self, *, idle: bool = False) -> None:
         """Raises IntegrityError on any inconsistency; ``idle``: also when a pin or a demand load is left over."""
         self.pool.check_integrity()

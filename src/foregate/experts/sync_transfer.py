@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from time import perf_counter
 
 from foregate.errors import ExpertReadError, TransferError
 from foregate.experts.attempt import begin, chunk_bytes, finish, read_chunk
+from foregate.experts.counters import ReadCounters, TransferStats
 from foregate.experts.slots import SlotPool
-from foregate.experts.ticket import ExpertTicket, TransferStats
-from foregate.interfaces import ExpertRead, ExpertStore
+from foregate.experts.ticket import ExpertTicket, own
+from foregate.interfaces import ExpertRead, ExpertStore, Ticket
 from foregate.types import ExpertKey
 
 
@@ -25,7 +24,7 @@ class SyncTransfer:
         self._pool = pool
         self._lazy = lazy
         self._retries = retries
-        self._stats = TransferStats()
+        self._counters = ReadCounters()
 
     def __enter__(self) -> SyncTransfer:
         return self
@@ -45,42 +44,41 @@ class SyncTransfer:
             self._load(ticket)
         return ticket
 
-    def promote(self, ticket: ExpertTicket) -> None:
+    def promote(self, ticket: Ticket) -> None:
         """Read at ``wait`` what was cancelled, or failed before it was needed."""
+        ticket = own(ticket)
         if ticket.cancelled or (ticket.error and ticket.read and not ticket.urgent):
-            self._stats.cancelled -= ticket.cancelled
+            self._counters.stats.cancelled -= ticket.cancelled
             ticket.cancelled = False
             ticket.rewind()
         ticket.urgent = True
 
-    def wait(self, ticket: ExpertTicket) -> None:
+    def wait(self, ticket: Ticket) -> None:
         """Read what is unread. Raises TransferError when the read failed or was cancelled."""
-        self.wait_any([ticket])
-        if ticket.error is not None:
-            raise ticket.error
-        if ticket.cancelled:
-            raise TransferError(f"expert {ticket.key.layer}.{ticket.key.expert} waited for after it was cancelled")
+        self.wait_any([ticket]).outcome()
 
-    def wait_any(self, tickets: Sequence[ExpertTicket]) -> ExpertTicket:
+    def wait_any(self, tickets: Sequence[Ticket]) -> ExpertTicket:
         """The first of ``tickets`` (not empty) that has ended, or else the first one, read now."""
-        for ticket in tickets:
+        waited = [own(ticket) for ticket in tickets]
+        for ticket in waited:
             if not ticket.cancelled:
                 self.promote(ticket)
-        ended = next((ticket for ticket in tickets if ticket.done), tickets[0])
+        ended = next((ticket for ticket in waited if ticket.done), waited[0])
         self._load(ended)
         return ended
 
-    def cancel(self, ticket: ExpertTicket) -> bool:
+    def cancel(self, ticket: Ticket) -> bool:
         """Always True: nothing is being read."""
+        ticket = own(ticket)
         if not ticket.done:
             ticket.cancelled = ticket.done = True
             ticket.urgent = False
-            self._stats.cancelled += 1
+            self._counters.stats.cancelled += 1
         return True
 
     def stats(self) -> TransferStats:
         """A copy of the counters."""
-        return replace(self._stats, active_s=self._stats.busy_s)
+        return self._counters.snapshot()
 
     def close(self) -> None:
         """Nothing to release."""
@@ -92,7 +90,7 @@ class SyncTransfer:
             bad_checksum = isinstance(failure, ExpertReadError) and ticket.finished == ticket.read.chunks
             if bad_checksum and ticket.rereads < self._retries:
                 ticket.rereads += 1
-                self._stats.rereads += 1
+                self._counters.stats.rereads += 1
                 ticket.rewind()
             elif failure:
                 self._fail(ticket, failure)
@@ -101,25 +99,16 @@ class SyncTransfer:
 
     def _read_chunks(self, ticket: ExpertTicket, read: ExpertRead) -> TransferError | None:
         for index in range(read.chunks):
-            began = perf_counter()
+            began = self._counters.begin()
             retries, failure = read_chunk(read, index, self._retries)
-            self._stats.busy_s += perf_counter() - began
-            self._stats.retries += retries
+            self._counters.end(began, 0 if failure else chunk_bytes(read, index), speculative=ticket.speculative)
+            self._counters.stats.retries += retries
             if failure:
                 return failure
-            self._account(ticket, chunk_bytes(read, index))
+            ticket.finished += 1
         return None
-
-    def _account(self, ticket: ExpertTicket, nbytes: int) -> None:
-        ticket.finished += 1
-        self._stats.chunks += 1
-        if ticket.speculative:
-            self._stats.prefetch_bytes += nbytes
-        else:
-            self._stats.demand_bytes += nbytes
 
     def _fail(self, ticket: ExpertTicket, error: TransferError) -> None:
         ticket.error = error
         ticket.done = True
-        self._stats.failed += 1
-        self._stats.failed_prefetch += not ticket.urgent
+        self._counters.fail(needed=ticket.urgent)

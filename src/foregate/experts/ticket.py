@@ -1,34 +1,12 @@
-"""One transfer from submit to its end, and the counters of a transfer. Nothing here locks: the transfer does."""
+"""The state of one transfer, from submit to its end. Nothing here locks: the transfer does."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from foregate.errors import TransferError
-from foregate.interfaces import ExpertRead
+from foregate.interfaces import ExpertRead, Ticket
 from foregate.types import ExpertKey
-
-
-@dataclass(slots=True)
-class TransferStats:
-    """Counters since the transfer was opened; bytes as read from the store. Thread-safe copies: ``stats()``.
-
-    A promoted read stays in ``prefetch_bytes``: it was issued speculatively. ``busy_s`` sums the seconds of all
-    threads in reads; ``active_s`` is the wall time with at least one read running, so that
-    ``(demand_bytes + prefetch_bytes) / active_s`` is the bandwidth reached. ``failed`` includes ``failed_prefetch``,
-    the speculative transfers that failed before anybody needed them.
-    """
-
-    demand_bytes: int = 0
-    prefetch_bytes: int = 0
-    chunks: int = 0
-    retries: int = 0
-    rereads: int = 0
-    failed: int = 0
-    failed_prefetch: int = 0
-    cancelled: int = 0
-    busy_s: float = 0.0
-    active_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -71,3 +49,16 @@ class ExpertTicket:
         self.next_chunk = self.finished = 0
         self.done = self.restart = self.complete = False
         self.error = None
+
+    def outcome(self) -> None:
+        """Raises TransferError if the transfer failed or was cancelled; for tickets that have ended."""
+        if self.error is not None:
+            raise self.error
+        if self.cancelled:
+            raise TransferError(f"expert {self.key.layer}.{self.key.expert} waited for after it was cancelled")
+
+
+def own(ticket: Ticket) -> ExpertTicket:
+    """``ticket`` as the transfers of this package made it."""
+    assert isinstance(ticket, ExpertTicket), f"a ticket of another transfer: {ticket}"
+    return ticket

@@ -9,16 +9,15 @@ from __future__ import annotations
 import heapq
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import count
 from time import perf_counter
-from types import TracebackType
 
 from foregate.errors import ExpertReadError, TransferError
 from foregate.experts.attempt import begin, chunk_bytes, finish, read_chunk
+from foregate.experts.counters import ReadCounters, TransferStats
 from foregate.experts.slots import SlotPool
-from foregate.experts.ticket import ExpertTicket, TransferStats
-from foregate.interfaces import ExpertRead, ExpertStore
+from foregate.experts.ticket import ExpertTicket, own
+from foregate.interfaces import ExpertRead, ExpertStore, Ticket
 from foregate.types import ExpertKey
 
 JOIN_S = 5.0
@@ -39,12 +38,10 @@ class ThreadedTransfer:
         self._pool = pool
         self._retries = retries
         self._timeout_s = timeout_s
-        self._stats = TransferStats()
+        self._counters = ReadCounters()
         self._queue: list[tuple[bool, int, ExpertTicket]] = []
         self._order = count()
         self._closed = False
-        self._reading = 0
-        self._reading_since = 0.0
         self._progress_at = 0.0
         lock = threading.Lock()
         self._work = threading.Condition(lock)
@@ -58,7 +55,7 @@ class ThreadedTransfer:
     def __enter__(self) -> ThreadedTransfer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def submit(self, key: ExpertKey, slot: int, *, speculative: bool) -> ExpertTicket:
@@ -76,17 +73,18 @@ class ThreadedTransfer:
                 self._enqueue(ticket)
         return ticket
 
-    def promote(self, ticket: ExpertTicket) -> None:
+    def promote(self, ticket: Ticket) -> None:
         """Continue a speculative transfer at demand priority; nothing that was read is read again.
 
         One that was cancelled is revived, so only its owner may promote it, and only while it holds the slot. One
         that failed before it was needed starts again with new retries.
         """
+        ticket = own(ticket)
         with self._work:
             if ticket.urgent or ticket.ok:
                 return
             ticket.urgent = True
-            self._stats.cancelled -= ticket.cancelled
+            self._counters.stats.cancelled -= ticket.cancelled
             ticket.cancelled = False
             if ticket.error is not None and ticket.read is not None:
                 ticket.error, ticket.rereads, ticket.restart = None, 0, True
@@ -95,38 +93,35 @@ class ThreadedTransfer:
                 self._enqueue(ticket)
             self._settle(ticket)
 
-    def wait(self, ticket: ExpertTicket) -> None:
+    def wait(self, ticket: Ticket) -> None:
         """Block until the expert is in its slot, promoting it first. Raises TransferError when it failed, was
         cancelled or made no progress; the slot is not to be reused before ``ticket.done`` (false after a time-out)."""
-        self.wait_any([ticket])
-        if ticket.error is not None:
-            raise ticket.error
-        if ticket.cancelled:
-            raise TransferError(f"expert {ticket.key.layer}.{ticket.key.expert} waited for after it was cancelled")
+        self.wait_any([ticket]).outcome()
 
-    def wait_any(self, tickets: Sequence[ExpertTicket]) -> ExpertTicket:
+    def wait_any(self, tickets: Sequence[Ticket]) -> ExpertTicket:
         """Block until one of ``tickets`` (not empty) has ended and return it; its ``wait`` then returns or raises at
         once. Promotes them all but the cancelled."""
-        for ticket in tickets:
+        waited = [own(ticket) for ticket in tickets]
+        for ticket in waited:
             if not ticket.cancelled:
                 self.promote(ticket)
-        return self._await(tickets)
+        return self._await(waited)
 
-    def cancel(self, ticket: ExpertTicket) -> bool:
+    def cancel(self, ticket: Ticket) -> bool:
         """Read no further chunk. True: the slot is free now. False: a chunk is being read, poll ``ticket.done``."""
+        ticket = own(ticket)
         with self._work:
             if not ticket.done and not ticket.over:
                 ticket.cancelled = True
                 ticket.urgent = False
-                self._stats.cancelled += 1
+                self._counters.stats.cancelled += 1
                 self._settle(ticket)
             return ticket.done
 
     def stats(self) -> TransferStats:
         """A copy of the counters."""
         with self._work:
-            running = perf_counter() - self._reading_since if self._reading else 0.0
-            return replace(self._stats, active_s=self._stats.active_s + running)
+            return self._counters.snapshot()
 
     def close(self) -> None:
         """Drop what is queued and join the workers. Waits at most ``JOIN_S`` seconds for running reads."""
@@ -185,31 +180,29 @@ class ThreadedTransfer:
         return None
 
     def _first(self) -> ExpertTicket | None:
-        """The ticket to serve; entries that are exhausted, ended or promoted since are dropped here."""
+        """The ticket to serve; entries of tickets that are over or whose last chunk was taken are dropped here."""
         while self._queue:
-            later, _, ticket = self._queue[0]
+            ticket = self._queue[0][2]
             assert ticket.read is not None
-            if later != ticket.urgent and not ticket.over and ticket.next_chunk < ticket.read.chunks:
+            if not ticket.over and ticket.next_chunk < ticket.read.chunks:
                 return ticket
             heapq.heappop(self._queue)
         return None
 
     def _start(self, ticket: ExpertTicket) -> tuple[ExpertTicket, int, float]:
-        now = ticket.progress_at = perf_counter()
-        if self._reading == 0:
-            self._reading_since = now
-        self._reading += 1
+        ticket.progress_at = self._counters.begin()
         ticket.running += 1
         ticket.next_chunk += 1
-        return ticket, ticket.next_chunk - 1, now
+        return ticket, ticket.next_chunk - 1, ticket.progress_at
 
     def _read(self, ticket: ExpertTicket, index: int, began: float) -> None:
         read = ticket.read
         assert read is not None
         retries, failure = read_chunk(read, index, self._retries)
         with self._work:
-            self._account(ticket, 0 if failure else chunk_bytes(read, index), began)
-            self._stats.retries += retries
+            nbytes = 0 if failure else chunk_bytes(read, index)
+            self._progress_at = ticket.progress_at = self._counters.end(began, nbytes, speculative=ticket.speculative)
+            self._counters.stats.retries += retries
             if failure:
                 self._fail(ticket, failure)
             else:
@@ -221,18 +214,6 @@ class ThreadedTransfer:
                 return
         self._verify(ticket, read)
 
-    def _account(self, ticket: ExpertTicket, nbytes: int, began: float) -> None:
-        now = self._progress_at = ticket.progress_at = perf_counter()
-        self._stats.chunks += nbytes > 0
-        if ticket.speculative:
-            self._stats.prefetch_bytes += nbytes
-        else:
-            self._stats.demand_bytes += nbytes
-        self._stats.busy_s += now - began
-        self._reading -= 1
-        if self._reading == 0:
-            self._stats.active_s += now - self._reading_since
-
     def _verify(self, ticket: ExpertTicket, read: ExpertRead) -> None:
         """Finish the read on this worker, which still counts as running; a bad checksum reads the expert again."""
         failure = finish(read)
@@ -241,7 +222,7 @@ class ThreadedTransfer:
             ticket.complete = failure is None
             if isinstance(failure, ExpertReadError) and ticket.rereads < self._retries:
                 ticket.rereads += 1
-                self._stats.rereads += 1
+                self._counters.stats.rereads += 1
                 ticket.restart = True
             elif failure:
                 self._fail(ticket, failure)
@@ -258,8 +239,7 @@ class ThreadedTransfer:
         """Keep the first error. Recorded for a cancelled ticket too: it may be revived."""
         if ticket.error is None:
             ticket.error = error
-            self._stats.failed += 1
-            self._stats.failed_prefetch += not ticket.urgent
+            self._counters.fail(needed=ticket.urgent)
 
     def _settle(self, ticket: ExpertTicket) -> None:
         """Something ended: begin again, or mark the ticket done, unless a chunk of it is still running."""

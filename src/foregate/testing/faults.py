@@ -63,7 +63,6 @@ class FaultyStore:
 
     def __init__(self, inner: ExpertStore, plan: Sequence[Fault], *, seed: int = 0) -> None:
         self.slot_bytes = inner.slot_bytes
-        self.direct_io = inner.direct_io
         self.injected: Counter[Kind] = Counter()
         self._inner = inner
         self._plan = tuple(plan)
@@ -72,6 +71,10 @@ class FaultyStore:
         self._lock = threading.Lock()
         self._released = threading.Event()
         self._closed = False
+
+    @property
+    def direct_io(self) -> bool:
+        return self._inner.direct_io
 
     def layout(self, layer: int) -> ExpertLayout:
         return self._inner.layout(layer)
