@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from foregate.errors import ConfigError
+from foregate.testing import large
 from foregate.testing.families import CONFIGS
 from foregate.testing.tiny import FAMILIES, REFUSED, REQUIRED, build
 from foregate.testing.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
@@ -179,3 +182,73 @@ def test_tokenizer_survives_any_text(checkpoints: Any) -> None:
     messages = [{"role": "user", "content": "hi"}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered == "user: hi\nassistant:"
+
+
+SMALL = {"hidden": 64, "experts": 8, "expert_width": 32, "chosen": 2}
+
+
+def test_large_checkpoint_loads_cleanly_and_decodes(tmp_path: Path) -> None:
+    reports: list[tuple[int, int]] = []
+    directory = large.build_large(
+        tmp_path, layers=4, shard_bytes=100_000, progress=lambda *done: reports.append(done), **SMALL
+    )
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    model, info = load(directory)
+    assert not any(info.values()), info
+    assert reports[-1] == (2 * model.num_parameters(),) * 2
+    ids = prompt_ids(directory)
+    with torch.no_grad():
+        assert model(ids).logits.isfinite().all()
+    assert all(len(chosen.unique()) > 2 for chosen in routed(model, ids))
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert out.shape[1] == ids.shape[1] + 8
+
+
+def test_large_values_are_scaled_like_an_initialisation(tmp_path: Path) -> None:
+    model, _ = load(large.build_large(tmp_path, layers=1, **SMALL))
+    weights = model.model.layers[0].mlp.experts.gate_up_proj.float()
+    assert abs(weights.mean()) < 0.01
+    assert 0.7 < weights.std() * 8 < 1.4  # 8 = sqrt(64)
+    norm = model.model.norm.weight
+    assert norm.min() >= 1
+    assert norm.max() < 1.25
+
+
+def test_large_is_the_same_however_it_is_sharded(tmp_path: Path) -> None:
+    one = large.build_large(tmp_path / "one", layers=2, **SMALL)
+    many = large.build_large(tmp_path / "many", layers=2, shard_bytes=10_000, **SMALL)
+    assert tensors_of(one).keys() == tensors_of(many).keys()
+    assert all(torch.equal(value, tensors_of(many)[name]) for name, value in tensors_of(one).items())
+    again = large.build_large(tmp_path / "again", layers=2, **SMALL)
+    assert digests(again) == digests(one)
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def test_large_reaches_the_size_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    large.main([str(tmp_path), "--gigabytes", "0.0005", *sizes])
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) > 500_000
+    assert "MB/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({}, "one of them"),
+        ({"layers": 2, "total_bytes": 1000}, "one of them"),
+        ({"layers": 0}, "layers=0"),
+        ({"layers": 1, "hidden": 100}, "hidden=100"),
+        ({"layers": 1, "chosen": 65}, "choose 65 of 64"),
+        ({"total_bytes": 10**18}, "bytes free"),
+    ],
+)
+def test_large_refuses_impossible_sizes(sizes: dict[str, int], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        large.build_large(tmp_path, **sizes)
