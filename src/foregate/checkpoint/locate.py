@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from foregate.checkpoint.reason import reason
 from foregate.errors import CheckpointError
 
 REFERENCE = "reference"
@@ -51,8 +52,7 @@ def _download(model: str) -> Path:
         return fetch(_weights(fetch(list(_SMALL_FILES))) + list(_SMALL_FILES))
     # ConnectionError and the hub's own "not in the cache, and offline" are OSErrors; a malformed id is a ValueError
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        message = f"{model} is neither a directory nor a model that the hub gives: {reason}"
+        message = f"{model} is neither a directory nor a model that the hub gives: {reason(error)}"
         raise CheckpointError(message) from error
 
 

@@ -7,11 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from foregate.checkpoint.dtypes import FLOATS
+from foregate.checkpoint.reason import reason
 from foregate.checkpoint.shards import Shards
 from foregate.errors import CheckpointError, UnsupportedModelError
+
+INVALID = (
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    OSError,
+    ZeroDivisionError,
+)
+"""What transformers raises for a config that it does not know, or whose values do not fit."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -37,10 +51,8 @@ def text_config(directory: Path, raw: dict[str, Any]) -> PretrainedConfig:
     model_type = raw["model_type"]
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    # transformers' validation of a config raises all of these
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, ZeroDivisionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(f"model type {model_type!r} of {directory}/config.json: {reason}") from error
+    except INVALID as error:
+        raise UnsupportedModelError(f"model type {model_type!r} of {directory}/config.json: {reason(error)}") from error
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         message = f"model type {model_type!r} is not supported: transformers has no causal language model for it"

@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
 )
 
 from foregate.checkpoint.dtypes import FLOATS
+from foregate.checkpoint.reason import reason
 from foregate.errors import CheckpointError, UnsupportedModelError
 from foregate.types import ParamLayout, Segment
 
@@ -155,10 +156,8 @@ def _apply(
         return operation.convert(tensors, source_patterns=list(patterns), target_patterns=list(targets))
     except (RuntimeError, ValueError, IndexError) as error:
         first = sources[0].tensors[0]
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{first.path}: {first.tensor} {list(first.shape)}: {operation!r} fails: {reason}"
-        ) from error
+        message = f"{first.path}: {first.tensor} {list(first.shape)}: {operation!r} fails"
+        raise CheckpointError(f"{message}: {reason(error)}") from error
 
 
 def _run(

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, initialization
 from transformers.core_model_loading import build_glob_alternation
 
+from foregate.checkpoint.reason import reason
 from foregate.errors import UnsupportedModelError
 
 DISPATCHED_FLAGS = ("is_transposed", "has_gate", "has_bias", "_is_expert_parallel")
@@ -76,7 +77,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Skeleton:
             )
         # a config whose numbers do not fit together fails in the constructors, in any of these ways
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:
-            raise UnsupportedModelError(f"model type {config.model_type!r} cannot be built: {error!r}") from error
+            raise UnsupportedModelError(f"model type {config.model_type!r} cannot be built: {reason(error)}") from error
     model.tie_weights()
     modules = [_experts_module(path, module) for path, module in model.named_modules() if _holds_experts(module)]
     if not modules:

@@ -81,7 +81,7 @@ class MoeSpec:
 
 def make_spec(skeleton: Skeleton, layouts: Sequence[ExpertLayout]) -> MoeSpec:
     """The spec of a model whose experts have ``layouts`` (one a MoE layer)."""
-    config = skeleton.config
+    config = skeleton.config.get_text_config()
     counts = tuple(module.experts for module in skeleton.moe)
     pairs = list(zip(counts, layouts, strict=True))
     return MoeSpec(
