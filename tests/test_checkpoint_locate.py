@@ -92,12 +92,12 @@ def test_unknown_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_downloads_the_shards_of_the_index_and_no_second_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weight_map = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    small, all_of_it = hub(monkeypatch, tmp_path), None
+    calls = hub(monkeypatch, tmp_path)
     assert locate("org/model") == tmp_path
-    first, all_of_it = small
+    first, second = calls
     assert not any("safetensors" in pattern for pattern in first["allow_patterns"])
-    assert all_of_it["allow_patterns"][:2] == ["model-1.safetensors", "model-2.safetensors"]
-    assert all_of_it["ignore_patterns"] == ["*/*"]
+    assert second["allow_patterns"][:2] == ["model-1.safetensors", "model-2.safetensors"]
+    assert second["ignore_patterns"] == ["*/*"]
 
 
 def test_downloads_the_single_file_where_there_is_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def convert(converter: WeightConverter, tensors: dict[str, list[torch.Tensor]], 
 def check(
     patterns: list[str], operations: list[ConversionOps], part: tuple[int, ...], whole: tuple[int, ...]
 ) -> Recipe:
-    """Compare ``plan(...).make`` for every expert with ``convert``; parts have shape ``part``, the parameter ``whole``."""
+    """Compare ``make`` for every expert with ``convert``; parts have shape ``part``, the parameter ``whole``."""
     merges = isinstance(operations[0], MergeModulelist)
     converter = WeightConverter(patterns, "experts.p", operations)
     torch.manual_seed(0)

@@ -40,7 +40,8 @@ def edit_tensors(directory: Path, edit: Callable[[Tensors], Tensors], name: str 
 def edit_json(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file; None removes a key."""
     content = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    gone = [key for key, value in changes.items() if value is None]
+    path.write_text(json.dumps({key: value for key, value in content.items() if key not in gone}))
 
 
 def load(directory: Path) -> Any:

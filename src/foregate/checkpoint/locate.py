@@ -20,6 +20,8 @@ def locate(model: str) -> Path:
 
     Raises CheckpointError, naming ``model``, if there is no such thing.
     """
+    if not model.strip():
+        raise CheckpointError("the name of the model is empty: no such directory")
     if model == REFERENCE:
         return _reference()
     path = Path(model).expanduser()
