@@ -158,12 +158,13 @@ class ExpertRuntime:
             self._prefetcher.consider(self.predictor.predict(self._signals))
 
     def _make_staging(self, layer: int) -> None:
-        """Room for the next layer: free slots first, and at least a quarter of a full pool."""
-        if self._prefetcher.may_stream:
-            pool = self._cache.pool
-            wanted = min(self._experts[layer], max(pool.free, pool.slots // 4), pool.slots - 1)
-            if wanted > self._cache.staging:
-                self._cache.set_staging(wanted)
+        """Room for the next layer: what no resident needs, and at least a quarter of a pool that cannot hold all."""
+        if not self._prefetcher.may_stream:
+            return
+        slots, held = self._cache.pool.slots, self._cache.resident
+        absent = self._experts[layer] - sum(key.layer == layer for key in held)
+        least = 0 if slots >= sum(self._experts) else slots // 4
+        self._cache.set_staging(min(self._experts[layer], max(slots - len(held) - absent, least), slots - 1))
 
     def _ahead(self, layer: int, used: int) -> Callable[[], None]:
         if used < STREAM_SHARE * self._experts[layer]:
