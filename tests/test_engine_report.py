@@ -36,7 +36,8 @@ def test_every_speculative_read_has_one_fate(predictor: str, tiny: Tiny) -> None
 
 
 def test_oracle_wastes_nothing_while_decoding(tiny: Tiny) -> None:
-    with Engine(RunConfig(model=str(tiny("qwen2_moe")), memory_budget="30%", predictor="oracle", prefetch="4")) as engine:
+    config = RunConfig(model=str(tiny("qwen2_moe")), memory_budget="30%", predictor="oracle", prefetch="4")
+    with Engine(config) as engine:
         list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=12)))
         assert engine.report is not None
         decode = engine.report.decode

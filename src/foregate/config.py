@@ -41,7 +41,9 @@ def parse_budget(text: str) -> Budget:
     if unit == "%":
         return Budget(share=number / 100)
     if unit not in UNITS:
-        raise BudgetError(f"memory budget {text!r}: unknown unit {match.group(2)!r}; use KB, MB, GB, KiB, MiB, GiB or %")
+        raise BudgetError(
+            f"memory budget {text!r}: unknown unit {match.group(2)!r}; use KB, MB, GB, KiB, MiB, GiB or %"
+        )
     return Budget(nbytes=int(number * UNITS[unit]))
 
 

@@ -31,11 +31,14 @@ def run(
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt.")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file ('-': stdin).")] = None,
     memory_budget: Annotated[
-        str, typer.Option("--memory-budget", "--budget", "--ram", help="Bytes (8GB, 512MiB), 25% of the experts, or auto.")
+        str,
+        typer.Option("--memory-budget", "--budget", "--ram", help="Bytes (8GB, 512MiB), 25% of the experts, or auto."),
     ] = _RUN.memory_budget,
     predictor: Annotated[str, typer.Option(help=f"One of: {', '.join(PREDICTORS.names)}.")] = _RUN.predictor,
     prefetch: Annotated[str, typer.Option(help="auto, off, or N experts a layer at most.")] = _RUN.prefetch,
-    lookahead: Annotated[int, typer.Option(help="Layers between the signal and the layer it predicts.")] = _RUN.lookahead,
+    lookahead: Annotated[
+        int, typer.Option(help="Layers between the signal and the layer it predicts.")
+    ] = _RUN.lookahead,
     cache_policy: Annotated[str, typer.Option(help=f"One of: {', '.join(POLICIES.names)}.")] = _RUN.cache_policy,
     reader_threads: Annotated[int, typer.Option(help="Threads that read experts.")] = _RUN.reader_threads,
     threads: Annotated[int | None, typer.Option(help="Compute threads; torch's choice if not given.")] = _RUN.threads,
@@ -43,7 +46,9 @@ def run(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _SAMPLING.temperature,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; needs a temperature.")] = _SAMPLING.top_p,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = _SAMPLING.seed,
-    chat_template: Annotated[ChatTemplate, typer.Option(help="Use the model's chat template if it has one.")] = ChatTemplate.auto,
+    chat_template: Annotated[
+        ChatTemplate, typer.Option(help="Use the model's chat template if it has one.")
+    ] = ChatTemplate.auto,
     stats: Annotated[bool, typer.Option("--stats", help="A table of figures on stderr at the end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of the text.")] = False,
 ) -> None:
@@ -120,4 +125,3 @@ def stats_table(report: dict[str, Any]) -> Table:
         ("reads", f"{report['store']} file, {'O_DIRECT' if report['direct_io'] else 'buffered'}"),
     ]
     return two_columns(f"{report['model']}", rows)
-

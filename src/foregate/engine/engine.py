@@ -129,9 +129,7 @@ class Engine:
         for module, layout in zip(modules, self.checkpoint.layouts, strict=True):
             check_supported(module, layout, spec.model_type)
         self.pool = SlotPool(self.plan.slots, self.plan.slot_bytes)
-        self.signals = ModelSignals(
-            self.model, spec.module_paths, spec.experts_per_layer, spec.top_k, spec.model_type
-        )
+        self.signals = ModelSignals(self.model, spec.module_paths, spec.experts_per_layer, spec.top_k, spec.model_type)
         self.transfer = ThreadedTransfer(
             self.store, self.pool, threads=config.reader_threads, timeout_s=config.read_timeout_s
         )
@@ -262,7 +260,7 @@ class Engine:
 
     def _stop_ids(self) -> set[int]:
         configs = (self.model.generation_config, self.model.config)
-        ends = next((c.eos_token_id for c in configs if getattr(c, "eos_token_id", None) is not None), [])
+        ends: Any = next((c.eos_token_id for c in configs if getattr(c, "eos_token_id", None) is not None), [])
         return set(ends) if isinstance(ends, (list, tuple)) else {int(ends)}
 
     # Reporting

@@ -31,7 +31,8 @@ def plan_slots(budget: str, *, slot_bytes: int, experts: int, dense_bytes: int) 
     slots = min(nbytes // slot_bytes, experts)
     if slots < 1:
         raise BudgetError(
-            f"memory budget {budget} is {nbytes:,} bytes; the minimum for this model is {slot_bytes:,} bytes (one expert)"
+            f"memory budget {budget} is {nbytes:,} bytes; "
+            f"the minimum for this model is {slot_bytes:,} bytes (one expert)"
         )
     return SlotPlan(nbytes, slots, slot_bytes)
 

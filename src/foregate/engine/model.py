@@ -19,7 +19,7 @@ from foregate.errors import CheckpointError
 
 def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """Load everything but the experts, the ordinary way. Raises CheckpointError where dense weights are missing."""
-    bare = _without_experts(checkpoint)
+    bare: Any = _without_experts(checkpoint)
     with _quiet():
         model, info = bare.from_pretrained(
             checkpoint.directory, dtype=checkpoint.skeleton.dtype, local_files_only=True, output_loading_info=True
@@ -28,7 +28,8 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     if missing:
         raise CheckpointError(f"{checkpoint.directory}: weights missing or of wrong shape: {', '.join(missing[:4])}")
     _drop_page_cache(checkpoint.directory)
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -48,13 +49,13 @@ def _without_experts(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     paths = checkpoint.spec.module_paths
     hidden = {path: [p.name for p in layout.params] for path, layout in zip(paths, checkpoint.layouts, strict=True)}
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def initialise(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         for path, names in hidden.items():
             _hide(self.get_submodule(path), names)
 
     ignored = [rf"^(?:.*\.)?{re.escape(path)}\." for path in hidden] + [r"\.experts\."]
-    body = {"__init__": __init__, "__module__": base.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
+    body = {"__init__": initialise, "__module__": base.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
     return type(base.__name__, (base,), body)
 
 

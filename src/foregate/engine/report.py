@@ -61,9 +61,7 @@ class RunReport:
             "tpot_median_s": median(times) if times else 0.0,
             "expert_cache": {"hits": total.hits, "misses": total.misses, "evictions": total.evictions},
             "read_bytes": {"demand": total.demand_bytes, "prefetch": total.prefetch_bytes},
-            "prefetch": {
-                name: getattr(total, name) for name in ("issued", "used", "late", "wasted", "cancelled")
-            },
+            "prefetch": {name: getattr(total, name) for name in ("issued", "used", "late", "wasted", "cancelled")},
             "read_retries": total.retries,
             "stall_s": total.stall_s,
             "stall": {"demand_s": total.demand_stall_s, "late_prefetch_s": total.late_stall_s},

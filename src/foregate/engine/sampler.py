@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from foregate.config import SamplingConfig
 
@@ -14,7 +14,9 @@ class Sampler:
 
     def __init__(self, config: SamplingConfig) -> None:
         self._greedy = config.temperature == 0
-        self._warpers = [] if self._greedy else [TemperatureLogitsWarper(config.temperature)]
+        self._warpers: list[LogitsProcessor] = []
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(config.temperature))
         if not self._greedy and config.top_p < 1:
             self._warpers.append(TopPLogitsWarper(config.top_p))
         self._generator = torch.Generator().manual_seed(config.seed)

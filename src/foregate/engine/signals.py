@@ -76,7 +76,9 @@ class ModelSignals:
         except Exception as error:  # a stranger's module, called in a way that it may not foresee
             return f"{place}: its router cannot be asked ahead ({type(error).__name__}: {error})"
         chosen = {e for e in step.experts[-1].tolist() if 0 <= e < part.experts}
-        return "" if chosen == set(ranked[: len(chosen)].tolist()) else f"{place}: its router does not repeat its choice"
+        return (
+            "" if chosen == set(ranked[: len(chosen)].tolist()) else f"{place}: its router does not repeat its choice"
+        )
 
 
 def _route(part: MoeAnatomy, x: Tensor) -> Any:

@@ -5,6 +5,8 @@ Shapes: T tokens, D hidden, F expert hidden, S slots.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,9 +36,7 @@ class SlotViews:
 
     def _build(self, slot: int, layout: ExpertLayout) -> dict[str, Tensor]:
         raw = torch.frombuffer(self._pool.view(slot), dtype=torch.uint8)
-        return {
-            p.name: raw[p.offset : p.offset + p.nbytes].view(DTYPES[p.dtype]).view(p.shape) for p in layout.params
-        }
+        return {p.name: raw[p.offset : p.offset + p.nbytes].view(DTYPES[p.dtype]).view(p.shape) for p in layout.params}
 
 
 def check_supported(module: nn.Module, layout: ExpertLayout, family: str) -> None:
@@ -48,7 +48,7 @@ def check_supported(module: nn.Module, layout: ExpertLayout, family: str) -> Non
         )
 
 
-def expert_forward(module: nn.Module, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def expert_forward(module: Any, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """Output [T, D] of one expert for ``x`` [T, D], with the flags and the activation of its transformers module."""
     gated = getattr(module, "has_gate", True)
     transposed = getattr(module, "is_transposed", False)
@@ -56,7 +56,9 @@ def expert_forward(module: nn.Module, x: Tensor, weights: dict[str, Tensor]) -> 
     hidden = _linear(x.to(weights[first].dtype), weights[first], weights.get(f"{first}_bias"), transposed)
     hidden = module._apply_gate(hidden) if gated else module.act_fn(hidden)
     out = _linear(hidden, weights["down_proj"], weights.get("down_proj_bias"), transposed)
-    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
+    if getattr(module, "has_post_expert_norm", False):
+        out = module.post_expert_norm(out)
+    return out
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

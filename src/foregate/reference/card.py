@@ -85,6 +85,11 @@ def _model(model: dict[str, Any]) -> str:
 def _training(figures: dict[str, Any]) -> str:
     run, config, machine = figures["training"], figures["training"]["config"], figures["machine"]
     state = "schedule finished, decay included" if run["finished"] else "intermediate export, not decayed"
+    capacities = [
+        f"{change['capacity_factor'][0]:g} until step {change['step']}"
+        for change in run["changes_on_resume"]
+        if "capacity_factor" in change
+    ]
     rows = [
         ("tokens", f"{run['tokens']:,} ({state})"),
         ("steps", f"{run['steps']} of {config['rows']} sequences of {config['length']} tokens"),
@@ -104,7 +109,7 @@ def _training(figures: dict[str, Any]) -> str:
         ),
         (
             "expert capacity",
-            f"{config['capacity_factor']:g} x uniform in training ({run['dropped_assignments_last']:.2%} of choices "
+            f"{', '.join([*capacities, format(config['capacity_factor'], 'g')])} x uniform in training ({run['dropped_assignments_last']:.2%} of choices "
             "dropped at the end), unlimited in use",
         ),
         (

@@ -90,6 +90,7 @@ def _training(trainer: Trainer, curve: Path) -> dict[str, Any]:
         "tokens_per_second_best": round(max(rates)) if rates else None,
         "dropped_assignments_last": points[-1]["dropped"] if points else None,
         "config": asdict(trainer.config),
+        "changes_on_resume": trainer.changes,
         "loss_curve": [[point["tokens"], round(point["loss"], 4)] for point in _thinned(points)],
     }
 

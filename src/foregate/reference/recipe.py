@@ -111,13 +111,15 @@ def prepare(request: Request, say: Callable[[str], None], model: ModelConfig | N
 
 def _resume(request: Request, say: Callable[[str], None]) -> Trainer:
     state = read_state(request.folder / STATE)
-    for name in ("seed", "learning_rate", "capacity_factor"):
+    for name in ("seed", "learning_rate"):
         asked = getattr(request, name)
         if asked is not None and asked != state["config"][name]:
             raise RequestError(
                 f"{name} {asked} differs from the run's {state['config'][name]}; --resume cannot change it"
             )
-    config = continued_config(state, tokens=request.tokens, compile=request.compile)
+    config = continued_config(
+        state, tokens=request.tokens, compile=request.compile, capacity_factor=request.capacity_factor
+    )
     corpus = load_corpus(request.folder / "corpus")
     trainer = Trainer.resumed(ModelConfig(**state["model"]), config, corpus, request.folder)
     say(f"resumed at step {trainer.step} of {config.steps}")

@@ -130,6 +130,7 @@ class Trainer:
         self.step = 0
         self.earlier_tokens = 0  # tokens that exported weights had seen before this run
         self.seconds = 0.0
+        self.changes: list[dict[str, Any]] = []  # settings that were changed on resuming, for the record
 
     @classmethod
     def resumed(cls, model: ModelConfig, config: TrainConfig, corpus: Corpus, run_dir: Path) -> Trainer:
@@ -217,6 +218,7 @@ class Trainer:
             "earlier_tokens": self.earlier_tokens,
             "seconds": self.seconds,
             "config": asdict(self.config),
+            "changes": self.changes,
             "model": asdict(self.model),
             "digest": self.corpus.digest,
             "optimizer": self.optimizer.state(),
@@ -230,6 +232,9 @@ class Trainer:
             raise TrainingError(f"{self.run_dir} trains a model of other sizes: {state['model']}")
         self.step, self.seconds = state["step"], state["seconds"]
         self.earlier_tokens = state["earlier_tokens"]
+        now, old = asdict(self.config), state["config"]
+        changed = {key: [old[key], now[key]] for key in now if now[key] != old[key]}
+        self.changes = [*state.get("changes", []), *([{"step": self.step, **changed}] if changed else [])]
         self.optimizer.load_state(state["optimizer"])
 
     def export_to(self, folder: Path) -> None:

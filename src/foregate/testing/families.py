@@ -72,6 +72,16 @@ GROUPED: Config = {  # sigmoid router with a correction bias and expert groups, 
 }
 
 REQUIRED_CONFIGS: dict[str, Config] = {
+    "llama4_text": {
+        # Outside transformers' experts interface; the engine adapts it.
+        "num_local_experts": 8,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 2,
+        "num_hidden_layers": 6,
+        "head_dim": 16,
+    },
     "qwen2_moe": {
         "num_experts": 8,
         "num_experts_per_tok": 2,
@@ -491,14 +501,6 @@ UNDISPATCHED_CONFIGS: dict[str, Config] = {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "intermediate_size": 32,
-    },
-    "llama4_text": {
-        "num_local_experts": 8,
-        "num_experts_per_tok": 1,
-        "intermediate_size": 32,
-        "intermediate_size_mlp": 96,
-        "interleave_moe_layer_step": 2,
-        "head_dim": 16,
     },
     "longcat_flash": {
         **MLA,
