@@ -89,7 +89,7 @@ def _training(figures: dict[str, Any]) -> str:
         f"{change['capacity_factor'][0]:g} until step {change['step']}"
         for change in run["changes_on_resume"]
         if "capacity_factor" in change
-    ]
+    ] + [f"{config['capacity_factor']:g}"]
     rows = [
         ("tokens", f"{run['tokens']:,} ({state})"),
         ("steps", f"{run['steps']} of {config['rows']} sequences of {config['length']} tokens"),
@@ -109,7 +109,7 @@ def _training(figures: dict[str, Any]) -> str:
         ),
         (
             "expert capacity",
-            f"{', '.join([*capacities, format(config['capacity_factor'], 'g')])} x uniform in training ({run['dropped_assignments_last']:.2%} of choices "
+            f"{', '.join(capacities)} x uniform in training ({run['dropped_assignments_last']:.2%} of choices "
             "dropped at the end), unlimited in use",
         ),
         (

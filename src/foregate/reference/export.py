@@ -122,7 +122,7 @@ def export(config: ModelConfig, named: Mapping[str, Tensor], tokenizer: Tokenize
     folder.mkdir(parents=True, exist_ok=True)
     to_transformers_config(config).save_pretrained(folder)
     ends = {"bos_token_id": END_ID, "eos_token_id": END_ID, "pad_token_id": PAD_ID}
-    GenerationConfig(**ends).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    GenerationConfig(**ends).save_pretrained(folder)
     save_tokenizer(tokenizer, folder, config.max_positions)
     tensors = to_checkpoint(config, named)
     atomic_write(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
