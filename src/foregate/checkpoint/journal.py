@@ -17,19 +17,28 @@ class Journal:
 
     def __init__(self, directory: Path, plan: str) -> None:
         """Open or begin the journal of ``plan`` (a hash of what is packed). Raises PackError if another pack runs."""
+        self._plan = plan
+        self.checksums: list[str] = []
+        """Of the experts that are done, in order."""
+        self.resumes = False
+        """True where there is an earlier run of the same plan to go on with."""
         self._file = (directory / NAME).open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._load()
         except BlockingIOError:
-            self._file.close()
+            self.close()
             raise PackError(f"{directory}: another process is writing this pack") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self) -> None:
         lines = self._complete_lines()
-        self.resumes = bool(lines) and lines[0] == {"plan": plan}
-        """False where there was nothing, or the rest of a pack of something else."""
-        self.checksums: list[str] = [line["checksum"] for line in lines[1:]] if self.resumes else []
-        """Of the experts that are done, in order."""
-        self._plan = plan
-        if not self.resumes:
+        self.resumes = bool(lines) and lines[0] == {"plan": self._plan}
+        if self.resumes:
+            self.checksums = [line["checksum"] for line in lines[1:]]
+        else:
             self.restart()
 
     def restart(self) -> None:

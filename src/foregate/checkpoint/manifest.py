@@ -51,7 +51,10 @@ class Manifest:
 
     def find(self, key: ExpertKey) -> PackedExpert:
         """Where ``key`` lies. Raises IndexError for a key that the model does not have."""
-        return self.layers[key.layer].experts[key.expert]
+        experts = self.layers[key.layer].experts
+        if not 0 <= key.expert < len(experts):
+            raise IndexError(f"MoE layer {key.layer} has no expert {key.expert}, only {len(experts)}")
+        return experts[key.expert]
 
     def order(self) -> Iterator[ExpertKey]:
         """Every expert, in the order of the file."""

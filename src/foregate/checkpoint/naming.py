@@ -31,7 +31,9 @@ class LayerSources:
     recipes: tuple[Recipe, ...]
 
     def segments(self, expert: int) -> tuple[Segment, ...]:
-        """The byte ranges of one expert, in the order in which ``assemble`` wants them."""
+        """The byte ranges of one expert, in the order in which ``assemble`` wants them. Raises IndexError."""
+        if not 0 <= expert < self.experts:
+            raise IndexError(f"{self.path} has no expert {expert}, only {self.experts}")
         return tuple(source.segment(expert) for recipe in self.recipes for source in recipe.sources)
 
 

@@ -42,9 +42,11 @@ class PackWriter:
         self._dense = plan_dense(checkpoint.dense.values())
         self._partial = directory / f"{manifests.EXPERTS_FILE}.partial"
         self._journal = Journal(directory, self._plan_hash())
-        if not self._resumable():
-            self._journal.restart()
-            self._sweep()
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
         self.resumed = len(self._journal.checksums)
         """Experts that an earlier run wrote."""
 
@@ -74,6 +76,11 @@ class PackWriter:
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self._checkpoint.shards.files]
         digest.update(json.dumps([self._checkpoint.fingerprint, stats, *_versions()]).encode())
         return str(digest.hexdigest())
+
+    def _prepare(self) -> None:
+        if not self._resumable():
+            self._journal.restart()
+            self._sweep()
 
     def _resumable(self) -> bool:
         """Whether the experts that the journal knows are there."""

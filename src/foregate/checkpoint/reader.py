@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from mmap import mmap
 
 from foregate.types import ALIGNMENT
 
@@ -21,7 +22,6 @@ logger = logging.getLogger("foregate")
 class _Handle:
     fd: int
     direct: bool
-    size: int
 
 
 class WeightFiles:
@@ -36,8 +36,8 @@ class WeightFiles:
             self._probe(path)
 
     def size(self, path: str) -> int:
-        """Bytes of the file."""
-        return self._handle(path).size
+        """Bytes of the file, now."""
+        return os.fstat(self._handle(path).fd).st_size
 
     def read(self, path: str, offset: int, into: memoryview) -> int:
         """Fill ``into`` from byte ``offset``; the bytes read are fewer than its length only where the file ends.
@@ -51,7 +51,7 @@ class WeightFiles:
                 break
             reached = done + count
             if direct and reached % ALIGNMENT:
-                if offset + reached >= os.fstat(self._handle(path).fd).st_size:
+                if offset + reached >= self.size(path):
                     return reached
                 # a direct read can only be continued from an aligned place
                 reached -= reached % ALIGNMENT
@@ -95,14 +95,12 @@ class WeightFiles:
         flags = os.O_RDONLY | os.O_CLOEXEC
         if self.direct_io:
             try:
-                fd = os.open(path, flags | os.O_DIRECT)
-                return _Handle(fd, True, os.fstat(fd).st_size)
+                return _Handle(os.open(path, flags | os.O_DIRECT), True)
             except OSError as error:
                 if error.errno not in REFUSALS:
                     raise
             self._say_buffered(path)
-        fd = os.open(path, flags)
-        return _Handle(fd, False, os.fstat(fd).st_size)
+        return _Handle(os.open(path, flags), False)
 
     def _fall_back(self, path: str) -> _Handle:
         with self._lock:
@@ -121,7 +119,4 @@ class WeightFiles:
 
     def _probe(self, path: str) -> None:
         """Find out now whether direct reads work, so that ``direct_io`` is right from the start."""
-        from mmap import mmap
-
-        with mmap(-1, ALIGNMENT) as page, memoryview(page) as view:
-            self.read(path, 0, view)
+        self.read(path, 0, memoryview(mmap(-1, ALIGNMENT)))

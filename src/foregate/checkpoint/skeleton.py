@@ -72,9 +72,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Skeleton:
     """
     with torch.device("meta"), initialization.no_init_weights(), initialization.meta_device_safe_creation_ops():
         try:
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         # a config whose numbers do not fit together fails in the constructors, in any of these ways
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:
             raise UnsupportedModelError(f"model type {config.model_type!r} cannot be built: {reason(error)}") from error

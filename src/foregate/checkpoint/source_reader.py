@@ -44,7 +44,8 @@ class SourceReader:
             while done < nbytes:
                 count = os.preadv(fd, [view[done:]], offset + done)
                 if count == 0:
-                    raise CheckpointError(f"{path}: truncated: expected {offset + nbytes} bytes, found {offset + done}")
+                    size = os.fstat(fd).st_size
+                    raise CheckpointError(f"{path}: truncated: expected {offset + nbytes} bytes, found {size}")
                 done += count
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:

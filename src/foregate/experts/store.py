@@ -72,8 +72,8 @@ class _Read:
         chunk = self._chunks[index]
         count = self._files.read(chunk.path, chunk.offset, self._memory()[chunk.at : chunk.at + chunk.nbytes])
         if count < chunk.required:
-            end = chunk.offset + chunk.required
-            raise ExpertReadError(f"{self.where(index)}: truncated: expected {end} bytes, found {chunk.offset + count}")
+            end, size = chunk.offset + chunk.required, self._files.size(chunk.path)
+            raise ExpertReadError(f"{self.where(index)}: truncated: expected {end} bytes, found {size}")
 
     def where(self, index: int) -> str:
         """File, offset and expert of chunk ``index``."""
