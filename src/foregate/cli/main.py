@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from foregate import __version__
 from foregate.cli.doctor import doctor
@@ -47,18 +48,24 @@ def _root(
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 our one-line error, 2 wrong usage, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted; one line says why."""
     try:
-        app()
+        raise SystemExit(app(standalone_mode=False) or 0)
     except ForegateError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail(str(error), 1)
+    except TyperException as error:
+        _fail(error.format_message(), 2)
     except BrokenPipeError:
         # The reader of our output has gone (head, less): not an error, and nothing more can be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(130) from None
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

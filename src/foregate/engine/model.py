@@ -35,9 +35,13 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
 def load_tokenizer(path: Path) -> Any:
     """The checkpoint's own tokenizer. Raises CheckpointError when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+    if not tokenizer("a").input_ids:
+        # Without files transformers makes an empty tokenizer of the family's class.
+        raise CheckpointError(f"{path}: no usable tokenizer: its vocabulary is empty")
+    return tokenizer
 
 
 def _without_experts(checkpoint: Checkpoint) -> type[PreTrainedModel]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from time import perf_counter
+from time import perf_counter, sleep
 
-from foregate.errors import IntegrityError, TransferError
+from foregate.errors import IntegrityError
 from foregate.experts.cache import ExpertCache, SlotState
 from foregate.interfaces import Ticket, Transfer
-from foregate.prefetch.prefetcher import Prefetcher
+from foregate.prefetch.prefetcher import SETTLE_S, Prefetcher
 from foregate.types import ExpertKey, StepStats
 
 Compute = Callable[[int, int], None]
@@ -183,11 +182,16 @@ class Pipeline:
         self._cache.unpin([key])
 
     def _abandon(self, flight: dict[ExpertKey, Ticket]) -> None:
-        """After an error: let reads under way end, so that nobody writes to a slot that is given away."""
+        """After an error: read no further, and free the slots that nobody writes to any more.
+
+        A chunk that hangs keeps its slot; the engine is not used again after a failed read.
+        """
+        for ticket in flight.values():
+            self._transfer.cancel(ticket)
+        deadline = perf_counter() + SETTLE_S
+        while perf_counter() < deadline and not all(ticket.done for ticket in flight.values()):
+            sleep(1e-4)
         for key, ticket in flight.items():
-            with suppress(TransferError):
-                self._transfer.wait(ticket)
-            # A read that timed out may still write: its slot stays taken, and the engine is not used again.
             if ticket.done:
                 self._cache.abort(key)
         flight.clear()

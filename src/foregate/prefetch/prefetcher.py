@@ -10,7 +10,7 @@ from foregate.interfaces import Ticket, Transfer
 from foregate.prefetch.controller import Controller
 from foregate.types import ExpertKey, Prediction, StepStats
 
-SETTLE_S = 5.0
+SETTLE_S = 1.0
 """Seconds to wait for chunks that were being read when their transfer was cancelled."""
 
 
