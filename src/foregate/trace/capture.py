@@ -80,8 +80,8 @@ def _positions(kwargs: dict[str, Any], batch: int, tokens: int) -> Tensor:
     given = kwargs.get("position_ids")
     if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == tokens:
         return given.detach().clone().expand(batch, tokens)
-    past = kwargs.get("past_key_values")
-    before = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
+    length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)
+    before = int(length()) if length is not None else 0
     return torch.arange(before, before + tokens).expand(batch, tokens)
 
 

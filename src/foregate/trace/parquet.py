@@ -27,13 +27,16 @@ SPLIT = ["weights.list.element", "scores.list.element"]
 def encode_part(record: PromptRecord, header: Header) -> bytes:
     """The Parquet file of ``record``. Raises TraceError where it does not fit the trace, or a number does not fit."""
     record.check(header)
-    schema = header.schema.with_metadata({fmt.FOOTER_KEY: _footer(record, header)})
-    table = pa.table(_columns(record, header), schema=schema)
+    schema = header.schema
     lists = [name for name in SPLIT if name.split(".")[0] in schema.names]
     flat = [name for name in schema.names if name not in ("experts", "weights", "scores")]
     out = io.BytesIO()
     # Without Arrow's own schema (1 kB a part) every reader sees the same plain types.
-    pq.write_table(table, out, use_dictionary=flat, use_byte_stream_split=lists, store_schema=False, **COMPRESSION)
+    with pq.ParquetWriter(
+        out, schema, use_dictionary=flat, use_byte_stream_split=lists, store_schema=False, **COMPRESSION
+    ) as writer:
+        writer.write_table(pa.table(_columns(record, header), schema=schema))
+        writer.add_key_value_metadata({fmt.FOOTER_KEY: _footer(record, header)})
     return out.getvalue()
 
 

@@ -104,8 +104,9 @@ class RouterTracker:
             raise TraceError(f"prompt {prompts[0]!r} and {len(prompts) - 1} more: recorded were {found}")
         self._learn(passes[0])
         records = [to_record(passes, number, name, domain, self._wanted) for number, name in enumerate(prompts)]
-        for record in records if prompt_tokens is not None else ():
-            np.greater_equal(record.positions, prompt_tokens, out=record.decode)
+        if prompt_tokens is not None:
+            for record in records:
+                np.greater_equal(record.positions, prompt_tokens, out=record.decode)
         return records
 
     def header(self, run: RunInfo, *, name: str = "", fingerprint: str = "", tokenizer: str = "") -> Header:
