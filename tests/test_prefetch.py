@@ -1,0 +1,220 @@
+"""The per-layer loop, the prefetcher and the controller, on an in-memory store: no model, no torch, no timing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import sleep
+
+import pytest
+
+from foregate.errors import TransferError
+from foregate.experts.cache import ExpertCache, SlotState
+from foregate.experts.policy import Lru
+from foregate.experts.slots import SlotPool
+from foregate.experts.transfer import ThreadedTransfer
+from foregate.prefetch.controller import PROBE_EVERY, Controller
+from foregate.prefetch.pipeline import Pipeline
+from foregate.prefetch.prefetcher import Prefetcher
+from foregate.testing.faults import Fault, FaultyStore, Kind
+from foregate.testing.stores import MemoryStore
+from foregate.types import ExpertKey, Prediction
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+
+
+class Bench:
+    """Pipeline, prefetcher and cache over a store in memory; ``served`` is what was computed, with its bytes."""
+
+    def __init__(self, slots: int, staging: int = 0, limit: int | None = 4, faults: Sequence[Fault] = ()) -> None:
+        self.memory = MemoryStore(chunks=2)
+        self.store = FaultyStore(self.memory, list(faults))
+        self.pool = SlotPool(slots, self.memory.slot_bytes)
+        self.cache = ExpertCache(self.pool, Lru(), staging)
+        self.transfer = ThreadedTransfer(self.store, self.pool, threads=2, retries=1, timeout_s=5.0)
+        self.controller = Controller(limit, expert_bytes=self.memory.slot_bytes, chunk_bytes=4096)
+        self.prefetcher = Prefetcher(
+            self.cache, self.transfer, self.controller, experts=(EXPERTS,) * LAYERS, top_k=TOP_K
+        )
+        self.pipeline = Pipeline(self.cache, self.transfer, self.prefetcher)
+        self.served: list[int] = []
+
+    def compute(self, layer: int, expert: int, slot: int) -> None:
+        assert bytes(self.pool.view(slot)) == self.memory.expert_bytes(ExpertKey(layer, expert))
+        self.served.append(expert)
+
+    def decode(self, layer: int, needed: Sequence[int], predictions: Sequence[Prediction] = ()) -> None:
+        self.pipeline.decode(
+            layer, needed, lambda e, s: self.compute(layer, e, s), lambda: self.prefetcher.consider(predictions)
+        )
+        self.cache.check_integrity(idle=True)
+
+    def stream(self, layer: int, needed: Sequence[int]) -> None:
+        self.pipeline.stream(
+            layer, needed, lambda e, s: self.compute(layer, e, s), lambda: self.prefetcher.stream_ahead(layer + 1)
+        )
+        self.cache.check_integrity(idle=True)
+
+
+@contextmanager
+def bench(slots: int, staging: int = 0, limit: int | None = 4, faults: Sequence[Fault] = ()) -> Iterator[Bench]:
+    made = Bench(slots, staging, limit, faults)
+    try:
+        yield made
+    finally:
+        made.transfer.close()
+        made.store.close()
+
+
+def predicted(layer: int, *experts: int) -> Prediction:
+    return Prediction(layer, experts, (1.0,) * len(experts))
+
+
+def test_every_needed_expert_is_served_once_even_from_a_single_slot() -> None:
+    with bench(slots=1) as b:
+        b.decode(0, [5, 1, 7])
+        assert sorted(b.served) == [1, 5, 7]
+        assert b.pipeline.stats.misses == 3
+        assert b.pool.peak_slots == 1
+
+
+def test_residents_are_served_before_what_must_be_read() -> None:
+    with bench(slots=4) as b:
+        b.decode(0, [3])
+        b.served.clear()
+        b.decode(0, [6, 3])
+        assert b.served == [3, 6]
+        assert (b.pipeline.stats.hits, b.pipeline.stats.misses) == (1, 2)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 8, 24])
+def test_streaming_serves_in_ascending_order_from_any_number_of_slots(slots: int) -> None:
+    with bench(slots=slots, limit=0) as b:
+        b.stream(0, [7, 2, 5, 0, 3])
+        b.stream(0, [7, 2, 5, 0, 3])
+        assert b.served == [0, 2, 3, 5, 7] * 2
+        if slots >= 8:
+            assert b.pipeline.stats.misses == 5
+
+
+def test_streaming_reads_the_next_layer_ahead() -> None:
+    with bench(slots=16, staging=8) as b:
+        b.stream(0, range(8))
+        assert {key.layer for key in b.cache.staged} == {1}
+        misses = b.pipeline.stats.misses
+        b.stream(1, range(8))
+        assert b.prefetcher.stats.used == 8
+        assert b.pipeline.stats.misses - misses == b.pipeline.stats.late
+
+
+def test_only_predicted_and_absent_experts_are_read_ahead() -> None:
+    with bench(slots=8, staging=4) as b:
+        b.decode(1, [2])
+        b.decode(0, [0], [predicted(1, 2, 3)])
+        assert list(b.cache.staged) == [ExpertKey(1, 3)]
+        b.decode(1, [2, 3])
+        assert b.prefetcher.stats.issued == b.prefetcher.stats.used == 1
+        assert b.cache.state(ExpertKey(1, 3)) is SlotState.RESIDENT
+
+
+def test_an_unused_prediction_expires_with_its_layer() -> None:
+    with bench(slots=8, staging=4) as b:
+        b.decode(0, [0], [predicted(1, 4, 5)])
+        b.decode(1, [1])
+        b.prefetcher.settle()
+        stats = b.prefetcher.stats
+        assert (stats.issued, stats.used, stats.wasted + stats.cancelled) == (2, 0, 2)
+        assert not b.cache.staged
+
+
+def test_speculation_never_evicts_a_resident() -> None:
+    with bench(slots=4, staging=2) as b:
+        b.decode(0, [0])
+        b.decode(0, [1])
+        residents = set(b.cache.resident)
+        b.prefetcher.consider([predicted(1, 0, 1, 2, 3)])
+        assert set(b.cache.resident) == residents
+        assert len(b.cache.staged) == 2
+        b.prefetcher.expire()
+        b.prefetcher.settle()
+
+
+def test_garbage_predictions_are_dropped() -> None:
+    with bench(slots=8, staging=4) as b:
+        b.prefetcher.consider([predicted(1, -1, 99, 8)])
+        assert b.prefetcher.stats.issued == 0
+
+
+def test_a_late_prefetch_is_waited_for_and_read_once() -> None:
+    slow = Fault(Kind.SLOW, keys=[ExpertKey(1, 3)], seconds=0.02)
+    with bench(slots=8, staging=4, faults=[slow]) as b:
+        b.decode(0, [0], [predicted(1, 3)])
+        b.decode(1, [3])
+        assert b.pipeline.stats.late == 1
+        assert [b.memory.reads[ExpertKey(1, 3), chunk] for chunk in (0, 1)] == [1, 1]
+
+
+def test_a_failed_prefetch_that_is_needed_is_read_on_demand() -> None:
+    # Two attempts are the speculative read's own (retries=1); the third, on demand, succeeds.
+    failing = Fault(Kind.EIO, keys=[ExpertKey(1, 3)], chunks=[0], first=2)
+    with bench(slots=8, staging=4, faults=[failing]) as b:
+        b.decode(0, [0], [predicted(1, 3)])
+        while b.transfer.stats().failed_prefetch == 0:
+            sleep(1e-3)
+        b.decode(1, [3])
+        assert b.served[-1] == 3
+
+
+def test_an_error_leaves_cache_and_pool_consistent() -> None:
+    broken = Fault(Kind.EIO, keys=[ExpertKey(0, 2)])
+    with bench(slots=4, faults=[broken]) as b:
+        with pytest.raises(TransferError, match=r"expert 0\.2"):
+            b.decode(0, [1, 2, 3])
+        b.cache.check_integrity(idle=True)
+
+
+# Controller
+
+
+def controller(limit: int | None = None, **settings: str) -> Controller:
+    return Controller(limit, expert_bytes=8 * 2**20, chunk_bytes=2**20, **settings)
+
+
+def test_a_fixed_limit_is_taken_as_it_is() -> None:
+    assert controller(3).allowance(2) == 3
+    assert controller(0).allowance(2) == 0
+
+
+def judged(used: int, wasted: int) -> Controller:
+    c = controller()
+    c.saw_read(0.008)
+    c.saw_window(0.010)
+    for outcome in [True] * used + [False] * wasted:
+        c.judge(used=outcome)
+    return c
+
+
+def test_speculation_that_pays_stays_on() -> None:
+    c = judged(used=50, wasted=5)
+    c.begin_step()
+    assert c.decision.enabled
+    assert "pays" in c.decision.reason
+    assert c.allowance(4) == 1  # one read of 8 ms fits the window of 10 ms
+
+
+def test_speculation_that_wastes_is_switched_off_but_probed() -> None:
+    c = judged(used=0, wasted=200)
+    allowed = []
+    for _ in range(2 * PROBE_EVERY):
+        c.begin_step()
+        allowed.append(c.allowance(4))
+    assert not c.decision.enabled
+    assert "does not pay" in c.decision.reason
+    assert sum(value > 0 for value in allowed) == 2
+    assert c.switches == 1
+
+
+def test_a_reason_known_beforehand_is_final() -> None:
+    c = controller(None, off_reason="no staging")
+    c.begin_step()
+    assert (c.allowance(4), c.decision.reason) == (0, "no staging")
