@@ -54,7 +54,21 @@ def test_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    "model", ["/no/such/directory", "./gone", "../gone", "a/b/c", "models/", "", " ", "~/gone", "a b"]
+    "model",
+    [
+        "/no/such/directory",
+        "./gone",
+        "../gone",
+        "a/b/c",
+        "models/",
+        "",
+        " ",
+        "~/gone",
+        "a b",
+        "~nobody-here/x",
+        "x" * 5000,
+        "/" + "x" * 300,
+    ],
 )
 def test_path_that_does_not_exist(model: str) -> None:
     assert "no such directory" in refusal(model)

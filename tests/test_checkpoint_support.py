@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from foregate.checkpoint.dtypes import FLOATS
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
@@ -28,6 +29,8 @@ Tensors = dict[str, torch.Tensor]
 
 def tiny(directory: Path, family: str = "olmoe", **options: Any) -> Path:
     """A seeded tiny checkpoint in bfloat16: about 1 MB, small enough to build in every test."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not know {family}")
     return build(family, directory, **{"dtype": "bfloat16", **options})
 
 

@@ -24,11 +24,15 @@ def locate(model: str) -> Path:
         raise CheckpointError("the name of the model is empty: no such directory")
     if model == REFERENCE:
         return _reference()
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{model} is a file; give the directory of a checkpoint")
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise CheckpointError(f"{model} is a file; give the directory of a checkpoint")
+    # "~nobody", and names that no file system takes
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{model[:100]}: no such directory ({reason(error)})") from error
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise CheckpointError(f"{model}: no such directory")
     return _download(model)
