@@ -105,7 +105,8 @@ def _training(figures: dict[str, Any]) -> str:
         ),
         (
             "router losses",
-            f"balance {config['balance_coefficient']:g} and z {config['z_coefficient']:g}, each summed over layers",
+            f"balance {config['balance_coefficient']:g} ({config['late_balance_coefficient']:g} after "
+            f"{config['balance_tokens']:,} tokens) and z {config['z_coefficient']:g}, each summed over layers",
         ),
         (
             "expert capacity",
