@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from foregate.cli.output import console, print_json, size, two_columns
+from foregate.cli.output import print_json, result, size, two_columns
 from foregate.errors import ConfigError
 
 PACKAGES = ("foregate", "torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -91,4 +91,4 @@ def show(found: dict[str, Any]) -> None:
         ("gpu", ", ".join(found["gpu"]) or "none"),
         *found["versions"].items(),
     ]
-    console().print(two_columns("foregate doctor", rows))
+    result().print(two_columns("foregate doctor", rows))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foregate.cli.output import console, print_json, size, two_columns
+from foregate.cli.output import print_json, result, size, two_columns
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +20,7 @@ SHARES = (25, 50, 75, 100)
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Directory, hub id, pack, or 'reference' (built in).")],
+    model: Annotated[str, typer.Argument(help="Directory, hub id, pack, or 'reference' (built in).")] = "reference",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Family, layers, experts, sizes and budgets of a model. Reads headers only."""
@@ -82,8 +82,8 @@ def show(checkpoint: Checkpoint) -> None:
         ("one layer's experts", f"{size(spec.layer_budget)} ({spec.top_k} experts): a useful budget is larger"),
         ("fingerprint", checkpoint.fingerprint),
     ]
-    console().print(two_columns("foregate inspect", rows))
-    console().print(_budget_table(spec))
+    result().print(two_columns("foregate inspect", rows))
+    result().print(_budget_table(spec))
 
 
 def _routed(spec: MoeSpec) -> int:

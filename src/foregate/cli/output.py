@@ -11,8 +11,13 @@ from rich.table import Table
 
 
 def console() -> Console:
-    """Human output goes to stderr, so that stdout is the text or the JSON alone."""
+    """For what accompanies a result (progress, statistics): stderr, so that stdout is the result alone."""
     return Console(stderr=True, highlight=False)
+
+
+def result() -> Console:
+    """For tables that are the result: stdout."""
+    return Console(highlight=False)
 
 
 def size(nbytes: float) -> str:
