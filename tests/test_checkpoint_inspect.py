@@ -63,8 +63,8 @@ def test_budgets_are_shares_of_all_slots(tmp_path: Path) -> None:
 def test_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tiny(tmp_path, "deepseek_v2")
     inspect(str(tmp_path))
-    out, table = capfd.readouterr()
-    assert out == ""
+    table, err = capfd.readouterr()
+    assert err == ""
     for text in (
         "deepseek_v2 (DeepseekV2ForCausalLM), BF16",
         "4, of which 3 with experts",
