@@ -106,8 +106,8 @@ class Header:
 
     @property
     def layout(self) -> str:
-        """Hash of everything that the rows depend on; parts carry it."""
-        rows = [asdict(self.model), self.scores and asdict(self.scores), self.timings]
+        """Hash of everything that the rows depend on, the model's name left out; parts carry it."""
+        rows: list[Any] = [asdict(replace(self.model, name="")), self.scores and asdict(self.scores), self.timings]
         rows.append({name: asdict(info) for name, info in self.features.items()})
         return fmt.checksum(json.dumps(rows, sort_keys=True).encode())[:16]
 

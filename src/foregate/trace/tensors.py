@@ -5,43 +5,55 @@ Shapes: N rows of the prompt's part, D feature size.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, deserialize, serialize
 
 from foregate.errors import TraceError
+from foregate.trace.fields import Fields
 
-STORED = {"F16": "float16", "BF16": "bfloat16"}
-"""safetensors' name of a type → ours."""
+F16, BF16 = "F16", "BF16"
+STORED = {F16: "float16", BF16: "bfloat16"}
+"""safetensors' names of the types → ours."""
 
 
 def encode_tensors(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file of [N, D] tensors: float16 as they are, uint16 as the bits of bfloat16."""
-    raw: dict[str, Any] = {}
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    data = b""
     for name, values in tensors.items():
-        dtype = "float16" if values.dtype == np.float16 else "bfloat16"
-        raw[name] = {"dtype": dtype, "shape": list(values.shape), "data": np.ascontiguousarray(values).tobytes()}
-    return bytes(serialize(raw, dict(metadata)))
+        content = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()
+        kind = F16 if values.dtype == np.float16 else BF16
+        ends = [len(data), len(data) + len(content)]
+        table[name] = {"dtype": kind, "shape": list(values.shape), "data_offsets": ends}
+        data += content
+    header = json.dumps(table, ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data
 
 
 def decode_tensors(content: bytes, where: str) -> dict[str, NDArray[np.float32]]:
     """The tensors, widened to float32 (exact). Raises TraceError naming ``where``."""
+    size = int.from_bytes(content[:8], "little")
     try:
-        found = deserialize(content)  # type: ignore[no-untyped-call]
-    except SafetensorError as error:
+        table = json.loads(content[8 : 8 + size])
+    except ValueError as error:
         raise TraceError(f"{where}: corrupted: no safetensors file ({error})") from None
-    return {name: _widen(raw, where).reshape(raw["shape"]) for name, raw in found}
+    data = memoryview(content)[8 + size :]
+    fields = Fields(table, where)
+    return {name: _decode(fields.sub(name), data) for name in table if name != "__metadata__"}
 
 
-def _widen(raw: Mapping[str, Any], where: str) -> NDArray[np.float32]:
-    kind = STORED.get(raw["dtype"])
-    if kind is None:
-        raise TraceError(f"{where}: a tensor of type {raw['dtype']}; known: {', '.join(STORED)}")
-    bits = np.frombuffer(raw["data"], "<u2")
-    return bits.view(np.float16).astype(np.float32) if kind == "float16" else widen_bfloat16(bits)
+def _decode(fields: Fields, data: memoryview) -> NDArray[np.float32]:
+    kind = STORED[fields.choice("dtype", tuple(STORED))]
+    shape, ends = fields.counts("shape"), fields.counts("data_offsets")
+    if len(ends) != 2 or ends[1] > len(data) or ends[1] - ends[0] != 2 * int(np.prod(shape)):
+        raise TraceError(f"{fields.where}: corrupted: bytes {list(ends)} for shape {list(shape)}")
+    bits = np.frombuffer(data[ends[0] : ends[1]], "<u2").reshape(shape)
+    return bits.view("<f2").astype(np.float32) if kind == "float16" else widen_bfloat16(bits)
 
 
 def widen_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

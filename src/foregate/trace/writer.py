@@ -27,6 +27,8 @@ def check_out(directory: Path, *, resume: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise TraceError(f"{directory} is a file; a trace is a directory")
     names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if names == {fmt.MANIFEST_FILE} and not (directory / fmt.MANIFEST_FILE).stat().st_size:
+        return  # the beginning of a trace that failed before its first prompt
     if names and not resume:
         raise TraceError(f"{directory} is not empty; give another directory, or --resume to continue the trace in it")
     ours = {fmt.HEADER_FILE, fmt.HEADER_FILE + TEMPORARY, fmt.MANIFEST_FILE, fmt.PARTS, fmt.FEATURES}
@@ -71,8 +73,13 @@ class TraceWriter:
         """Prompts traced so far."""
         return self._manifest.entries
 
+    @property
+    def why_skipped(self) -> str:
+        """The reason of the first prompt that was left out; empty where none was."""
+        return next((line.skipped for line in self._manifest.lines if isinstance(line, Skipped)), "")
+
     def begin(self, header: Header) -> None:
-        """Say what the rows hold; ``header.runs`` has one run, this one. The header is on disk when this returns.
+        """Say what the rows hold; the last of ``header.runs`` is this run. The header is on disk when this returns.
 
         Raises TraceError where an existing trace is of another model, has other columns, or is of other work.
         """
