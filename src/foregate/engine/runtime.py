@@ -123,7 +123,14 @@ class ExpertRuntime:
             out = self._expert(layer, module, x[token], slot)
             parts[token, rank] = (out * weights[token, rank, None]).to(parts.dtype)
 
-        self._run(layer, index, compute)
+        def compute_one(expert: int, slot: int) -> None:
+            out = self._expert(layer, module, x, slot)
+            for rank, chosen in enumerate(ranks):
+                if chosen == expert:
+                    parts[0, rank] = out[0] * weights[0, rank]
+
+        ranks = index[0].tolist()
+        self._run(layer, index, compute_one if len(index) == 1 else compute)
         return parts.sum(dim=1).to(x.dtype)
 
     def _sum(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:

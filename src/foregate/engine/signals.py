@@ -98,5 +98,7 @@ def _ranking(output: Any, experts: int) -> Ranking:
     if chosen:
         first = chosen[-1].reshape(-1, chosen[-1].shape[-1])[-1].numpy()
         first = first[(first >= 0) & (first < experts)]
-        order = np.concatenate([first, order[~np.isin(order, first)]])
+        others = np.ones(experts, dtype=bool)
+        others[first] = False
+        order = np.concatenate([first, order[others[order]]])
     return order.astype(np.int64), scores[order].astype(np.float32)
