@@ -13,7 +13,9 @@ from foregate.checkpoint.opening import open_checkpoint
 from foregate.checkpoint.pack import pack
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
+from foregate.predictors import PREDICTORS
 from foregate.testing.tiny import FAMILIES, REQUIRED
+from foregate.types import Prediction
 
 LONG = [5 + (7 * i) % 240 for i in range(24)]
 SHORT = LONG[:6]
@@ -111,3 +113,33 @@ def test_an_abandoned_generation_leaves_nothing_behind(tiny: Tiny) -> None:
         stream.close()
         engine.cache.check_integrity(idle=True)
         assert engine.prefetcher.pending == 0
+
+
+class Rubbish:
+    """A predictor as bad as they come: wrong layers, wrong types, endless lists."""
+
+    name = "rubbish"
+
+    def __init__(self, lookahead: int = 1) -> None:
+        self.calls = 0
+
+    def reset(self) -> None: ...
+
+    def observe(self, step: object) -> None: ...
+
+    def predict(self, signals: object) -> list[Prediction]:
+        self.calls += 1
+        if self.calls == 9:
+            raise RuntimeError("no idea")
+        nonsense = (1.5, None, "x", -3, 10**9, float("nan"), *range(64))
+        return [Prediction(layer, nonsense, ()) for layer in (-1, 0, 1, 2, 3, 99)]  # type: ignore[arg-type]
+
+
+def test_a_predictor_that_talks_rubbish_and_then_fails_changes_nothing(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    if "rubbish" not in PREDICTORS.names:
+        PREDICTORS.register("rubbish", f"{__name__}:Rubbish")
+    path = tiny("qwen2_moe")
+    assert same(run(path, "25%", predictor="rubbish", prefetch="4"), run(path, "100%", predictor="none"))
+    assert "no idea" in caplog.text

@@ -133,7 +133,11 @@ class Signals(Protocol):
 
 
 class Predictor(Protocol):
-    """Scores experts of later layers. Called after the routing of every layer of every decode step."""
+    """Scores experts of later layers. Called after the routing of every layer of every decode step.
+
+    Registered in ``predictors.PREDICTORS`` as ``module:Class`` and made as ``Class(lookahead=N)``. Whatever it says or
+    raises changes no token: experts that do not exist are dropped, and an exception switches speculation off.
+    """
 
     name: str
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from time import perf_counter
@@ -38,8 +37,6 @@ from foregate.prefetch.controller import Controller
 from foregate.prefetch.pipeline import Pipeline
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import FinishReason, GenerationStep, Phase, StepStats
-
-log = logging.getLogger("foregate")
 
 
 class Engine:
@@ -248,10 +245,8 @@ class Engine:
     def _learned(self) -> None:
         """The first pass has shown whether the model's routers can be asked ahead; if not, say so and do not."""
         self.signals.stop_learning()
-        controller = self.prefetcher.controller
-        if self.signals.distrust and self.predictor.name in ("stale-gate", "next-gate") and not controller.off_reason:
-            controller.switch_off(self.signals.distrust)
-            log.warning("speculation is off: %s", self.signals.distrust)
+        if self.signals.distrust and self.predictor.name in ("stale-gate", "next-gate"):
+            self.runtime.give_up_predicting(self.signals.distrust)
 
     def _call(self, ids: Tensor, past: Any, *, keep: int) -> Any:
         """One forward of the stock model. ``keep`` 1 computes the logits of the last position alone, where it can."""

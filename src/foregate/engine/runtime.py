@@ -5,6 +5,7 @@ Shapes: T tokens, k experts chosen, E experts, D hidden.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from foregate.engine.signals import ModelSignals
+from foregate.errors import ForegateError
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, expert_forward
 from foregate.interfaces import Predictor, RoutingObserver
@@ -27,6 +29,8 @@ IMPLEMENTATION = "foregate"
 GATHER_TOKENS = 8
 """Up to this many tokens the experts run in order of arrival and [T, k, D] holds their outputs; above, in ascending
 order into one fp32 sum. Chosen by T alone, never by residency: the order of accumulation is part of the result."""
+
+log = logging.getLogger("foregate")
 
 STREAM_SHARE = 0.75
 """Share of a layer's experts that a long prompt must use for the next layer to be read ahead whole."""
@@ -162,7 +166,20 @@ class ExpertRuntime:
     def _predict(self, layer: int) -> None:
         if self.phase is Phase.DECODE and self._cache.staging and not self._prefetcher.controller.off_reason:
             self._signals.layer = layer
-            self._prefetcher.consider(self.predictor.predict(self._signals))
+            try:
+                predictions = self.predictor.predict(self._signals)
+            except ForegateError:
+                raise
+            except Exception as error:  # a stranger's predictor must not decide whether the text comes out
+                self.give_up_predicting(f"predictor {self.predictor.name!r} failed: {type(error).__name__}: {error}")
+                return
+            self._prefetcher.consider(predictions)
+
+    def give_up_predicting(self, reason: str) -> None:
+        """No speculation from now on, and say why, once."""
+        if not self._prefetcher.controller.off_reason:
+            self._prefetcher.controller.switch_off(reason)
+            log.warning("speculation is off: %s", reason)
 
     def _make_staging(self, layer: int) -> None:
         """Room for the next layer: what no resident needs, and at least a quarter of a pool that cannot hold all."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import perf_counter, sleep
 
+import numpy as np
+
 from foregate.experts.cache import ExpertCache
 from foregate.interfaces import Ticket, Transfer
 from foregate.prefetch.controller import Controller
@@ -49,12 +51,13 @@ class Prefetcher:
         """Submit the predicted-and-absent experts that the controller allows, nearest layer first."""
         self._reap()
         now = perf_counter()
+        width = self.controller.fixed or self._top_k
         for prediction in sorted(predictions, key=lambda p: p.layer):
-            self._predicted_at.setdefault(prediction.layer, now)
-            width = self.controller.fixed or self._top_k
-            allowed = self.controller.allowance(self._top_k)
-            ranked = [e for e in prediction.experts if 0 <= e < self._experts[prediction.layer]]
-            self._submit(prediction.layer, ranked[:width], allowed)
+            layer = prediction.layer
+            if 0 <= layer < len(self._experts):
+                self._predicted_at.setdefault(layer, now)
+                ranked = [int(e) for e in prediction.experts if _is_expert(e, self._experts[layer])]
+                self._submit(layer, ranked[:width], self.controller.allowance(self._top_k))
 
     def stream_ahead(self, layer: int) -> None:
         """Prefill: read the whole of ``layer`` ahead, as far as staging has room."""
@@ -128,3 +131,8 @@ class Prefetcher:
         for key in [k for k, ticket in self._dying.items() if ticket.done]:
             del self._dying[key]
             self._cache.drop(key)
+
+
+def _is_expert(value: object, experts: int) -> bool:
+    """Predictors are strangers' code: what they name may not exist."""
+    return isinstance(value, (int, np.integer)) and bool(0 <= value < experts)
