@@ -14,7 +14,7 @@ from pathlib import Path
 
 from foregate.errors import TraceError
 from foregate.trace import format as fmt
-from foregate.trace.durable import write_all
+from foregate.trace.durable import named, write_all
 from foregate.trace.fields import Fields
 
 
@@ -61,8 +61,9 @@ class Manifest:
 
     def __init__(self, directory: Path) -> None:
         """Open or create; cuts off a last line that a crash left unfinished. Raises TraceError if it is in use."""
-        path = directory / fmt.MANIFEST_FILE
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        path = self._path = directory / fmt.MANIFEST_FILE
+        with named(path):
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             self._lock(directory)
             content = path.read_bytes()
@@ -80,14 +81,15 @@ class Manifest:
         return [line for line in self.lines if isinstance(line, Entry)]
 
     def append(self, line: Line) -> None:
-        """Add ``line``. It survives a crash once this returns."""
+        """Add ``line``. It survives a crash once this returns. Raises TraceError where the disk is full."""
         before = os.fstat(self._handle).st_size
-        try:
-            write_all(self._handle, (json.dumps(asdict(line), ensure_ascii=False) + "\n").encode())
-            os.fsync(self._handle)
-        except OSError:
-            os.ftruncate(self._handle, before)  # a full disk must not leave half a line that the next one is glued to
-            raise
+        with named(self._path):
+            try:
+                write_all(self._handle, (json.dumps(asdict(line), ensure_ascii=False) + "\n").encode())
+                os.fsync(self._handle)
+            except OSError:
+                os.ftruncate(self._handle, before)  # half a line, as on a full disk, would spoil the next one
+                raise
         self.lines.append(line)
         self.prompts.add(line.prompt)
 

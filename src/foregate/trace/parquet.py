@@ -148,6 +148,6 @@ def read_lists(file: pq.ParquetFile, name: str, width: int, where: str) -> NDArr
 
 def _column(file: pq.ParquetFile, name: str, where: str) -> pa.Array:
     try:
-        return file.read([name]).column(0).combine_chunks()
+        return file.read([name], use_threads=False).column(0).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise TraceError(f"{where}: corrupted: column {name} cannot be read ({error})") from None

@@ -1,0 +1,22 @@
+"""Routing traces from real vLLM, in the same format as everybody else's.
+
+``record`` runs vLLM over prompts; ``plugin.register`` (entry point ``vllm.general_plugins``) records a server's requests.
+Importing this imports neither vLLM nor torch: every process of vLLM loads the plugin, traced or not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foregate.trace.vllm.recording import record
+
+__all__ = ["record"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "record":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from foregate.trace.vllm.recording import record
+
+    return record
