@@ -85,11 +85,11 @@ def _model(model: dict[str, Any]) -> str:
 def _training(figures: dict[str, Any]) -> str:
     run, config, machine = figures["training"], figures["training"]["config"], figures["machine"]
     state = "schedule finished, decay included" if run["finished"] else "intermediate export, not decayed"
-    capacities = [
-        f"{change['capacity_factor'][0]:g} until step {change['step']}"
-        for change in run["changes_on_resume"]
-        if "capacity_factor" in change
-    ] + [f"{config['capacity_factor']:g}"]
+
+    def history(key: str) -> str:
+        past = [change for change in run["changes_on_resume"] if key in change]
+        return "".join(f"{c[key][0]:g} until step {c['step']}, then " for c in past) + f"{config[key]:g}"
+
     rows = [
         ("tokens", f"{run['tokens']:,} ({state})"),
         ("steps", f"{run['steps']} of {config['rows']} sequences of {config['length']} tokens"),
@@ -105,12 +105,11 @@ def _training(figures: dict[str, Any]) -> str:
         ),
         (
             "router losses",
-            f"balance {config['balance_coefficient']:g} ({config['late_balance_coefficient']:g} after "
-            f"{config['balance_tokens']:,} tokens) and z {config['z_coefficient']:g}, each summed over layers",
+            f"balance {history('balance_coefficient')} and z {config['z_coefficient']:g}, each summed over layers",
         ),
         (
             "expert capacity",
-            f"{', '.join(capacities)} x uniform in training ({run['dropped_assignments_last']:.2%} of choices "
+            f"{history('capacity_factor')} x uniform in training ({run['dropped_assignments_last']:.2%} of choices "
             "dropped at the end), unlimited in use",
         ),
         (

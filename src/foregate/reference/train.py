@@ -36,11 +36,7 @@ class TrainingError(ForegateError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. `rows` sequences of `length` tokens a step; `tokens` is the length of the whole schedule.
-
-    The balance loss (summed over layers) is strong until every expert is in use, then weak: after 3 M tokens at 0.01
-    the load was all but uniform (entropy 0.99), more so than in published models.
-    """
+    """How to train. `rows` sequences of `length` tokens a step; `tokens` is the length of the whole schedule."""
 
     tokens: int = 16_000_000
     rows: int = 16
@@ -54,8 +50,6 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     balance_coefficient: float = 0.01
-    balance_tokens: int = 4_500_000
-    late_balance_coefficient: float = 0.002
     z_coefficient: float = 1e-4
     seed: int = 0
     save_every: int = 1_000_000
@@ -72,11 +66,6 @@ class TrainConfig:
     def steps(self) -> int:
         """Steps of the whole schedule."""
         return max(1, -(-self.tokens // self.tokens_per_step))
-
-    def balance_at(self, step: int) -> float:
-        """Coefficient of the balance loss at a step of this run."""
-        late = step * self.tokens_per_step >= self.balance_tokens
-        return self.late_balance_coefficient if late else self.balance_coefficient
 
 
 @dataclass(frozen=True)
@@ -194,7 +183,7 @@ class Trainer:
         weights = self.optimizer.weights
         result = forward(self.model, weights, block[:, :-1], capacity, self.run_layer)
         loss = head_loss(result.hidden, weights.embedding, block[:, 1:])
-        penalty = self.config.balance_at(self.step) * result.balance + self.config.z_coefficient * result.z
+        penalty = self.config.balance_coefficient * result.balance + self.config.z_coefficient * result.z
         (loss + penalty).backward()  # type: ignore[no-untyped-call]
         if not torch.isfinite(loss):
             raise TrainingError(f"step {self.step}: the loss is {float(loss)}; lower --learning-rate")
