@@ -49,7 +49,7 @@ def split(source: Path, out: Path, fractions: Sequence[float], seed: int) -> dic
     A prompt goes where the hash of its token ids (not of its name) and ``seed`` put it: the same text is always on
     the same side, in every trace. Raises TraceError where a part with a fraction above 0 would be empty.
     """
-    if len(fractions) != len(PARTS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+    if len(fractions) != len(PARTS) or not min(fractions) >= 0 or not abs(sum(fractions) - 1) < 1e-6:
         raise TraceError(f"fractions {list(fractions)} must be {len(PARTS)} numbers from 0 on that sum to 1")
     reader = TraceReader(source)
     check_out(out, resume=False)
