@@ -154,7 +154,7 @@ def merge(
 
     if len(sources) < 2:
         raise ConfigError(f"one trace ({sources[0]}) is nothing to merge; give two or more")
-    console().print(f"{run(sources, out)} prompts in {out}")
+    console().print(f"{run(sources, out)} prompts in {out}", soft_wrap=True)
 
 
 @app.command()
@@ -206,7 +206,7 @@ def _report(out: Path, done: Done, as_json: bool) -> None:
     told = f"{done.done} of {done.total} prompts in {out}: {done.tokens:,} tokens in this session"
     skipped = f", {done.skipped} skipped (see foregate trace info)" if done.skipped else ""
     stopped = f"; stopped by SIGTERM, {rest} to go: --resume continues" if done.stopped else ""
-    console().print(told + skipped + stopped)
+    console().print(told + skipped + stopped, soft_wrap=True)
 
 
 def _show(found: dict[str, Any]) -> None:
