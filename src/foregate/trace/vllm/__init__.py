@@ -1,6 +1,6 @@
 """Routing traces from real vLLM, in the same format as everybody else's.
 
-``record`` runs vLLM over prompts; ``plugin.register`` (entry point ``vllm.general_plugins``) records a server's requests.
+``record`` runs vLLM over prompts. ``plugin.register`` (an entry point of vLLM) records what a server is asked.
 Importing this imports neither vLLM nor torch: every process of vLLM loads the plugin, traced or not.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,6 +16,14 @@ RUNNER = "MoERunner"
 """Name of the class (or a base of it) of the modules that route and run experts."""
 
 _DECODER = re.compile(r"^(?P<decoder>.*?\.(?P<number>\d+))\.(?P<block>[^.]+)(?:\.|$)")
+
+
+class LayerShape(NamedTuple):
+    """Decoder layer, E experts and k chosen of one MoE layer."""
+
+    number: int
+    experts: int
+    top_k: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,10 @@ class VllmLayer:
     top_k: int
     gate: nn.Module | None
     mixer: nn.Module | None
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(self.number, self.experts, self.top_k)
 
 
 def find_layers(model: nn.Module) -> list[VllmLayer]:

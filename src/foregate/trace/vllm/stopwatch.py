@@ -1,7 +1,7 @@
 """Nanoseconds of the parts of every MoE layer under vLLM, eager mode only.
 
-attention: the token mixer; routing: router weights and choice; dispatch: from the choice to the call of the experts;
-experts: that call. As in trace/stopwatch.py, whose layers are transformers'.
+attention: the token mixer; routing: router weights and choice; dispatch: from the choice to the call of the experts (in
+it: the copying of what is recorded); experts: that call. As in trace/stopwatch.py, whose layers are transformers'.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from torch import nn
 
 from foregate.trace import format as fmt
 from foregate.trace.vllm.layers import VllmLayer
-from foregate.trace.vllm.tap import LayerPass, RouterTap
+from foregate.trace.vllm.tap import LayerPass
 
 TIMINGS = fmt.TIMINGS[:-1]
 """All but the wait for experts: vLLM has none."""
 
 
-class LayerClock:
-    """Measures into the open pass of ``tap``. Attach after the tap; close before it."""
+Current = Callable[[int], LayerPass | None]
+"""The open pass of the layer with this number (from 0); None outside of a pass."""
 
-    def __init__(self, layers: Sequence[VllmLayer], tap: RouterTap, *, cuda: bool) -> None:
-        self._tap, self._cuda, self._layers = tap, cuda, layers
+
+class LayerClock:
+    """Hooks around every layer. To be made before the tap, which stands in front of it, and closed after it."""
+
+    def __init__(self, layers: Sequence[VllmLayer], current: Current, *, cuda: bool) -> None:
+        self._current, self._cuda, self._layers = current, cuda, layers
         self._chosen = [0] * len(layers)
         self._handles: list[Any] = []
         for number, layer in enumerate(layers):
@@ -35,10 +39,11 @@ class LayerClock:
             layer.routed.forward_modular = self._experts(number, layer.routed.forward_modular)
 
     def close(self) -> None:
-        """Take the hooks away. The tap puts the routers' own methods back."""
+        """Take everything away again."""
         for handle in self._handles:
             handle.remove()
         for layer in self._layers:
+            del layer.router._compute_routing
             del layer.routed.forward_modular
 
     def _hook(self, number: int, module: nn.Module | None, name: str) -> None:
@@ -76,8 +81,8 @@ class LayerClock:
         return forward_modular
 
     def _add(self, number: int, name: str, nanoseconds: int) -> None:
-        if self._tap.open is not None:
-            seen: LayerPass = self._tap.open[number]
+        seen = self._current(number)
+        if seen is not None:
             seen.timings[name] = seen.timings.get(name, 0) + nanoseconds
 
     def _now(self) -> int:

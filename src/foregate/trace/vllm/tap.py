@@ -31,9 +31,10 @@ class RouterTap:
     def __init__(self, layers: Sequence[VllmLayer], *, scores: bool) -> None:
         self._layers, self._scores = layers, scores
         self.open: list[LayerPass] | None = None
+        self._originals = [layer.router._compute_routing for layer in layers]
         for number, layer in enumerate(layers):
-            # of the instance, so that ``close`` uncovers the class's own; logical ids, before any load balancer
-            layer.router._compute_routing = self._stand_in(number, layer.router._compute_routing)
+            # logical ids: a load balancer, if there is one, renames the experts after this
+            layer.router._compute_routing = self._stand_in(number, self._originals[number])
 
     def begin(self) -> None:
         """Open a pass. Calls outside of one (warm-up) are not kept."""
@@ -55,8 +56,8 @@ class RouterTap:
     def close(self) -> None:
         """Give every router its own method back."""
         self.cancel()
-        for layer in self._layers:
-            del layer.router._compute_routing
+        for layer, original in zip(self._layers, self._originals, strict=True):
+            layer.router._compute_routing = original
 
     def _stand_in(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def compute_routing(hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ def check_version(*, untested: bool) -> str:
 
 
 def reach(owner: Any, path: str) -> Any:
-    """``owner.a.b`` for the path ``a.b``. Raises TraceError, naming vLLM's version, where this vLLM has no such thing."""
+    """``owner.a.b`` for the path ``a.b``. Raises TraceError, naming vLLM's version, where there is no such thing."""
     value = owner
     for name in path.split("."):
         if not hasattr(value, name):
