@@ -1,0 +1,144 @@
+"""Do domains route differently? Use of experts compared between every two domains, with effect sizes and significance.
+
+Shapes: P prompts of a domain, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foregate.analysis.chart import Lines, Series, numbers
+from foregate.analysis.permutation import Difference, compare, holm
+from foregate.analysis.prompt import Prompt, Shape
+from foregate.analysis.section import Section
+from foregate.analysis.settings import Settings
+from foregate.analysis.table import records
+from foregate.analysis.usage import count_usage
+
+LEVEL = 0.05
+LAYER_COLUMNS = ("first", "second", "layer", "divergence", "null", "distance", "p", "p_holm", "significant")
+EXPERT_COLUMNS = ("first", "second", "layer", "expert", "share_first", "share_second", "cohens_d", "p_max")
+METHOD = (
+    "Every prompt gives its shares of use of the experts of a layer and counts once. Layers: Jensen-Shannon divergence "
+    "(bits) between the mean shares of two domains, and total variation; significance by permuting whole prompts "
+    "between the domains, corrected by Holm over all layers and pairs of domains. Experts: Cohen's d over prompts, with "
+    "p by the largest difference of any expert in each permutation (Westfall & Young), which corrects over all experts "
+    "of a pair. 'null' is the divergence that permuted domains have: what finite numbers of prompts give alone."
+)
+
+
+class Domains:
+    """Holds the use of experts of up to ``domain_prompts`` prompts a domain: 4 bytes x P x L x E."""
+
+    def __init__(self, shape: Shape, settings: Settings) -> None:
+        self.shape, self.settings = shape, settings
+        self._shares: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+        self._prompts: dict[str, int] = defaultdict(int)
+
+    def add(self, prompt: Prompt) -> None:
+        self._prompts[prompt.domain] += 1
+        if prompt.compared:
+            counts = count_usage(prompt, self.shape)
+            self._shares[prompt.domain].append((counts / counts.sum(axis=1, keepdims=True)).astype(np.float32))
+
+    def finish(self) -> Section:
+        phase = "prefill and decode" if self.settings.phase == "all" else self.settings.phase
+        section = Section("domains", "Domains", f"all experts, {phase}, by prompt", METHOD)
+        section.summary = {"prompts": dict(self._prompts)}
+        chosen = self._comparable(section)
+        if len(chosen) < 2:
+            section.notes.append("Fewer than two domains have two or more prompts: no comparison.")
+            return section
+        rng = np.random.default_rng(self.settings.seed)
+        held = {name: np.stack(self._shares[name]) for name in chosen}
+        pairs = list(combinations(chosen, 2))
+        found = {pair: compare(held[pair[0]], held[pair[1]], self.settings.permutations, rng) for pair in pairs}
+        layers = _layer_rows(found)
+        experts = [row for pair, difference in found.items() for row in self._expert_rows(pair, difference)]
+        section.tables = [
+            records("domain_layers", "Divergence of two domains in every layer", layers, LAYER_COLUMNS),
+            records("domain_experts", "Use of every expert in two domains", experts, EXPERT_COLUMNS),
+        ]
+        section.charts = [_chart(layers)]
+        section.summary["pairs"] = [_pair_summary(pair, layers, experts) for pair in pairs]
+        section.findings = [_finding(row, self.shape) for row in section.summary["pairs"]]
+        return section
+
+    def _comparable(self, section: Section) -> list[str]:
+        enough = [name for name, shares in self._shares.items() if len(shares) > 1]
+        few = [name for name in self._prompts if name not in enough]
+        if few:
+            section.notes.append(f"One prompt cannot be compared: {', '.join(few)}.")
+        largest = sorted(enough, key=lambda name: -self._prompts[name])[: self.settings.domains]
+        if len(largest) < len(enough):
+            section.notes.append(f"Of {len(enough)} domains the {len(largest)} largest are compared.")
+        if any(self._prompts[name] > self.settings.domain_prompts for name in largest):
+            section.notes.append(f"At most {self.settings.domain_prompts} prompts of a domain, chosen by hash, are used.")
+        return [name for name in enough if name in largest]
+
+    def _expert_rows(self, pair: tuple[str, str], found: Difference) -> list[dict[str, Any]]:
+        rows = []
+        for layer, size in enumerate(self.shape.experts_per_layer):
+            for expert in range(size):
+                at = (layer, expert)
+                values = (*pair, layer, expert, found.shares[0][at], found.shares[1][at], found.d[at])
+                rows.append(dict(zip(EXPERT_COLUMNS, (*map(_plain, values), float(found.expert_p[at])), strict=True)))
+        return rows
+
+
+def _layer_rows(found: dict[tuple[str, str], Difference]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for pair, one in found.items():
+        for layer, values in enumerate(zip(one.divergence, one.null, one.distance, one.p, strict=True)):
+            row = (*pair, layer, *(float(value) for value in values))
+            rows.append(dict(zip(LAYER_COLUMNS, row, strict=False)))
+    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row |= {"p_holm": corrected, "significant": corrected < LEVEL}
+    return rows
+
+
+def _pair_summary(pair: tuple[str, str], layers: list[dict[str, Any]], experts: list[dict[str, Any]]) -> dict[str, Any]:
+    mine = [row for row in layers if (row["first"], row["second"]) == pair]
+    theirs = [row for row in experts if (row["first"], row["second"]) == pair]
+    most = max(theirs, key=lambda row: abs(row["cohens_d"]))
+    return {
+        "first": pair[0],
+        "second": pair[1],
+        "divergence": float(np.mean([row["divergence"] for row in mine])),
+        "null": float(np.mean([row["null"] for row in mine])),
+        "significant_layers": sum(row["significant"] for row in mine),
+        "significant_experts": sum(row["p_max"] < LEVEL for row in theirs),
+        "smallest_p": min(row["p_holm"] for row in mine),
+        "largest_effect": {key: most[key] for key in ("layer", "expert", "cohens_d", "p_max")},
+    }
+
+
+def _chart(rows: list[dict[str, Any]]) -> Lines:
+    series = []
+    for pair in dict.fromkeys((row["first"], row["second"]) for row in rows):
+        mine = [row for row in rows if (row["first"], row["second"]) == pair]
+        x = [float(row["layer"]) for row in mine]
+        series.append(Series(" / ".join(pair), x, numbers(row["divergence"] for row in mine)))
+        if len(series) == 1:
+            null = Series("permuted, first pair", x, numbers(row["null"] for row in mine), dashed=True)
+    return Lines("domain_divergence", "Divergence of domains", "MoE layer", "Jensen-Shannon, bits", [*series, null])
+
+
+def _finding(row: dict[str, Any], shape: Shape) -> str:
+    verdict = "differ" if row["significant_layers"] else "are not shown to differ"
+    effect = row["largest_effect"]
+    return (
+        f"{row['first']} and {row['second']} {verdict}: {row['significant_layers']} of {shape.layers} layers significant "
+        f"at 5 % (Holm), divergence {row['divergence']:.4f} bits against {row['null']:.4f} permuted; "
+        f"{row['significant_experts']} experts significant; largest effect d = {effect['cohens_d']:.2f} (layer "
+        f"{effect['layer']}, expert {effect['expert']})."
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
