@@ -280,6 +280,14 @@ def test_tokens_below_what_has_decayed_are_refused(corpus: Corpus, tmp_path: Pat
         Trainer.resumed(TINY, replace(RUN, tokens=512), corpus, tmp_path)
 
 
+def test_changed_capacity_is_recorded(corpus: Corpus, tmp_path: Path) -> None:
+    drain(Trainer(TINY, RUN, corpus, tmp_path), until=3)
+    narrower = Trainer.resumed(TINY, replace(RUN, capacity_factor=1.0), corpus, tmp_path)
+    assert narrower.changes == [{"step": 3, "capacity_factor": [2.0, 1.0]}]
+    drain(narrower, until=5)
+    assert Trainer.resumed(TINY, replace(RUN, capacity_factor=1.0), corpus, tmp_path).changes == narrower.changes
+
+
 def test_resume_refuses_another_corpus(corpus: Corpus, tmp_path: Path) -> None:
     drain(Trainer(TINY, RUN, corpus, tmp_path), until=1)
     with pytest.raises(DataError, match="changed"):
@@ -527,3 +535,17 @@ def test_cli_shows_a_corpus_and_reports_errors(tmp_path: Path) -> None:
 def test_cli_lists_its_commands() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert all(name in result.output for name in ("train", "corpus", "evaluate", "card", "speed"))
+
+
+def test_cli_trains_and_refuses_to_overwrite_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # the command sets it for good
+    monkeypatch.setattr(recipe, "ModelConfig", lambda: TINY)
+    monkeypatch.setattr(recipe, "continued_config", lambda state, **changes: RUN)
+    manifest = str(write_manifest(tmp_path))
+    arguments = ["train", "--manifest", manifest, "--data-dir", str(tmp_path), "--run-dir", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert isinstance(CliRunner().invoke(app, arguments).exception, RequestError)
+    shown = CliRunner().invoke(app, ["card", str(tmp_path / "run" / "model")])
+    assert shown.exit_code == 0, shown.output
