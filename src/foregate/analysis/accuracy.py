@@ -20,7 +20,7 @@ from foregate.analysis.settings import Settings
 METHODS = ("layer", "prefix", "popularity", "previous-token")
 PHASES = ("prefill", "decode")
 METRICS = ("top1", "recall_k", "recall_2k", "exact_set")
-"""top1: the best guess is among the k chosen; recall_k: share of the k chosen among the k best guesses; exact_set: all."""
+"""top1: best guess among the k chosen; recall_k: share of the k chosen among the k best guesses; exact_set: all k."""
 DECAY = 0.5
 """Weight of the evidence of a layer against that of the next one: neighbouring layers say the same thing twice."""
 BATCH = 2_048

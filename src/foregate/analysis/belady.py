@@ -1,4 +1,4 @@
-"""Belady's rule (1966): forget the expert whose next use is farthest away. The exact optimum for events replayed whole."""
+"""Belady's rule (1966): forget the expert whose next use is farthest away. The optimum for events replayed whole."""
 
 from __future__ import annotations
 

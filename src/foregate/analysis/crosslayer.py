@@ -62,7 +62,9 @@ class CrossLayer:
         if counts.hops < self.shape.layers - 1:
             section.notes.append(f"Hops above {counts.hops} were not counted (--max-hop).")
         rows = _pairs(counts)
-        section.tables.append(records("layer_pairs", "Association of every pair of layers, in bits", rows, PAIR_COLUMNS))
+        section.tables.append(
+            records("layer_pairs", "Association of every pair of layers, in bits", rows, PAIR_COLUMNS)
+        )
         what = "P(b in later | a in layer), lift over P(b), phi; pairs that never occur are left out"
         section.tables.append(_probabilities("conditional", what, counts, 1))
         section.summary = _summary(rows)

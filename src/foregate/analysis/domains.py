@@ -26,8 +26,8 @@ EXPERT_COLUMNS = ("first", "second", "layer", "expert", "share_first", "share_se
 METHOD = (
     "Every prompt gives its shares of use of the experts of a layer and counts once. Layers: Jensen-Shannon divergence "
     "(bits) between the mean shares of two domains, and total variation; significance by permuting whole prompts "
-    "between the domains, corrected by Holm over all layers and pairs of domains. Experts: Cohen's d over prompts, with "
-    "p by the largest difference of any expert in each permutation (Westfall & Young), which corrects over all experts "
+    "between the domains, corrected by Holm over all layers and pairs of domains. Experts: Cohen's d over prompts, "
+    "with p by the largest difference of any expert in each permutation (Westfall & Young), which corrects over all experts "
     "of a pair. 'null' is the divergence that permuted domains have: what finite numbers of prompts give alone."
 )
 
@@ -78,7 +78,9 @@ class Domains:
         if len(largest) < len(enough):
             section.notes.append(f"Of {len(enough)} domains the {len(largest)} largest are compared.")
         if any(self._prompts[name] > self.settings.domain_prompts for name in largest):
-            section.notes.append(f"At most {self.settings.domain_prompts} prompts of a domain, chosen by hash, are used.")
+            section.notes.append(
+                f"At most {self.settings.domain_prompts} prompts of a domain, chosen by hash, are used."
+            )
         return [name for name in enough if name in largest]
 
     def _expert_rows(self, pair: tuple[str, str], found: Difference) -> list[dict[str, Any]]:
@@ -86,8 +88,9 @@ class Domains:
         for layer, size in enumerate(self.shape.experts_per_layer):
             for expert in range(size):
                 at = (layer, expert)
-                values = (*pair, layer, expert, found.shares[0][at], found.shares[1][at], found.d[at])
-                rows.append(dict(zip(EXPERT_COLUMNS, (*map(_plain, values), float(found.expert_p[at])), strict=True)))
+                found_here = (found.shares[0][at], found.shares[1][at], found.d[at], found.expert_p[at])
+                values = (*pair, layer, expert, *(float(value) for value in found_here))
+                rows.append(dict(zip(EXPERT_COLUMNS, values, strict=True)))
         return rows
 
 
@@ -95,8 +98,8 @@ def _layer_rows(found: dict[tuple[str, str], Difference]) -> list[dict[str, Any]
     rows: list[dict[str, Any]] = []
     for pair, one in found.items():
         for layer, values in enumerate(zip(one.divergence, one.null, one.distance, one.p, strict=True)):
-            row = (*pair, layer, *(float(value) for value in values))
-            rows.append(dict(zip(LAYER_COLUMNS, row, strict=False)))
+            numbered = (*pair, layer, *(float(value) for value in values))
+            rows.append(dict(zip(LAYER_COLUMNS, numbered, strict=False)))
     for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row |= {"p_holm": corrected, "significant": corrected < LEVEL}
     return rows
@@ -133,12 +136,8 @@ def _finding(row: dict[str, Any], shape: Shape) -> str:
     verdict = "differ" if row["significant_layers"] else "are not shown to differ"
     effect = row["largest_effect"]
     return (
-        f"{row['first']} and {row['second']} {verdict}: {row['significant_layers']} of {shape.layers} layers significant "
-        f"at 5 % (Holm), divergence {row['divergence']:.4f} bits against {row['null']:.4f} permuted; "
+        f"{row['first']} and {row['second']} {verdict}: {row['significant_layers']} of {shape.layers} layers "
+        f"significant at 5 % (Holm), divergence {row['divergence']:.4f} bits against {row['null']:.4f} permuted; "
         f"{row['significant_experts']} experts significant; largest effect d = {effect['cohens_d']:.2f} (layer "
         f"{effect['layer']}, expert {effect['expert']})."
     )
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value

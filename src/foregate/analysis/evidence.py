@@ -53,12 +53,12 @@ class Evidence:
         noise = 1 / (self._train.pair(layer, later) + 1.0)
         weight = np.outer(self._train.chosen(layer), prior)
         beyond = max(0.0, float((weight * (lift**2 - noise)).sum() / max(weight.sum(), 1e-9)))
-        return (lift * (beyond / (beyond + noise))).astype(np.float32)
+        return np.asarray(lift * (beyond / (beyond + noise)), dtype=np.float32)
 
     def prior(self, later: int) -> Array:
         """log P(b) [E]; -inf for experts that do not exist."""
         with np.errstate(divide="ignore"):
-            return np.log(self.popularity[later]).astype(np.float32)
+            return np.asarray(np.log(self.popularity[later]), dtype=np.float32)
 
 
 def _popularity(train: PairCounts, layer: int) -> Array:

@@ -21,9 +21,12 @@ WINDOWS = tuple(2**n for n in range(11))
 PIECE = 2_048
 """Tokens of a prompt looked at together, so that a long prompt costs no more memory; pieces are kept apart."""
 PHASES = ("prefill", "decode")
+OVERLAP_COLUMNS = ("phase", "layer", "lag", "overlap", "expected", "uses")
+REUSE_COLUMNS = ("phase", "layer", "distance", "uses", "share")
+SET_COLUMNS = ("layer", "window", "distinct", "share", "windows")
 METHOD = (
-    "Within one prompt and one layer. Overlap at lag d: share of the k experts of a token that the token d before chose "
-    "too; expected is what independent tokens with the same popularity would give. Reuse distance: tokens since the "
+    "Within one prompt and one layer. Overlap at lag d: share of the k experts of a token that the token d before "
+    "chose too; expected is what independent tokens with the same popularity would give. Reuse distance: tokens since the "
     "expert was last chosen there (1 is the token before). Working set (Denning, 1968): distinct experts of a layer in "
     "a window of w tokens, over E. A token counts for the phase it is in."
 )
@@ -85,18 +88,18 @@ class Locality:
 
     def finish(self) -> Section:
         section = Section("locality", "Locality in time", "all experts; phase with every number", METHOD)
-        overlap = self._overlap_rows()
-        columns = ("phase", "layer", "lag", "overlap", "expected", "uses")
-        section.tables.append(records("overlap", "Overlap with earlier tokens", overlap, columns))
-        what = "Uses by reuse distance (tokens); distance is the upper end of its bucket, null is the first use"
-        columns = ("phase", "layer", "distance", "uses", "share")
-        section.tables.append(records("reuse_distance", what, self._reuse_rows(), columns))
-        sets = self._working_rows()
-        columns = ("layer", "window", "distinct", "share", "windows")
-        section.tables.append(records("working_set", "Distinct experts of a layer in a window", sets, columns))
+        overlap, reuse, sets = self._overlap_rows(), self._reuse_rows(), self._working_rows()
+        what = "Uses by reuse distance (tokens), by the upper end of the bucket; null is the first use"
+        section.tables = [
+            records("overlap", "Overlap with earlier tokens", overlap, OVERLAP_COLUMNS),
+            records("reuse_distance", what, reuse, REUSE_COLUMNS),
+            records("working_set", "Distinct experts of a layer in a window", sets, SET_COLUMNS),
+        ]
         section.charts = [self._overlap_chart(overlap), self._reuse_chart(), self._working_chart(sets)]
         section.summary = {"overlap_previous_token": self._previous(overlap)}
-        section.findings = [_finding(phase, value) for phase, value in section.summary["overlap_previous_token"].items()]
+        section.findings = [
+            _finding(phase, value) for phase, value in section.summary["overlap_previous_token"].items()
+        ]
         if not overlap:
             section.notes.append("No prompt has two tokens: no overlap and no reuse.")
         return section
@@ -143,7 +146,9 @@ class Locality:
         lags = sorted({row["lag"] for row in rows})
         expected = [np.mean([row["expected"] for row in rows])] * len(lags)
         series.append(Series("independent tokens", [float(lag) for lag in lags], numbers(expected), dashed=True))
-        return Lines("overlap", "Overlap with an earlier token", "lag, tokens", "share of k in common", series, log=True)
+        return Lines(
+            "overlap", "Overlap with an earlier token", "lag, tokens", "share of k in common", series, log=True
+        )
 
     def _reuse_chart(self) -> Lines:
         series = []
@@ -158,7 +163,9 @@ class Locality:
         series = []
         for layer in layers:
             mine = [row for row in rows if row["layer"] == layer]
-            series.append(Series(f"layer {layer}", [float(r["window"]) for r in mine], numbers(r["share"] for r in mine)))
+            series.append(
+                Series(f"layer {layer}", [float(r["window"]) for r in mine], numbers(r["share"] for r in mine))
+            )
         windows = sorted({row["window"] for row in rows})
         means = [np.mean([row["share"] for row in rows if row["window"] == w]) for w in windows]
         series.append(Series("mean of layers", [float(w) for w in windows], numbers(means), dashed=True))

@@ -57,11 +57,11 @@ class PairCounts:
 
     def pair(self, layer: int, later: int) -> Counts:
         """[E, E] for ``layer`` <= ``later`` <= ``layer`` + H."""
-        return self._counts[layer][later - layer]
+        return np.asarray(self._counts[layer][later - layer])
 
     def chosen(self, layer: int) -> Counts:
         """[E]: tokens that chose each expert of ``layer``."""
-        return np.diagonal(self._counts[layer][0])
+        return np.asarray(np.diagonal(self._counts[layer][0]))
 
     def merge(self, other: PairCounts) -> None:
         """Add the counts of ``other``, of the same shape."""

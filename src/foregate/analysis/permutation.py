@@ -21,8 +21,8 @@ class Difference:
     """``divergence``, ``distance``, ``null``, ``p`` are [L]; ``shares`` [2, L, E]; ``d`` and ``expert_p`` [L, E].
 
     ``divergence``: Jensen-Shannon, bits, of the mean use of experts; ``null`` its mean under permutation; ``distance``:
-    total variation; ``p`` not corrected. ``d``: Cohen's d over prompts; ``expert_p`` corrected by the largest difference
-    of any expert of any layer (Westfall & Young, 1993), so that none of them is an accident at that level.
+    total variation; ``p`` not corrected. ``d``: Cohen's d over prompts; ``expert_p`` corrected by the largest
+    difference of any expert of any layer (Westfall & Young, 1993), so that none of them is an accident at that level.
     """
 
     divergence: Array
@@ -40,7 +40,8 @@ def compare(first: Array, second: Array, permutations: int, rng: np.random.Gener
     member = np.r_[np.ones(len(first)), np.zeros(len(second))]
     spread = both.std(axis=0)
     shares = np.stack([first.mean(axis=0), second.mean(axis=0)])
-    divergence, largest = jensen_shannon(*shares), _standardised(*shares, spread)
+    divergence = jensen_shannon(shares[0], shares[1])
+    largest = _standardised(shares[0], shares[1], spread)
     extreme, above = np.zeros(len(divergence)), np.zeros(largest.shape)
     total = np.zeros(len(divergence))
     for group in _labels(member, permutations, both[0].nbytes, rng):
@@ -84,7 +85,7 @@ def cohens_d(first: Array, second: Array) -> Array:
     squares = ((first - first.mean(axis=0)) ** 2).sum(axis=0) + ((second - second.mean(axis=0)) ** 2).sum(axis=0)
     pooled = np.sqrt(squares / max(1, freedom))
     difference = first.mean(axis=0) - second.mean(axis=0)
-    return np.divide(difference, pooled, out=np.zeros_like(difference, dtype=float), where=pooled > 0)
+    return np.asarray(np.divide(difference, pooled, out=np.zeros(difference.shape), where=pooled > 0))
 
 
 def _relative(a: Array, middle: Array) -> Array:
@@ -94,7 +95,7 @@ def _relative(a: Array, middle: Array) -> Array:
 
 def _standardised(a: Array, b: Array, spread: Array) -> Array:
     difference = np.abs(a - b)
-    return np.divide(difference, spread, out=np.zeros_like(difference), where=spread > 0)
+    return np.asarray(np.divide(difference, spread, out=np.zeros(difference.shape), where=spread > 0))
 
 
 def _labels(member: Array, permutations: int, row_bytes: int, rng: np.random.Generator) -> Iterator[Array]:

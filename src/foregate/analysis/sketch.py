@@ -47,7 +47,7 @@ class BottomK:
 
 
 class HeavyHitters:
-    """The most frequent items with counts at most ``error`` too low (Misra & Gries, 1982; merged as Agarwal et al., 2013).
+    """The most frequent items with counts at most ``error`` too low (Misra & Gries, 1982; Agarwal et al., 2013).
 
     Every item that occurs more than ``error`` times is held, with a row of its own as an example of it.
     """

@@ -82,7 +82,9 @@ class Source:
                 found.setdefault(entry.part.xxh3, (reader, entry))
         entries = [entry for _, entry in found.values()]
         if not entries:
-            raise TraceError(f"{', '.join(str(reader.path) for reader in self.readers)}: no prompts, nothing to analyse")
+            raise TraceError(
+                f"{', '.join(str(reader.path) for reader in self.readers)}: no prompts, nothing to analyse"
+            )
         test = _test_contents(entries, self.settings)
         compared = _first_of_each_domain(entries, self.settings)
         replayed = _replayed(entries, self.settings, self.shape.layers)

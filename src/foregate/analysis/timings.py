@@ -18,8 +18,8 @@ PHASES = ("prefill", "decode")
 PARTS = ("attention", "routing", "dispatch", "compute", "wait")
 COLUMNS = ("phase", "layer", "part", "seconds", "share", "passes")
 METHOD = (
-    "Sums over passes, by the phase of the pass. Layer time is attention + routing (the router) + dispatch (from its end "
-    "to the call of the experts) + experts; experts are split into the wait for weights and the rest (compute). Only "
+    "Sums over passes, by the phase of the pass. Layer time is attention + routing (the router) + dispatch (from its "
+    "end to the call of the experts) + experts; experts are split into the wait for weights and the rest (compute). Only "
     "what was measured is in the sum. The published claim (routing and dispatch take 47-59 % of layer time) is for MoE "
     "distributed over devices, where dispatch is communication; on one device there is none."
 )
@@ -96,8 +96,10 @@ def _finding(phase: str, summary: dict[str, Any]) -> str:
     place = "inside" if summary["in_published_range"] else "below" if share < CLAIM[0] else "above"
     rest = "" if "attention" in summary["measured"] else "; attention was not measured, so the share is an upper bound"
     waits = summary["without_wait"]
-    without = "" if waits is None else f" ({waits:.1%} of it without waits for weights)"
-    return f"{phase}: routing and dispatch take {share:.1%} of layer time{without}, {place} the published 47-59 %{rest}."
+    without = "" if waits is None else f" ({waits:.1%} if waits for weights are left out)"
+    return (
+        f"{phase}: routing and dispatch take {share:.1%} of layer time{without}, {place} the published 47-59 %{rest}."
+    )
 
 
 def _chart(phase: str, rows: list[dict[str, Any]], layers: int) -> Lines:
@@ -105,5 +107,7 @@ def _chart(phase: str, rows: list[dict[str, Any]], layers: int) -> Lines:
     for part in PARTS:
         by_layer = {row["layer"]: row["share"] for row in rows if row["part"] == part}
         if by_layer:
-            series.append(Series(part, [float(n) for n in range(layers)], numbers(by_layer.get(n) for n in range(layers))))
+            series.append(
+                Series(part, [float(n) for n in range(layers)], numbers(by_layer.get(n) for n in range(layers)))
+            )
     return Lines(f"timing_{phase}", f"Time of a layer, {phase}", "MoE layer", "share of layer time", series)

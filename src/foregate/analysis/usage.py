@@ -1,4 +1,4 @@
-"""How evenly experts are used: entropies of every layer, over all of it and within a prompt. Shapes: L layers, E experts."""
+"""How evenly experts are used: entropies over the whole trace and within a prompt. Shapes: L layers, E experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from foregate.analysis.information import normalised_entropy
 from foregate.analysis.prompt import Prompt, Shape
 from foregate.analysis.section import Section
 from foregate.analysis.settings import Settings
-from foregate.analysis.table import table
+from foregate.analysis.table import Table, table
 
 METHOD = (
     "Entropy of the experts chosen (every choice counts once), divided by log2 E: 1 is uniform. 'By layer' is the mean "
@@ -81,7 +81,7 @@ class Usage:
             shares[layer, size:] = np.nan
         return shares
 
-    def _table(self) -> object:
+    def _table(self) -> Table:
         layer, expert = np.nonzero(np.isfinite(self._shares()))
         counts = self.counts[layer, expert]
         what = "Tokens that chose each expert"
