@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foregate.checkpoint.anatomy import FlowWatcher, MoeAnatomy
+from foregate.checkpoint.anatomy import FlowWatcher, MoeAnatomy, anatomy
 from foregate.errors import TraceError
 from foregate.trace.capture import LayerCapture, PassCapture, Wanted, begin_pass
 from foregate.trace.routing import MoeLayer, chosen, chosen_scaled, find_mixer, hidden_states, router_scores
@@ -36,12 +36,13 @@ class PassRecorder:
         self._model, self._layers, self._wanted, self._dtype, self._stall = model, layers, wanted, dtype, stall
         self._running: PassCapture | None = None
         self._chosen: list[tuple[Tensor, Tensor] | None] = [None] * len(layers)
-        self._flow = FlowWatcher(model, [layer.path for layer in layers], [layer.experts for layer in layers])
+        self._flow = _watch(model, layers) if {"residual", "router_input"} & set(wanted.features) else None
+        parts = self._flow.parts if self._flow else [anatomy(model, layer.path, layer.experts) for layer in layers]
         self._handles: list[Any] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end),
         ]
-        for number, (layer, part) in enumerate(zip(layers, self._flow.parts, strict=True)):
+        for number, (layer, part) in enumerate(zip(layers, parts, strict=True)):
             self._attach(number, layer, part)
 
     def close(self) -> None:
@@ -49,7 +50,8 @@ class PassRecorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._flow.close()
+        if self._flow is not None:
+            self._flow.close()
         self._running = None
 
     def _attach(self, number: int, layer: MoeLayer, part: MoeAnatomy) -> None:
@@ -75,7 +77,8 @@ class PassRecorder:
         running, self._running = self._running, None
         if running is None:
             return
-        self._flow.stop_learning()
+        if self._flow is not None and self._flow.learning:
+            self._flow.stop_learning()
         silent = [layer.path for layer, seen in zip(self._layers, running.layers, strict=True) if seen.index is None]
         if silent:
             raise TraceError(f"{self._wanted.family}: {silent[0]} was not called in a forward pass")
@@ -112,8 +115,9 @@ class PassRecorder:
                 message = f"{layer.path} was not called once, for all {running.rows} tokens, in one forward pass"
                 raise TraceError(f"{self._wanted.family}: {message}")
             capture.index, capture.weights = (value.detach().clone() for value in choice)
-            self._keep(running, number, "residual", part.residual)
-            self._keep(running, number, "router_input", part.router_input)
+            if self._flow is not None:
+                self._keep(running, number, "residual", part.residual)
+                self._keep(running, number, "router_input", part.router_input)
 
         return before
 
@@ -122,6 +126,10 @@ class PassRecorder:
         if name in self._wanted.features and value is not None and _fits(value, running):
             rows = value.detach().reshape(running.rows, -1)
             running.layers[number].features[name] = rows.to(self._dtype, copy=True)
+
+
+def _watch(model: nn.Module, layers: Sequence[MoeLayer]) -> FlowWatcher:
+    return FlowWatcher(model, [layer.path for layer in layers], [layer.experts for layer in layers])
 
 
 def _fits(value: Tensor, running: PassCapture) -> bool:
