@@ -1,0 +1,17 @@
+"""The small trace of the reference model that ships with the package, for tests, demos and first steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from foregate.errors import TraceError
+from foregate.trace.reader import TraceReader
+
+SAMPLE = Path(__file__).with_name("reference-sample")
+
+
+def open_sample() -> TraceReader:
+    """Open it. Raises TraceError where this installation has none."""
+    if not SAMPLE.is_dir():
+        raise TraceError(f"{SAMPLE} is not in this installation; foregate.trace.make_traces --sample makes it")
+    return TraceReader(SAMPLE)
