@@ -96,7 +96,12 @@ def test_chat_template_is_used_unless_off(foregate: Foregate, tiny: Tiny) -> Non
         (["--predictor", "crystal-ball"], ["crystal-ball", "none, stale-gate, next-gate"]),
         (["--cache-policy", "fifo"], ["fifo", "lru, lfu, lfru"]),
         (["--prefetch", "sometimes"], ["sometimes", "auto, off"]),
+        (["--memory-budget", "1e308TB"], ["1e308TB"]),
+        (["--predictor", "none", "--prefetch", "4"], ["none", "4"]),
+        (["--lookahead", "99"], ["99", "at most 3"]),
         (["--temperature", "nan"], ["nan"]),
+        (["--temperature", "1e-45"], ["1e-45"]),
+        (["-p", "bad \udcff byte"], ["UTF-8"]),
         (["--top-p", "0.5"], ["0.5", "temperature"]),
         (["--max-new-tokens", "0"], ["0"]),
         (["--max-new-tokens", "many"], ["max-new-tokens"]),
@@ -170,6 +175,10 @@ def integers(directory: Path) -> None:
     path.write_bytes(content.replace(b'"F32"', b'"I32"'))
 
 
+def broken_template(directory: Path) -> None:
+    (directory / "chat_template.jinja").write_text("{{ raise_exception('no thanks') }}")
+
+
 def no_tokenizer(directory: Path) -> None:
     for file in directory.glob("tokenizer*"):
         file.unlink()
@@ -184,6 +193,7 @@ def no_tokenizer(directory: Path) -> None:
         (junk_header, ["model.safetensors"]),
         (integers, ["I32"]),
         (no_tokenizer, ["tokenizer"]),
+        (broken_template, ["chat template", "no thanks"]),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -233,6 +243,14 @@ def test_doctor_json(foregate: Foregate, tmp_path: Path) -> None:
 def test_doctor_refuses_nonsense(foregate: Foregate, tmp_path: Path) -> None:
     fails(foregate("doctor", "--dir", tmp_path / "nowhere"), "nowhere")
     fails(foregate("doctor", "--expert-size", "50%"), "50%")
+
+
+def test_an_unforeseen_error_is_one_line_too(foregate: Foregate, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setattr("foregate.checkpoint.locate.locate", fail)
+    fails(foregate("inspect", tiny("qwen2_moe")), "RuntimeError: out of luck", "FOREGATE_DEBUG")
 
 
 def test_version_and_help(foregate: Foregate) -> None:

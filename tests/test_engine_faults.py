@@ -19,7 +19,8 @@ Tiny = Callable[[str], Path]
 
 def generate(path: Path, *faults: Fault, predictor: str = "next-gate", **settings: object) -> tuple[list[int], Engine]:
     """Greedy tokens with ``faults`` in the store; every fault given must have struck."""
-    config = RunConfig(model=str(path), memory_budget="30%", predictor=predictor, prefetch="4", **settings)  # type: ignore[arg-type]
+    prefetch = "auto" if predictor == "none" else "4"
+    config = RunConfig(model=str(path), memory_budget="30%", predictor=predictor, prefetch=prefetch, **settings)  # type: ignore[arg-type]
     stores: list[FaultyStore] = []
 
     def wrap(store: object) -> FaultyStore:

@@ -69,7 +69,8 @@ def test_packed_store_gives_the_same_bits(family: str, tiny: Tiny, tmp_path: Pat
 @pytest.mark.parametrize("budget", ["100%", "50%", "25%", "13%"])
 def test_no_predictor_or_budget_changes_a_bit(predictor: str, budget: str, tiny: Tiny) -> None:
     path = tiny("qwen2_moe")
-    assert same(run(path, budget, predictor=predictor, prefetch="4"), run(path, "100%", predictor="none"))
+    prefetch = "auto" if predictor == "none" else "4"
+    assert same(run(path, budget, predictor=predictor, prefetch=prefetch), run(path, "100%", predictor="none"))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_no_predictor_or_budget_changes_a_bit(predictor: str, budget: str, tiny:
         {"reader_threads": 1},
         {"reader_threads": 4},
         {"prefetch": "off"},
-        {"lookahead": 3},
+        {"lookahead": 2},
     ],
     ids=str,
 )
@@ -132,6 +133,7 @@ class Rubbish:
         if self.calls == 9:
             raise RuntimeError("no idea")
         nonsense = (1.5, None, "x", -3, 10**9, float("nan"), *range(64))
+        # The layer that is being served is among them: its missing experts must not be staged under its feet.
         return [Prediction(layer, nonsense, ()) for layer in (-1, 0, 1, 2, 3, 99)]  # type: ignore[arg-type]
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
 
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
+from foregate.errors import ConfigError, ForegateError, PromptError
 from foregate.predictors.oracle import RouteRecorder
 from foregate.types import FinishReason
 
@@ -110,3 +114,89 @@ def test_sampling_repeats_with_its_seed_and_differs_without(tiny: Tiny) -> None:
 
         assert sample(1) == sample(1)
         assert sample(1) != sample(2)
+
+
+def test_a_slow_consumer_is_not_the_engines_time(tiny: Tiny) -> None:
+    with Engine(RunConfig(model=str(tiny("qwen3_moe")))) as engine:
+        stream = engine.stream(PROMPT, SamplingConfig(max_new_tokens=3))
+        next(stream)
+        sleep(0.5)
+        assert next(stream).stats.wall_s < 0.5
+
+
+def test_oracle_tells_observers_once_and_keeps_no_recorder(tiny: Tiny) -> None:
+    with Engine(RunConfig(model=str(tiny("qwen3_moe")), predictor="oracle")) as engine:
+        heard = RouteRecorder()
+        engine.observers.append(heard)
+        for _ in range(2):
+            list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=4)))
+        assert engine.observers == [heard]
+        assert len(heard.steps) == 2 * 3
+
+
+def test_what_a_prompt_streams_is_not_called_prediction(tiny: Tiny) -> None:
+    figures, _, _ = report(tiny("olmoe"), tokens=1, memory_budget="60%", predictor="next-gate")
+    assert figures["prefill"]["streamed_ahead"]["issued"] > 0
+    assert figures["prefetch"]["issued"] == figures["read_bytes"]["prefetch"] == 0
+
+
+def test_no_slot_is_set_aside_while_speculation_is_off(tiny: Tiny) -> None:
+    config = RunConfig(model=str(tiny("qwen2_moe")), memory_budget="50%", predictor="random")
+    with Engine(config) as engine:
+        stream = engine.stream(PROMPT, SamplingConfig(max_new_tokens=40))
+        next(stream)
+        next(stream)
+        assert engine.cache.staging > 0
+        asked = engine.predictor.predict
+        engine.predictor.predict = lambda signals: pytest.fail("asked while off")  # type: ignore[method-assign]
+        engine.prefetcher.controller.switch_off("a test")
+        next(stream)
+        assert engine.cache.staging == 0
+        engine.predictor.predict = asked  # type: ignore[method-assign]
+
+
+def test_an_interrupted_engine_refuses_to_go_on(tiny: Tiny) -> None:
+    with Engine(RunConfig(model=str(tiny("qwen3_moe")))) as engine:
+
+        def interrupt(step: object) -> None:
+            raise KeyboardInterrupt
+
+        engine.predictor.observe = interrupt  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.stream(PROMPT))
+        with pytest.raises(ForegateError, match="rebuilt"):
+            list(engine.stream(PROMPT))
+
+
+def test_token_ids_outside_the_vocabulary_are_named(tiny: Tiny) -> None:
+    with Engine(RunConfig(model=str(tiny("qwen3_moe")))) as engine, pytest.raises(PromptError, match="99999"):
+        list(engine.stream([1, 99999]))
+
+
+def test_lookahead_beyond_the_model_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match="lookahead 3: at most 2 with 3 MoE layers"):
+        Engine(RunConfig(model=str(tiny("qwen3_moe")), lookahead=3))
+
+
+def test_no_weight_is_left_in_the_page_cache_or_on_a_mapped_file(tiny: Tiny) -> None:
+    """Dense weights on a mapping of the checkpoint would let the page cache hold experts beside the budget."""
+    path = tiny("olmoe")
+    with Engine(RunConfig(model=str(path), memory_budget="25%")) as engine:
+        list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=4)))
+        mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+        assert mapped == []
+        assert cached_pages(path / "model.safetensors") == 0
+
+
+def cached_pages(file: Path) -> int:
+    """Pages of ``file`` in the page cache, by mincore(2)."""
+    size = file.stat().st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    with (
+        file.open("rb") as handle,
+        mmap.mmap(handle.fileno(), size, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as view,
+    ):
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        start = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(size), pages) == 0
+        return sum(page & 1 for page in pages)

@@ -45,7 +45,7 @@ class Bench:
 
     def decode(self, layer: int, needed: Sequence[int], predictions: Sequence[Prediction] = ()) -> None:
         self.pipeline.decode(
-            layer, needed, lambda e, s: self.compute(layer, e, s), lambda: self.prefetcher.consider(predictions)
+            layer, needed, lambda e, s: self.compute(layer, e, s), lambda: self.prefetcher.consider(layer, predictions)
         )
         self.cache.check_integrity(idle=True)
 
@@ -132,7 +132,7 @@ def test_speculation_never_evicts_a_resident() -> None:
         b.decode(0, [0])
         b.decode(0, [1])
         residents = set(b.cache.resident)
-        b.prefetcher.consider([predicted(1, 0, 1, 2, 3)])
+        b.prefetcher.consider(0, [predicted(1, 0, 1, 2, 3)])
         assert set(b.cache.resident) == residents
         assert len(b.cache.staged) == 2
         b.prefetcher.expire()
@@ -141,7 +141,7 @@ def test_speculation_never_evicts_a_resident() -> None:
 
 def test_garbage_predictions_are_dropped() -> None:
     with bench(slots=8, staging=4) as b:
-        b.prefetcher.consider([predicted(1, -1, 99, 8)])
+        b.prefetcher.consider(0, [predicted(1, -1, 99, 8), predicted(0, 1), predicted(-1, 1), predicted(9, 1)])
         assert b.prefetcher.stats.issued == 0
 
 
@@ -187,7 +187,8 @@ def test_a_fixed_limit_is_taken_as_it_is() -> None:
 
 def judged(used: int, wasted: int) -> Controller:
     c = controller()
-    c.saw_read(0.008)
+    c.saw_io(8 * 2**20, 0.008)
+    c.saw_prediction(0.0001, 2)
     c.saw_window(0.010)
     for outcome in [True] * used + [False] * wasted:
         c.judge(used=outcome)

@@ -13,6 +13,8 @@ UNITS = {
     "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 
+_MOST = 2**60
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -44,6 +46,8 @@ def parse_budget(text: str) -> Budget:
         raise BudgetError(
             f"memory budget {text!r}: unknown unit {match.group(2)!r}; use KB, MB, GB, KiB, MiB, GiB or %"
         )
+    if number * UNITS[unit] > _MOST:
+        raise BudgetError(f"memory budget {text!r} is more than any machine has")
     return Budget(nbytes=int(number * UNITS[unit]))
 
 
@@ -61,7 +65,7 @@ def parse_prefetch(text: str) -> int | None:
         return None
     if value == "off":
         return 0
-    if re.fullmatch(r"[0-9]+", value):
+    if re.fullmatch(r"[0-9]{1,6}", value):
         return int(value)
     raise ConfigError(f"prefetch {text!r} is not auto, off or a whole number of experts per layer")
 
@@ -84,6 +88,10 @@ class RunConfig:
         parse_budget(self.memory_budget)
         parse_prefetch(self.prefetch)
         _at_least("lookahead", self.lookahead, 1)
+        if self.predictor == "none" and (parse_prefetch(self.prefetch) or self.lookahead != 1):
+            raise ConfigError(
+                f"predictor none predicts nothing: prefetch {self.prefetch} and lookahead {self.lookahead} have no use"
+            )
         _at_least("reader threads", self.reader_threads, 1)
         if self.threads is not None:
             _at_least("threads", self.threads, 1)
@@ -102,8 +110,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _at_least("max new tokens", self.max_new_tokens, 1)
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature {self.temperature!r} must be a finite number that is not negative")
+        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
+            raise ConfigError(f"temperature {self.temperature!r} must be 0 (greedy) or from 0.001 to 1000")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top-p {self.top_p!r} must be above 0 and at most 1")
         if not 0 <= self.seed < 2**63:

@@ -13,7 +13,7 @@ import psutil
 import typer
 
 from foregate.cli.output import print_json, result, size, two_columns
-from foregate.errors import ConfigError
+from foregate.errors import BudgetError, ConfigError
 
 PACKAGES = ("foregate", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 
@@ -27,9 +27,12 @@ def doctor(
     from foregate.config import parse_budget
     from foregate.experts.diskspeed import measure
 
-    nbytes = parse_budget(expert_size).nbytes
+    try:
+        nbytes = parse_budget(expert_size).nbytes
+    except BudgetError:
+        nbytes = None
     if nbytes is None:
-        raise ConfigError(f"expert size {expert_size!r} must be a number of bytes")
+        raise ConfigError(f"expert size {expert_size!r} is not a size in bytes, such as 8MiB")
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such directory")
     speed = measure(directory, nbytes)

@@ -15,6 +15,7 @@ from foregate.cli.inspect import inspect
 from foregate.cli.pack import pack
 from foregate.cli.reference import app as reference
 from foregate.cli.run import run
+from foregate.cli.trace import app as trace
 from foregate.errors import ForegateError
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command()(run)
 app.command()(inspect)
 app.command()(pack)
 app.command()(doctor)
+app.add_typer(trace, name="trace")
 app.add_typer(reference, name="reference", help="The built-in reference model: train it, judge it.")
 
 
@@ -60,7 +62,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except (KeyboardInterrupt, typer.Abort):
-        raise SystemExit(130) from None
+        _fail("interrupted", 130)
+    except Exception as error:  # the outermost handler: nobody gets a stack trace who did not ask for one
+        if os.environ.get("FOREGATE_DEBUG"):
+            raise
+        _fail(f"{type(error).__name__}: {error} (FOREGATE_DEBUG=1 shows where)", 1)
 
 
 def _fail(message: str, code: int) -> NoReturn:

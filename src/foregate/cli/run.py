@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
@@ -99,11 +100,15 @@ def _read_file(file: Path | None) -> str:
     if file is None or str(file) == "-":
         if sys.stdin is None or sys.stdin.isatty():
             raise PromptError("no prompt: give -p PROMPT, -f FILE, or pipe it into stdin")
-        return sys.stdin.read()
+        return _text(sys.stdin.read, "stdin")
+    return _text(lambda: file.read_text(encoding="utf-8"), str(file))
+
+
+def _text(read: Callable[[], str], place: str) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read()
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"cannot read the prompt from {file}: {error}") from error
+        raise PromptError(f"cannot read the prompt from {place}: {error}") from error
 
 
 def stats_table(report: dict[str, Any]) -> Table:

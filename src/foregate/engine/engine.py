@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from time import perf_counter
 from types import TracebackType
@@ -19,11 +20,11 @@ from foregate.engine.memory import SlotPlan, plan_slots, rss_peak
 from foregate.engine.meter import Meter
 from foregate.engine.model import load_model, load_tokenizer
 from foregate.engine.report import RunReport
-from foregate.engine.runtime import ExpertRuntime, install
+from foregate.engine.runtime import ExpertRuntime, install, uninstall
 from foregate.engine.sampler import Sampler
 from foregate.engine.signals import ModelSignals
 from foregate.engine.text import Detokenizer, check_length, encode
-from foregate.errors import ForegateError
+from foregate.errors import ConfigError, ForegateError, IntegrityError, PromptError
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, check_supported
 from foregate.experts.policy import POLICIES
@@ -54,12 +55,19 @@ class Engine:
         self.config = config
         self.checkpoint: Checkpoint = open_checkpoint(locate(config.model))
         self.spec = self.checkpoint.spec
+        deepest = max(1, self.spec.layers - 1)
+        if config.lookahead > deepest:
+            raise ConfigError(f"lookahead {config.lookahead}: at most {deepest} with {self.spec.layers} MoE layers")
         self.plan = self._plan()
         self.tokenizer = load_tokenizer(self.checkpoint.directory)
         self.model = load_model(self.checkpoint)
         store = open_store(self.checkpoint)
         self.store = wrap_store(store) if wrap_store else store
-        self._build()
+        try:
+            self._build()
+        except BaseException:
+            self.store.close()
+            raise
         self.load_s = perf_counter() - began
         self.report: RunReport | None = None
         self._runs = 0
@@ -88,9 +96,7 @@ class Engine:
     def stream(self, prompt_ids: list[int], sampling: SamplingConfig | None = None) -> Iterator[GenerationStep]:
         """Generate token by token. Raises PromptError, TransferError; ``report`` holds the figures afterwards."""
         sampling = sampling or SamplingConfig()
-        check_length(prompt_ids, self.context)
-        if self._failed:
-            raise ForegateError(f"this engine has failed and must be rebuilt: {self._failed}")
+        self._check(prompt_ids)
         if isinstance(self.predictor, Oracle):
             self._record(self.predictor, prompt_ids, sampling)
         yield from self._run(prompt_ids, sampling)
@@ -98,17 +104,20 @@ class Engine:
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> Tensor:
         """Logits [T, V] of one pass over ``ids``, as a prompt."""
-        self.runtime.begin_prefill()
-        try:
-            return self._call(torch.tensor([ids]), None, keep=0).logits[0]  # type: ignore[no-any-return]
-        finally:
-            self.runtime.finish()
+        self._check(ids)
+        with self._guarded():
+            self.runtime.begin_prefill()
+            out = self._call(torch.tensor([ids]), None, keep=0)
+            self.runtime.end_prefill()
+        return out.logits[0]  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Stop the readers, close the files, take the hooks off."""
+        """Stop the readers, close the files, take the hooks off, let go of the pool."""
         self.transfer.close()
         self.store.close()
         self.signals.close()
+        uninstall(self._modules)
+        self._views.clear()
 
     # Building
 
@@ -147,7 +156,12 @@ class Engine:
             off_reason=off_reason,
         )
         self.prefetcher = Prefetcher(
-            self.cache, self.transfer, controller, experts=spec.experts_per_layer, top_k=spec.top_k
+            self.cache,
+            self.transfer,
+            controller,
+            experts=spec.experts_per_layer,
+            top_k=spec.top_k,
+            may_stream=parse_prefetch(config.prefetch) != 0,
         )
         self.pipeline = Pipeline(self.cache, self.transfer, self.prefetcher)
         self.runtime = ExpertRuntime(
@@ -171,37 +185,53 @@ class Engine:
             return 0, "predictor is none"
         if limit == 0:
             return 0, "prefetch is off"
-        wanted = (limit or self.spec.top_k) * (self.config.lookahead + 1)
-        staging = min(wanted, self.plan.slots // 4)
+        if self.plan.slots >= self.spec.experts:
+            return 0, "all experts fit in the budget"
+        wanted = (limit or self.spec.top_k) * self.config.lookahead
+        staging = min(wanted, self.plan.slots // 4, self.plan.slots - self.spec.top_k)
         if staging < 1:
             return 0, f"a budget of {self.plan.slots} slots leaves none for staging"
-        if self.plan.slots >= self.spec.experts:
-            return 0, ""  # All fit: nothing is ever absent once read; a cold prefill may still read ahead.
         return staging, ""
 
     # Running
 
     def _record(self, oracle: Oracle, prompt_ids: list[int], sampling: SamplingConfig) -> None:
         """Run once without speculation to learn the routing, then forget everything that this has cached."""
-        recorder = RouteRecorder()
+        recorder, listeners, plain = RouteRecorder(), self.runtime.observers, self.config
         self.predictor = PREDICTORS.load("none")()
-        plain, self.config = self.config, replace(self.config, predictor="none")
+        self.config = replace(plain, predictor="none", prefetch="auto", lookahead=1)
         try:
-            self._renew()
-            self.runtime.observers.append(recorder)
+            self._renew([recorder])
             for _ in self._run(prompt_ids, sampling):
                 pass
         finally:
             self.predictor, self.config = oracle, plain
-            self._renew()
+            self._renew(listeners)
         oracle.load(recorder)
 
-    def _renew(self) -> None:
-        observers = self.runtime.observers
+    def _renew(self, observers: list[RoutingObserver]) -> None:
+        """Cold again, with ``observers`` listening."""
         self.cache.clear()
         self._assemble()
-        self.runtime.observers.extend(observers)
+        self.runtime.observers = observers
         self._runs = 0
+
+    def _check(self, ids: list[int]) -> None:
+        check_length(ids, self.context)
+        strange = next((i for i in ids if not 0 <= i < self.spec.vocab_size), None)
+        if strange is not None:
+            raise PromptError(f"token id {strange} is outside the vocabulary of {self.spec.vocab_size:,}")
+        if self._failed:
+            raise ForegateError(f"this engine has failed and must be rebuilt: {self._failed}")
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Whatever breaks a forward pass, an interrupt included, may leave cache and reads half-changed: note it."""
+        try:
+            yield
+        except BaseException as error:
+            self._failed = str(error) or type(error).__name__
+            raise
 
     def _run(self, prompt_ids: list[int], sampling: SamplingConfig) -> Iterator[GenerationStep]:
         self.report = report = self._new_report(len(prompt_ids))
@@ -213,23 +243,26 @@ class Engine:
         self._runs += 1
         try:
             for index in range(room):
+                began = perf_counter()
                 phase = Phase.DECODE if index else Phase.PREFILL
-                logits, past = self._forward(ids, past, len(prompt_ids) + index - 1, phase)
+                with self._guarded():
+                    logits, past = self._forward(ids, past, len(prompt_ids) + index - 1, phase)
                 token = sampler.choose(logits)
                 finish = FinishReason.STOP if token in stop else FinishReason.LENGTH if index == room - 1 else None
                 text = "" if finish is FinishReason.STOP else detokenizer.add(token)
                 if finish:
                     text += detokenizer.flush()
                     self.runtime.finish()
-                yield self._step(report, GenerationStep(index, token, text, phase, self._meter.lap(), finish))
+                # The consumer's own time between steps is not the engine's.
+                stats = replace(self._meter.lap(), wall_s=perf_counter() - began)
+                report.steps.append(GenerationStep(index, token, text, phase, stats, finish))
+                yield report.steps[-1]
                 if finish:
                     return
                 ids = [token]
-        except ForegateError as error:
-            self._failed = str(error)
-            raise
         finally:
-            self.runtime.finish()
+            with suppress(IntegrityError) if self._failed else nullcontext():
+                self.runtime.finish()
             self._close_report(report)
 
     @torch.inference_mode()
@@ -239,7 +272,11 @@ class Engine:
         else:
             self.runtime.begin_decode(position)
         out = self._call(torch.tensor([ids]), past, keep=1)
-        self._learned()
+        if phase is Phase.PREFILL:
+            self.runtime.end_prefill()
+            self._learned()
+        else:
+            self.prefetcher.controller.saw_io(*self._meter.io())
         return out.logits[0, -1], out.past_key_values
 
     def _learned(self) -> None:
@@ -276,11 +313,8 @@ class Engine:
             experts=self.spec.experts,
             dense_bytes=self.spec.dense_bytes,
             load_s=self.load_s,
+            staging_slots=self._staging()[0],
         )
-
-    def _step(self, report: RunReport, step: GenerationStep) -> GenerationStep:
-        report.steps.append(step)
-        return step
 
     def _close_report(self, report: RunReport) -> None:
         self._add_leftovers(report, self._meter.lap())

@@ -42,57 +42,71 @@ def _bytes(budget: Budget, expert_bytes: int, dense_bytes: int) -> int:
         return budget.nbytes
     if budget.share is not None:
         return int(expert_bytes * budget.share + 1e-6)
-    room = memory_limit() - memory_used() - dense_bytes - FIXED_OVERHEAD
+    room = memory_free() - dense_bytes - FIXED_OVERHEAD
     # A tenth of the room stays free for the KV cache and activations, which grow with the context.
     return min(expert_bytes, int(room * 0.9)) if room > 0 else 0
 
 
 def memory_limit() -> int:
     """Bytes this process may use: the machine's memory, or a tighter cgroup limit (v1 or v2)."""
-    return min([int(psutil.virtual_memory().total), *_cgroup_limits()])
+    limits = [limit for limit, _ in _cgroups()]
+    return min([int(psutil.virtual_memory().total), *limits])
 
 
-def memory_used() -> int:
-    """Bytes already taken: by everyone on the machine, or inside the cgroup where that is what limits."""
-    total = psutil.virtual_memory()
-    limits = _cgroup_limits()
-    if limits and min(limits) < total.total:
-        return int(psutil.Process().memory_info().rss)
-    return int(total.total - total.available)
+def memory_free() -> int:
+    """Bytes that can still be taken: the machine's available memory, or what the tightest cgroup has left."""
+    return min([int(psutil.virtual_memory().available), *(limit - used for limit, used in _cgroups())])
 
 
-def _cgroup_limits() -> list[int]:
+def _cgroups() -> list[tuple[int, int]]:
+    """(limit, used without reclaimable page cache) of every memory cgroup around this process that has a limit."""
     found = []
-    for path in _cgroup_files():
-        try:
-            text = path.read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < _UNLIMITED:
-            found.append(int(text))
+    for folder, limit_name, used_name in _cgroup_folders():
+        limit, used = _number(folder / limit_name), _number(folder / used_name)
+        if limit is not None and used is not None and limit < _UNLIMITED:
+            found.append((limit, max(0, used - _reclaimable(folder))))
     return found
 
 
-def _cgroup_files() -> list[Path]:
-    """Limit files of this process's cgroup and its ancestors."""
+def _number(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of page cache that the kernel gives up first."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    stat = dict(line.split()[:2] for line in lines)
+    return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+
+
+def _cgroup_folders() -> list[tuple[Path, str, str]]:
+    """Folders of this process's memory cgroup and its ancestors, with the names of their limit and usage files."""
     root = Path("/sys/fs/cgroup")
-    files: list[Path] = []
+    found: list[tuple[Path, str, str]] = []
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return files
+        return found
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
-            files += _chain(root / "memory", path, "memory.limit_in_bytes")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            found += [(folder, *names) for folder in _chain(root / "memory", path)]
         elif not controllers:
-            files += _chain(root, path, "memory.max")
-    return files
+            found += [(folder, "memory.max", "memory.current") for folder in _chain(root, path)]
+    return found
 
 
-def _chain(root: Path, path: str, name: str) -> list[Path]:
+def _chain(root: Path, path: str) -> list[Path]:
     here = root / path.lstrip("/")
-    return [folder / name for folder in (here, *here.parents) if folder.is_relative_to(root)]
+    return [folder for folder in (here, *here.parents) if folder.is_relative_to(root)]
 
 
 def rss_peak() -> int:

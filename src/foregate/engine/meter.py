@@ -30,6 +30,12 @@ class Meter:
         names = StepStats.__dataclass_fields__
         return StepStats(**{name: getattr(now, name) - getattr(before, name) for name in names})
 
+    def io(self) -> tuple[int, float]:
+        """Bytes read since the last lap, and the seconds in which at least one read was running."""
+        now, last = self._now(), self._last
+        read = now.demand_bytes + now.prefetch_bytes - last.demand_bytes - last.prefetch_bytes
+        return read, now.io_s - last.io_s
+
     def _now(self) -> StepStats:
         total = StepStats(wall_s=perf_counter(), evictions=self._cache.evictions)
         total.add(self._pipeline.stats)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -27,8 +28,9 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     missing = sorted(info["missing_keys"]) + sorted(str(item[0]) for item in info["mismatched_keys"])
     if missing:
         raise CheckpointError(f"{checkpoint.directory}: weights missing or of wrong shape: {', '.join(missing[:4])}")
-    _drop_page_cache(checkpoint.directory)
     loaded: PreTrainedModel = model.eval()
+    _own_memory(loaded)
+    _drop_page_cache(checkpoint.directory)
     return loaded
 
 
@@ -84,8 +86,23 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _own_memory(model: nn.Module) -> None:
+    """Copy every tensor out of the mapped file, tensor by tensor; tied ones stay tied.
+
+    transformers leaves them on a mapping of the file: memory that no budget sees, whose read-ahead brings experts into
+    the page cache, and which kills the process if the file changes.
+    """
+    copies: dict[int, torch.Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type != "meta" and tensor.numel():
+            storage = tensor.data_ptr()
+            if storage not in copies:
+                copies[storage] = tensor.detach().clone()
+            tensor.data = copies[storage].view_as(tensor)
+
+
 def _drop_page_cache(path: Path) -> None:
-    """Dense weights are in anonymous memory now; their file pages would be memory that no budget sees."""
+    """Forget the file's pages: nothing maps them any more."""
     for file in path.glob("*.safetensors"):
         handle = os.open(file, os.O_RDONLY)
         try:

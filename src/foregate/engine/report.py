@@ -28,6 +28,7 @@ class RunReport:
     experts: int
     dense_bytes: int
     load_s: float
+    staging_slots: int = 0
     controller: dict[str, Any] = field(default_factory=dict)
     steps: list[GenerationStep] = field(default_factory=list)
     resident_bytes_peak: int = 0
@@ -45,8 +46,12 @@ class RunReport:
         return sum(times) / len(times) if times else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form. ``expert_cache``, ``read_bytes``, ``prefetch`` and stalls sum over prefill and decode."""
-        total, decode = _sum(self.steps), _sum(self.decode)
+        """JSON form. ``expert_cache``, ``read_bytes`` and stalls sum over prefill and decode.
+
+        ``prefetch`` is what was predicted, which happens in decode only; a prompt's reading ahead of whole layers is in
+        ``prefill`` and counts as demand. A hit needed no wait; ``used - late`` of the hits were read ahead.
+        """
+        total, prefill, decode = _sum(self.steps), _sum(self.steps[:1]), _sum(self.decode)
         times = [step.stats.wall_s for step in self.decode]
         return {
             "model": self.model,
@@ -60,8 +65,12 @@ class RunReport:
             "tpot_s": self.tpot_s,
             "tpot_median_s": median(times) if times else 0.0,
             "expert_cache": {"hits": total.hits, "misses": total.misses, "evictions": total.evictions},
-            "read_bytes": {"demand": total.demand_bytes, "prefetch": total.prefetch_bytes},
-            "prefetch": {name: getattr(total, name) for name in ("issued", "used", "late", "wasted", "cancelled")},
+            "read_bytes": {
+                "demand": total.demand_bytes + prefill.prefetch_bytes,
+                "prefetch": decode.prefetch_bytes,
+            },
+            "prefetch": _fates(decode),
+            "prefill": _prefill(prefill),
             "read_retries": total.retries,
             "stall_s": total.stall_s,
             "stall": {"demand_s": total.demand_stall_s, "late_prefetch_s": total.late_stall_s},
@@ -70,6 +79,7 @@ class RunReport:
             "resident_bytes_peak": self.resident_bytes_peak,
             "budget_bytes": self.budget_bytes,
             "slots": self.slots,
+            "staging_slots": self.staging_slots,
             "experts": self.experts,
             "dense_bytes": self.dense_bytes,
             "rss_peak_bytes": self.rss_peak_bytes,
@@ -102,6 +112,22 @@ def _sum(steps: Sequence[GenerationStep]) -> StepStats:
     return total
 
 
+def _fates(stats: StepStats) -> dict[str, int]:
+    return {name: getattr(stats, name) for name in ("issued", "used", "late", "wasted", "cancelled")}
+
+
+def _prefill(stats: StepStats) -> dict[str, Any]:
+    """The prompt's pass: experts needed, bytes read, and what reading whole layers ahead came to."""
+    return {
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "read_bytes": stats.demand_bytes + stats.prefetch_bytes,
+        "stall_s": stats.stall_s,
+        "overlap_ratio": overlap(stats),
+        "streamed_ahead": _fates(stats),
+    }
+
+
 def _decode(stats: StepStats, tokens: int) -> dict[str, Any]:
     """Decode alone, per token where that is what people compare."""
     per = 1 / tokens if tokens else 0.0
@@ -111,6 +137,7 @@ def _decode(stats: StepStats, tokens: int) -> dict[str, Any]:
         "read_bytes_per_token": (stats.demand_bytes + stats.prefetch_bytes) * per,
         "stall_s_per_token": stats.stall_s * per,
         "overlap_ratio": overlap(stats),
+        "read_bytes": {"demand": stats.demand_bytes, "prefetch": stats.prefetch_bytes},
         "hits": stats.hits,
         "misses": stats.misses,
         "evictions": stats.evictions,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from foregate.engine.signals import ModelSignals
-from foregate.errors import ForegateError
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, expert_forward
 from foregate.interfaces import Predictor, RoutingObserver
@@ -69,24 +69,26 @@ class ExpertRuntime:
         """A prompt starts: staging will hold whole layers."""
         self.phase, self.position = Phase.PREFILL, 0
         self._prefetcher.streaming = True
+        self._prefetcher.begin()
         self.predictor.reset()
 
+    def end_prefill(self) -> None:
+        """The prompt has been read: nothing of it stays staged."""
+        self.finish()
+        self._prefetcher.streaming = False
+        self._cache.set_staging(0)
+
     def begin_decode(self, position: int) -> None:
-        """A forward of one token at ``position`` starts."""
-        if self.phase is Phase.PREFILL:
-            self._leave_prefill()
+        """A forward of one token at ``position`` starts. Slots are set aside only while speculation is on."""
         self.phase, self.position = Phase.DECODE, position
-        self._prefetcher.controller.begin_step()
+        controller = self._prefetcher.controller
+        controller.begin_step()
+        self._cache.set_staging(self._decode_staging if controller.speculating else 0)
 
     def finish(self) -> None:
         """The sequence ended, or broke: nothing stays staged or in flight."""
         self._prefetcher.expire()
         self._prefetcher.settle()
-
-    def _leave_prefill(self) -> None:
-        self.finish()
-        self._prefetcher.streaming = False
-        self._cache.set_staging(self._decode_staging)
 
     def forward(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Output [T, D] of MoE layer ``layer`` for ``x`` [T, D], routed to ``index`` [T, k] with ``weights`` [T, k]."""
@@ -164,16 +166,17 @@ class ExpertRuntime:
         return [e for e in dict.fromkeys(index.flatten().tolist()) if 0 <= e < self._experts[layer]]
 
     def _predict(self, layer: int) -> None:
-        if self.phase is Phase.DECODE and self._cache.staging and not self._prefetcher.controller.off_reason:
-            self._signals.layer = layer
-            try:
-                predictions = self.predictor.predict(self._signals)
-            except ForegateError:
-                raise
-            except Exception as error:  # a stranger's predictor must not decide whether the text comes out
-                self.give_up_predicting(f"predictor {self.predictor.name!r} failed: {type(error).__name__}: {error}")
-                return
-            self._prefetcher.consider(predictions)
+        if self.phase is Phase.PREFILL or not self._prefetcher.wanted:
+            return
+        began, before = perf_counter(), self._prefetcher.stats.issued
+        self._signals.layer = layer
+        try:
+            predictions = self.predictor.predict(self._signals)
+        except Exception as error:  # a stranger's predictor must not decide whether the text comes out
+            self.give_up_predicting(f"predictor {self.predictor.name!r} failed: {type(error).__name__}: {error}")
+            return
+        self._prefetcher.consider(layer, predictions)
+        self._prefetcher.controller.saw_prediction(perf_counter() - began, self._prefetcher.stats.issued - before)
 
     def give_up_predicting(self, reason: str) -> None:
         """No speculation from now on, and say why, once."""
@@ -209,6 +212,13 @@ def install(runtime: ExpertRuntime, modules: Sequence[nn.Module]) -> None:
             module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
         else:
             _install_scaled(runtime, layer, module)
+
+
+def uninstall(modules: Sequence[nn.Module]) -> None:
+    """Take ``runtime`` off the modules again: the model does not keep an engine's pool alive."""
+    for module in modules:
+        module.__dict__.pop("_foregate", None)
+        module.__dict__.pop("forward", None)
 
 
 def _experts_function(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

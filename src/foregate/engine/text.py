@@ -20,14 +20,23 @@ def encode(tokenizer: Any, prompt: str, *, template: str, context: int) -> list[
         raise ConfigError(f"chat template {template!r} is not auto or off")
     if not prompt.strip():
         raise PromptError("the prompt is empty")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise PromptError("the prompt is not valid UTF-8")
     if template == "auto" and getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-        ids = list(encoded["input_ids"])
+        ids = _chat(tokenizer, prompt)
     else:
         ids = list(tokenizer(prompt)["input_ids"])
     check_length(ids, context)
     return ids
+
+
+def _chat(tokenizer: Any, prompt: str) -> list[int]:
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except Exception as error:  # a template is a program that came with the model
+        raise PromptError(f"the model's chat template fails ({error}); run without it: --chat-template off") from error
+    return list(encoded["input_ids"])
 
 
 def check_length(ids: list[int], context: int) -> None:

@@ -34,6 +34,10 @@ class SlotViews:
             found = self._views[key] = self._build(slot, layout)
         return found
 
+    def clear(self) -> None:
+        """Drop every view, and with them the hold on the pool's memory."""
+        self._views.clear()
+
     def _build(self, slot: int, layout: ExpertLayout) -> dict[str, Tensor]:
         raw = torch.frombuffer(self._pool.view(slot), dtype=torch.uint8)
         return {p.name: raw[p.offset : p.offset + p.nbytes].view(DTYPES[p.dtype]).view(p.shape) for p in layout.params}

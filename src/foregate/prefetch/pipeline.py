@@ -27,7 +27,6 @@ class Pipeline:
         self._cache = cache
         self._transfer = transfer
         self._prefetcher = prefetcher
-        self._submitted: dict[ExpertKey, float] = {}
         self._late: set[ExpertKey] = set()
 
     def decode(self, layer: int, needed: Sequence[int], compute: Compute, predict: Callable[[], None]) -> None:
@@ -43,6 +42,8 @@ class Pipeline:
         try:
             ready, missing = self._classify(keys, flight)
             self._request(missing, flight)
+            # What was staged for this layer and is not needed makes room for the layers after it.
+            self._prefetcher.expire(layer)
             predict()
             for key in ready:
                 self._serve(key, compute, pinned)
@@ -52,7 +53,6 @@ class Pipeline:
         finally:
             self._abandon(flight)
             self._cache.unpin(pinned)
-        self._prefetcher.expire(layer)
 
     def stream(self, layer: int, needed: Sequence[int], compute: Compute, ahead: Callable[[], None]) -> None:
         """A step of many tokens: experts in ascending order, as many reads ahead as the cache has room for.
@@ -63,6 +63,7 @@ class Pipeline:
         flight: dict[ExpertKey, Ticket] = {}
         pinned: set[ExpertKey] = set()
         waiting = deque(keys)
+        kept = self._keep_residents(keys)
         try:
             for key in keys:
                 while waiting and self._acquire(waiting[0], flight, pinned):
@@ -70,13 +71,23 @@ class Pipeline:
                     if not waiting:
                         ahead()
                 self._arrive(key, flight)
+                if key in kept:
+                    kept.remove(key)
+                    self._cache.unpin([key])
                 self._serve(key, compute, pinned)
         finally:
             self._abandon(flight)
-            self._cache.unpin(pinned)
+            self._cache.unpin([*pinned, *kept])
         self._prefetcher.expire(layer)
 
     # Deciding what is where
+
+    def _keep_residents(self, keys: Iterable[ExpertKey]) -> set[ExpertKey]:
+        """Pin what this layer has already, so that its own reads do not evict it; half of the slots stay free."""
+        resident = [key for key in keys if self._cache.state(key) is SlotState.RESIDENT]
+        kept = resident[: self._cache.quota // 2]
+        self._cache.pin(kept)
+        return set(kept)
 
     def _classify(
         self, keys: Iterable[ExpertKey], flight: dict[ExpertKey, Ticket]
@@ -133,7 +144,6 @@ class Pipeline:
 
     def _read(self, key: ExpertKey, slot: int, flight: dict[ExpertKey, Ticket]) -> None:
         self.stats.misses += 1
-        self._submitted[key] = perf_counter()
         flight[key] = self._transfer.submit(key, slot, speculative=False)
 
     # Waiting
@@ -160,9 +170,6 @@ class Pipeline:
         del flight[key]
         self._cache.commit(key)
         self._late.discard(key)
-        submitted = self._submitted.pop(key, None)
-        if submitted is not None:
-            self._prefetcher.controller.saw_read(perf_counter() - submitted)
 
     def _count_stall(self, key: ExpertKey, seconds: float) -> None:
         self.stats.stall_s += seconds
@@ -196,4 +203,3 @@ class Pipeline:
                 self._cache.abort(key)
         flight.clear()
         self._late.clear()
-        self._submitted.clear()

@@ -19,12 +19,21 @@ SETTLE_S = 1.0
 class Prefetcher:
     """Owns every staged expert from its submission until it is claimed, expires or is cancelled.
 
-    ``issued == used + wasted + cancelled + len(pending)`` at any time.
+    ``issued == used + wasted + cancelled + len(pending)`` at any time. ``may_stream``: a prompt may read the next layer
+    ahead whole, which is no prediction and needs no predictor.
     """
 
     def __init__(
-        self, cache: ExpertCache, transfer: Transfer, controller: Controller, *, experts: Sequence[int], top_k: int
+        self,
+        cache: ExpertCache,
+        transfer: Transfer,
+        controller: Controller,
+        *,
+        experts: Sequence[int],
+        top_k: int,
+        may_stream: bool = True,
     ) -> None:
+        self.may_stream = may_stream
         self.controller = controller
         self.stats = StepStats()
         self._cache = cache
@@ -43,21 +52,25 @@ class Prefetcher:
         return len(self._tickets)
 
     @property
-    def may_stream(self) -> bool:
-        """Whether reading ahead is wanted at all: a prefill then reads the next layer while this one computes."""
-        return not self.controller.off_reason and self.controller.fixed != 0
+    def wanted(self) -> int:
+        """Speculative reads that a layer may issue now; 0 means that the predictor need not be asked."""
+        return self.controller.allowance(self._top_k) if self._cache.staging else 0
 
-    def consider(self, predictions: Sequence[Prediction]) -> None:
-        """Submit the predicted-and-absent experts that the controller allows, nearest layer first."""
+    def begin(self) -> None:
+        """A sequence starts: windows of an earlier one are over."""
+        self._predicted_at.clear()
+
+    def consider(self, layer: int, predictions: Sequence[Prediction]) -> None:
+        """At MoE layer ``layer``: submit the predicted-and-absent experts of later layers, nearest first."""
         self._reap()
         now = perf_counter()
         width = self.controller.fixed or self._top_k
         for prediction in sorted(predictions, key=lambda p: p.layer):
-            layer = prediction.layer
-            if 0 <= layer < len(self._experts):
-                self._predicted_at.setdefault(layer, now)
-                ranked = [int(e) for e in prediction.experts if _is_expert(e, self._experts[layer])]
-                self._submit(layer, ranked[:width], self.controller.allowance(self._top_k))
+            target = prediction.layer
+            if layer < target < len(self._experts):
+                self._predicted_at.setdefault(target, now)
+                ranked = [int(e) for e in prediction.experts if _is_expert(e, self._experts[target])]
+                self._submit(target, ranked[:width], self.controller.allowance(self._top_k))
 
     def stream_ahead(self, layer: int) -> None:
         """Prefill: read the whole of ``layer`` ahead, as far as staging has room."""
