@@ -148,6 +148,7 @@ def test_export_has_one_tensor_per_expert_matrix(exported: Path) -> None:
         names = set(file.keys())
         shape = file.get_slice("model.layers.1.mlp.experts.3.down_proj.weight").get_shape()
     assert shape == [32, 16]
+    assert (exported / "model.safetensors").stat().st_mode & 0o044 == 0o044  # an installed package is read by others
     assert "model.layers.0.mlp.experts.0.gate_proj.weight" in names
     assert not any("lm_head" in name or "gate_up" in name for name in names)
 

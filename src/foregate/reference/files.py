@@ -14,6 +14,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        temporary.chmod(0o644)  # safetensors creates its files readable by the owner only
         _sync(temporary)
         temporary.replace(path)
     finally:
