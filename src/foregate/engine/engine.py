@@ -16,7 +16,7 @@ from torch import Tensor
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.config import RunConfig, SamplingConfig, parse_prefetch
-from foregate.engine.memory import SlotPlan, plan_slots, rss_peak
+from foregate.engine.memory import SlotPlan, overhead, plan_slots, rss_peak
 from foregate.engine.meter import Meter
 from foregate.engine.model import load_model, load_tokenizer
 from foregate.engine.report import RunReport
@@ -127,6 +127,14 @@ class Engine:
             slot_bytes=self.spec.expert_slot_bytes,
             experts=self.spec.experts,
             dense_bytes=self.spec.dense_bytes,
+            overhead_bytes=self._overhead(),
+        )
+
+    def _overhead(self) -> int:
+        return overhead(
+            slot_bytes=self.spec.expert_slot_bytes,
+            readers=self.config.reader_threads,
+            packed=self.checkpoint.packed,
         )
 
     def _build(self) -> None:
@@ -314,6 +322,7 @@ class Engine:
             dense_bytes=self.spec.dense_bytes,
             load_s=self.load_s,
             staging_slots=self._staging()[0],
+            overhead_bytes=self._overhead(),
         )
 
     def _close_report(self, report: RunReport) -> None:

@@ -25,9 +25,17 @@ class SlotPlan:
     slot_bytes: int
 
 
-def plan_slots(budget: str, *, slot_bytes: int, experts: int, dense_bytes: int) -> SlotPlan:
+def overhead(*, slot_bytes: int, readers: int, packed: bool) -> int:
+    """Bytes beside budget, dense weights and KV cache. Original files are read through buffers of about one expert:
+    at most two for each reader (a demand read and a speculative one that it overtook)."""
+    return FIXED_OVERHEAD + (0 if packed else 2 * readers * (slot_bytes + 2**16))
+
+
+def plan_slots(
+    budget: str, *, slot_bytes: int, experts: int, dense_bytes: int, overhead_bytes: int = FIXED_OVERHEAD
+) -> SlotPlan:
     """Slots that ``budget`` pays for, at most one per expert. Raises BudgetError with the minimum (one slot)."""
-    nbytes = _bytes(parse_budget(budget), slot_bytes * experts, dense_bytes)
+    nbytes = _bytes(parse_budget(budget), slot_bytes * experts, dense_bytes + overhead_bytes)
     slots = min(nbytes // slot_bytes, experts)
     if slots < 1:
         raise BudgetError(
@@ -37,12 +45,12 @@ def plan_slots(budget: str, *, slot_bytes: int, experts: int, dense_bytes: int) 
     return SlotPlan(nbytes, slots, slot_bytes)
 
 
-def _bytes(budget: Budget, expert_bytes: int, dense_bytes: int) -> int:
+def _bytes(budget: Budget, expert_bytes: int, taken_bytes: int) -> int:
     if budget.nbytes is not None:
         return budget.nbytes
     if budget.share is not None:
         return int(expert_bytes * budget.share + 1e-6)
-    room = memory_free() - dense_bytes - FIXED_OVERHEAD
+    room = memory_free() - taken_bytes
     # A tenth of the room stays free for the KV cache and activations, which grow with the context.
     return min(expert_bytes, int(room * 0.9)) if room > 0 else 0
 

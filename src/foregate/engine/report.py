@@ -29,6 +29,7 @@ class RunReport:
     dense_bytes: int
     load_s: float
     staging_slots: int = 0
+    overhead_bytes: int = 0
     controller: dict[str, Any] = field(default_factory=dict)
     steps: list[GenerationStep] = field(default_factory=list)
     resident_bytes_peak: int = 0
@@ -82,6 +83,7 @@ class RunReport:
             "staging_slots": self.staging_slots,
             "experts": self.experts,
             "dense_bytes": self.dense_bytes,
+            "overhead_bytes": self.overhead_bytes,
             "rss_peak_bytes": self.rss_peak_bytes,
             "predictor": self.predictor,
             "prefetch_setting": self.prefetch,

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from foregate.checkpoint.opening import open_checkpoint
-from foregate.engine.memory import FIXED_OVERHEAD
+from foregate.config import RunConfig
+from foregate.engine.memory import overhead
 from foregate.errors import ForegateError
 from foregate.testing.cgroup import run_limited
 from foregate.testing.large import build_large
@@ -28,7 +29,8 @@ def main() -> int:
     model = _packed(source) if options.packed else source
     spec = open_checkpoint(model).spec
     budget = spec.total_expert_bytes // options.times
-    limit = spec.dense_bytes + budget + FIXED_OVERHEAD
+    beside = overhead(slot_bytes=spec.expert_slot_bytes, readers=RunConfig().reader_threads, packed=options.packed)
+    limit = spec.dense_bytes + budget + beside
     command = [sys.executable, "-m", "foregate", "run", str(model), "--memory-budget", str(budget), "--json"]
     command += ["--max-new-tokens", str(options.tokens), "-p", options.prompt, "--predictor", options.predictor]
     done = run_limited(command, limit, options.cgroup)
@@ -41,7 +43,7 @@ def main() -> int:
         "experts_bytes": spec.total_expert_bytes,
         "dense_bytes": spec.dense_bytes,
         "budget_bytes": budget,
-        "overhead_bytes": FIXED_OVERHEAD,
+        "overhead_bytes": beside,
         "limit_bytes": limit,
         "cgroup_peak_bytes": done.peak_bytes,
         **{name: figures[name] for name in ("rss_peak_bytes", "resident_bytes_peak", "ttft_s", "tpot_s", "direct_io")},
