@@ -101,9 +101,10 @@ class _Batch:
                 self._note(method, 0, 0, above, below)
         prior, past = evidence.prior(later), np.zeros(popular.shape, np.float32)
         for layer in range(first, later):
-            found = evidence.from_layer(self.chosen[:, layer], evidence.smoothed(layer, later))
+            lift = evidence.lift(layer, later)
+            found = evidence.markov(self.chosen[:, layer], lift, later)
             self._note(0, layer, later, self._above(ranks(found, true), later, top_k), below)
-            past = DECAY * past + evidence.support(self.chosen[:, layer], layer, later)
+            past = DECAY * past + evidence.support(self.chosen[:, layer], lift, layer, later)
             self._note(1, layer, later, self._above(ranks(prior + past, true), later, top_k), below)
 
     def close(self) -> None:

@@ -24,9 +24,9 @@ EMBED_BYTES = 4 << 20
 """Matrices put into the report, shortest hops first; the table has all of them."""
 METHOD = (
     "P(b | a) is the share of tokens that chose a in layer l which chose b in layer m = l + h; a row sums to k. "
-    "Mutual information and Cramér's V are of a random chosen pair (one of the k experts of each layer), with the "
-    "bias of independent routing taken off; affinity is the corrected mutual information over the smaller entropy. "
-    "phi is Pearson's correlation between 'a is chosen' and 'b is chosen'."
+    "Mutual information and Cramér's V are of a random chosen pair (one of the k experts of each layer), adjusted for "
+    "chance: 0 is what independent routing gives, 1 would be all of the smaller entropy; affinity is the mutual "
+    "information so adjusted. phi is Pearson's correlation between 'a is chosen' and 'b is chosen'."
 )
 PAIR_COLUMNS = ("layer", "later", "hop", "mi_plain", "mi_corrected", "affinity", "cramers_v", "best_phi")
 SAME_COLUMNS = ("layer", "pairs_seen", "max_lift", "mean_abs_phi", "strongest_a", "strongest_b", "strongest_p")

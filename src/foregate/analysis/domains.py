@@ -24,11 +24,12 @@ LEVEL = 0.05
 LAYER_COLUMNS = ("first", "second", "layer", "divergence", "null", "distance", "p", "p_holm", "significant")
 EXPERT_COLUMNS = ("first", "second", "layer", "expert", "share_first", "share_second", "cohens_d", "p_max")
 METHOD = (
-    "Every prompt gives its shares of use of the experts of a layer and counts once. Layers: Jensen-Shannon divergence "
-    "(bits) between the mean shares of two domains, and total variation; significance by permuting whole prompts "
-    "between the domains, corrected by Holm over all layers and pairs of domains. Experts: Cohen's d over prompts, "
-    "with p by the largest difference of any expert in each permutation (Westfall & Young), which corrects over all experts "
-    "of a pair. 'null' is the divergence that permuted domains have: what finite numbers of prompts give alone."
+    "Every prompt gives its shares of use of the experts of a layer and counts once. Layers: Jensen-Shannon "
+    "divergence (bits) between the mean shares of two domains, and total variation; significance by permuting whole "
+    "prompts between the domains, corrected by Holm over all layers and pairs of domains. Experts: Cohen's d over "
+    "prompts, with p by the largest difference of any expert in each permutation (Westfall & Young), which corrects "
+    "over all experts of a pair. 'null' is the divergence that permuted domains have: what finite numbers of prompts "
+    "give alone."
 )
 
 

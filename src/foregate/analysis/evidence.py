@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from foregate.analysis.pairs import PairCounts, as_float
 
 Array = NDArray[Any]
-PSEUDO_TOKENS = 1.0
-"""Weight of the popularity in P(b | a), in tokens that chose a."""
 
 
 class Evidence:
@@ -26,34 +24,27 @@ class Evidence:
         self.popularity = np.stack([_popularity(train, layer) for layer in range(layers)])
         """P(b) [L, E], smoothed by half a token; experts that do not exist have 0."""
 
-    def smoothed(self, layer: int, later: int) -> Array:
-        """P(b | a) [E, E] = (tokens with both + P(b)) / (tokens with a + 1)."""
-        joint, first = as_float(self._train.pair(layer, later)), as_float(self._train.chosen(layer))
-        prior = self.popularity[later]
-        shares = (joint + PSEUDO_TOKENS * prior) / (first[:, None] + PSEUDO_TOKENS)
-        return np.asarray(shares, dtype=np.float32)
+    def lift(self, layer: int, later: int) -> Array:
+        """P(b | a) / P(b) [E, E] = (tokens with both + 1) / (tokens with a x P(b) + 1): observed over expected."""
+        expected = np.outer(self._train.chosen(layer), self.popularity[later])
+        return np.asarray((self._train.pair(layer, later) + 1.0) / (expected + 1), dtype=np.float32)
 
-    def from_layer(self, chosen: Array, smoothed: Array) -> Array:
-        """Markov: the sum over the chosen a of P(b | a), [T, E]."""
-        return np.asarray(chosen @ smoothed)
+    def markov(self, chosen: Array, lift: Array, later: int) -> Array:
+        """The sum over the chosen a of P(b | a), [T, E]."""
+        return np.asarray(chosen @ (lift * self.popularity[later].astype(np.float32)))
 
-    def support(self, chosen: Array, layer: int, later: int) -> Array:
-        """What the experts chosen in ``layer`` add to log P(b): the sum of the lifts of the chosen a, [T, E]."""
-        return np.asarray(chosen @ self._lift(layer, later))
+    def support(self, chosen: Array, lift: Array, layer: int, later: int) -> Array:
+        """Naive Bayes: what the choice in ``layer`` adds to log P(b), the sum of its shrunk log lifts, [T, E].
 
-    def _lift(self, layer: int, later: int) -> Array:
-        """log P(b | a) / P(b) [E, E], shrunk towards 0 by its reliability (empirical Bayes, normal approximation).
-
-        A log count has variance v = 1 / (count + 1); t² is what the lifts of this pair of layers vary beyond that; the
-        factor is t² / (t² + v), so that a pair of layers without dependence adds nothing but its prior.
+        Shrunk by reliability (empirical Bayes, normal approximation): a log count has variance v = 1 / (count + 1); t²
+        is what the log lifts of this pair of layers vary beyond that; the factor is t² / (t² + v). So layers that do
+        not depend on each other add nothing, and a pair that train prompts happen not to have is no proof.
         """
-        prior = self.popularity[later].astype(np.float32)
-        smoothed = self.smoothed(layer, later)
-        lift = np.log(np.divide(smoothed, prior, out=np.ones_like(smoothed), where=prior > 0))
+        evidence = np.log(lift)
         noise = 1 / (self._train.pair(layer, later) + 1.0)
-        weight = np.outer(self._train.chosen(layer), prior)
-        beyond = max(0.0, float((weight * (lift**2 - noise)).sum() / max(weight.sum(), 1e-9)))
-        return np.asarray(lift * (beyond / (beyond + noise)), dtype=np.float32)
+        weight = np.outer(self._train.chosen(layer), self.popularity[later])
+        beyond = max(0.0, float((weight * (evidence**2 - noise)).sum() / max(weight.sum(), 1e-9)))
+        return np.asarray(chosen @ (evidence * (beyond / (beyond + noise))).astype(np.float32))
 
     def prior(self, later: int) -> Array:
         """log P(b) [E]; -inf for experts that do not exist."""

@@ -19,9 +19,9 @@ CAUSAL = ("lru", "lfu", "lfru")
 COLUMNS = ("arm", "policy", "residency", "slots", "events", "uses", "hits", "hit_rate")
 METHOD = (
     "One global pool, cold at first, kept from prompt to prompt, no prefetch. An event is what a layer needs at once: "
-    "the k experts of a decode token, or the union of a prefill pass; an expert that is resident when its event begins "
-    "is a hit. A union above the pool is streamed through it in pieces. Belady (1966) is exact for these events. Residency "
-    "is slots over all experts."
+    "the k experts of a decode token, or the union of a prefill pass; an expert that is resident when its event "
+    "begins is a hit. A union above the pool is streamed through it in pieces. Belady (1966) is exact for these "
+    "events. Residency is slots over all experts."
 )
 
 

@@ -31,10 +31,11 @@ def normalised_entropy(counts: Array, experts: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Association:
-    """How much layer A's choice says about layer B's. Bits; ``corrected`` and the two below it are free of bias.
+    """How much layer A's choice says about layer B's. NaN where there are too few tokens, or no choice.
 
-    ``plain`` is the plug-in estimate. ``normalised`` = corrected / min(H(A), H(B)), from 0 to 1. ``cramers_v`` from
-    chi², likewise corrected. ``best_phi`` is the mean over a of the largest correlation with any b.
+    ``plain``: plug-in mutual information, bits. ``normalised``: that adjusted for chance, 0 for independent routing and
+    1 where it is all of min(H(A), H(B)); ``corrected``: the same in bits. ``cramers_v``: from chi², adjusted likewise.
+    ``best_phi``: the mean over a of the largest correlation with any b.
     """
 
     plain: float
@@ -50,6 +51,7 @@ def associate(joint: Array, first: Array, second: Array, tokens: int, top_k: tup
     Bias: for independent choices without replacement chi² of the random pair has the mean (E-k)(E'-k'), not
     (E-1)(E'-1), because the covariance of a uniform k-subset has eigenvalue k(E-k) / (E(E-1)); with k = 1 this is
     Miller and Madow's (1955) correction. Tokens count as independent, so dependence between tokens is not removed.
+    Adjusted as (value - bias) / (largest - bias), as Vinh et al. (2010) do.
     """
     total = joint.sum()
     if not total:
@@ -63,18 +65,24 @@ def associate(joint: Array, first: Array, second: Array, tokens: int, top_k: tup
     used = int((first > 0).sum()), int((second > 0).sum())
     freedom = max(0, used[0] - top_k[0]) * max(0, used[1] - top_k[1])
     bias = freedom / (tokens * top_k[0] * top_k[1])
-    corrected = max(0.0, plain - bias / (2 * np.log(2)))
-    smaller = min(entropy(first), entropy(second))
-    v = np.sqrt(max(0.0, chi - bias) / (min(used) - 1)) if min(used) > 1 else float("nan")
+    smaller, bias_bits = min(entropy(first), entropy(second)), bias / (2 * np.log(2))
+    normalised = _adjusted(plain, bias_bits, smaller)
+    v = np.sqrt(_adjusted(chi, bias, min(used) - 1))
     phi = correlation(joint, first, second, tokens)
     best = np.nanmax(np.where(np.isfinite(phi), phi, -1), axis=1)[first > 0]
     return Association(
         plain=max(0.0, plain),
-        corrected=corrected,
-        normalised=min(1.0, corrected / smaller) if smaller > 0 else float("nan"),
-        cramers_v=float(min(1.0, v)),
+        corrected=normalised * smaller,
+        normalised=normalised,
+        cramers_v=float(v),
         best_phi=float(best.mean()) if len(best) else float("nan"),
     )
+
+
+def _adjusted(value: float, bias: float, largest: float) -> float:
+    if largest <= bias:
+        return float("nan")
+    return float(min(1.0, max(0.0, (value - bias) / (largest - bias))))
 
 
 def correlation(joint: Array, first: Array, second: Array, tokens: int) -> Array:

@@ -26,9 +26,9 @@ REUSE_COLUMNS = ("phase", "layer", "distance", "uses", "share")
 SET_COLUMNS = ("layer", "window", "distinct", "share", "windows")
 METHOD = (
     "Within one prompt and one layer. Overlap at lag d: share of the k experts of a token that the token d before "
-    "chose too; expected is what independent tokens with the same popularity would give. Reuse distance: tokens since the "
-    "expert was last chosen there (1 is the token before). Working set (Denning, 1968): distinct experts of a layer in "
-    "a window of w tokens, over E. A token counts for the phase it is in."
+    "chose too; expected is what independent tokens with the same popularity would give. Reuse distance: tokens since "
+    "the expert was last chosen there (1 is the token before). Working set (Denning, 1968): distinct experts of a "
+    "layer in a window of w tokens, over E. A token counts for the phase it is in."
 )
 Array = NDArray[Any]
 
@@ -144,8 +144,8 @@ class Locality:
             means = [np.mean([row["overlap"] for row in mine if row["lag"] == lag]) for lag in lags]
             series.append(Series(PHASES[phase], [float(lag) for lag in lags], numbers(means)))
         lags = sorted({row["lag"] for row in rows})
-        expected = [np.mean([row["expected"] for row in rows])] * len(lags)
-        series.append(Series("independent tokens", [float(lag) for lag in lags], numbers(expected), dashed=True))
+        expected = numbers(np.mean([row["expected"] for row in rows if row["lag"] == lag]) for lag in lags)
+        series.append(Series("independent tokens", [float(lag) for lag in lags], expected, dashed=True))
         return Lines(
             "overlap", "Overlap with an earlier token", "lag, tokens", "share of k in common", series, log=True
         )

@@ -16,12 +16,13 @@ HOP_COLUMNS = ("domain", "phase", "method", "metric", "hop", "value", "low", "hi
 PAIR_COLUMNS = ("phase", "method", "metric", "layer", "later", "hop", "value", "cases")
 METHOD = (
     "Counts come from train prompts, scores from test prompts (split by the hash of the prompt's tokens, within each "
-    "domain). layer: sum over the k experts of layer l of P(b | a), one pseudo-token of popularity (Markov). "
-    "prefix: naive Bayes over layers 0..l: log P(b) plus the sum of log P(b | a) / P(b), each shrunk by its reliability "
-    "(empirical Bayes) and halved for every layer farther back, because neighbours repeat each other. popularity: P(b). "
-    "previous-token: what this layer chose for the token before, then popularity. top1: the best guess is among the k "
-    "chosen; recall_k: share of the k chosen that is among the k best guesses; recall_2k: among 2k; exact_set: all k. Intervals are 95 %, over "
-    "prompts. Misses are those of an event-atomic LRU cache, cold at first, over decode tokens of test prompts."
+    "domain). layer: sum over the k experts of layer l of P(b | a), smoothed by one pseudo-count (Markov). prefix: "
+    "naive Bayes over layers 0..l: log P(b) plus the sum of log P(b | a) / P(b), each shrunk by its reliability "
+    "(empirical Bayes) and halved for every layer farther back, because neighbours repeat each other. popularity: "
+    "P(b). previous-token: what this layer chose for the token before, then popularity. top1: the best guess is among "
+    "the k chosen; recall_k: share of the k chosen that is among the k best guesses; recall_2k: among 2k; exact_set: "
+    "all k. Intervals are 95 %, over prompts. Misses are those of an event-atomic LRU cache, cold at first, over "
+    "decode tokens of test prompts."
 )
 
 

@@ -56,7 +56,7 @@ class Ratio:
 
 
 def t_quantile(freedom: int) -> float:
-    """Two-sided 95 % quantile of Student's t: a table up to 4, then Cornish and Fisher's expansion (error < 0.01)."""
+    """Two-sided 95 % quantile of Student's t: a table up to 4, then Cornish and Fisher's expansion (error < 0.03)."""
     if freedom in _SMALL:
         return _SMALL[freedom]
     z, n = _Z, freedom

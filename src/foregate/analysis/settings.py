@@ -18,15 +18,15 @@ class Settings:
     phase: str = "all"
     max_hop: int | None = None
     test_share: float = 0.2
-    count_bytes: int = 2 << 30
+    count_bytes: int = 3 << 30
     """Bound of the pair counts (train and test together); a model that needs more must give ``max_hop``."""
     eval_tokens: int = 30_000
     """Test tokens scored, spread evenly over test prompts and within each."""
     prompt_tokens: int = 2_048
     """Tokens of one prompt scored at most."""
-    replay_events: int = 100_000
+    replay_events: int = 40_000
     """Events replayed through the caches at most; whole prompts, chosen by hash."""
-    residencies: tuple[float, ...] = (0.05, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
+    residencies: tuple[float, ...] = (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
     miss_residencies: tuple[float, ...] = (0.25, 0.5)
     """Residencies of the LRU cache whose misses recall is also taken over."""
     sketch: int = 65_536

@@ -19,9 +19,9 @@ PARTS = ("attention", "routing", "dispatch", "compute", "wait")
 COLUMNS = ("phase", "layer", "part", "seconds", "share", "passes")
 METHOD = (
     "Sums over passes, by the phase of the pass. Layer time is attention + routing (the router) + dispatch (from its "
-    "end to the call of the experts) + experts; experts are split into the wait for weights and the rest (compute). Only "
-    "what was measured is in the sum. The published claim (routing and dispatch take 47-59 % of layer time) is for MoE "
-    "distributed over devices, where dispatch is communication; on one device there is none."
+    "end to the call of the experts) + experts; experts are split into the wait for weights and the rest (compute). "
+    "Only what was measured is in the sum. The published claim (routing and dispatch take 47-59 % of layer time) is "
+    "for MoE distributed over devices, where dispatch is communication; on one device there is none."
 )
 
 

@@ -12,10 +12,11 @@ from foregate.analysis.settings import Settings
 from foregate.analysis.table import Table, table
 
 METHOD = (
-    "Entropy of the experts chosen (every choice counts once), divided by log2 E: 1 is uniform. 'By layer' is the mean "
-    "over layers; 'ids pooled' adds up the counts of equal expert numbers over all layers first, which is how figures "
-    "such as 0.976 are published and which is near 1 whatever the layers do, because numbers of different layers mean "
-    "nothing to each other; 'within a prompt' is the mean over prompts and layers, and low for short prompts."
+    "Entropy of the experts chosen (every choice counts once), divided by log2 E: 1 is uniform. 'By layer' is the "
+    "mean over layers; 'ids pooled' adds up the counts of equal expert numbers over all layers first, which is how "
+    "figures such as 0.976 are published and which is near 1 whatever the layers do, because numbers of different "
+    "layers mean nothing to each other; 'within a prompt' is the mean over prompts and layers, and low for short "
+    "prompts."
 )
 
 
