@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foregate.trace.vllm.recording import record
+    from foregate.trace.vllm.recording import Options, record
 
-__all__ = ["record"]
+__all__ = ["Options", "record"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "record":
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from foregate.trace.vllm.recording import record
+    from foregate.trace.vllm import recording
 
-    return record
+    return getattr(recording, name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foregate.checkpoint.locate import locate
+from foregate.checkpoint.manifest import is_pack
 from foregate.config import SamplingConfig
 from foregate.datasets.prompt import Dataset, Prompt, make_dataset
 from foregate.errors import ConfigError, PromptError, TraceError
@@ -69,6 +70,8 @@ def record(
     data = _dataset(prompts)
     check_out(Path(out), resume=resume)
     directory = locate(model)
+    if is_pack(directory):
+        raise ConfigError(f"{model} is a pack, which vLLM cannot load; give the original checkpoint")
     run = run_info(seed, dict(data.origin), _settings(task, options))
     with TraceWriter(out, resume=resume) as writer:
         writer.check_same(directory_fingerprint(directory), run)
