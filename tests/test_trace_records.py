@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -236,3 +238,11 @@ def test_a_part_is_small(tmp_path: Path) -> None:
     header = make_header((32,) * 16, (4,) * 16)
     reader = TraceReader(write(tmp_path / "trace", header, [make_record(header, tokens=220, asked=90)]))
     assert reader.entries[0].part.bytes / reader.rows < 12
+
+
+def test_reading_and_writing_need_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, foregate.trace.reader, foregate.trace.writer, foregate.trace.copying, foregate.trace.info;"
+        "import foregate.datasets.catalogue; assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -25,7 +25,7 @@ from foregate.trace.writer import TraceWriter
 from test_trace_records import make_header, make_record
 
 KILLS = 20
-LIFE = 12
+LIFE = 8
 """Prompts that a life may last, on average twice as many as it does."""
 
 Tiny = Callable[[str], Path]

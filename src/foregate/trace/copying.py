@@ -14,7 +14,7 @@ from foregate.trace.manifest import Entry
 from foregate.trace.reader import TraceReader
 from foregate.trace.writer import TraceWriter, check_out
 
-PARTS = ("train", "validation", "test")
+SIDES = ("train", "validation", "test")
 
 
 def merge(sources: Sequence[Path], out: Path) -> int:
@@ -49,17 +49,17 @@ def split(source: Path, out: Path, fractions: Sequence[float], seed: int) -> dic
     A prompt goes where the hash of its token ids (not of its name) and ``seed`` put it: the same text is always on
     the same side, in every trace. Raises TraceError where a part with a fraction above 0 would be empty.
     """
-    if len(fractions) != len(PARTS) or not min(fractions) >= 0 or not abs(sum(fractions) - 1) < 1e-6:
-        raise TraceError(f"fractions {list(fractions)} must be {len(PARTS)} numbers from 0 on that sum to 1")
+    if len(fractions) != len(SIDES) or not min(fractions) >= 0 or not abs(sum(fractions) - 1) < 1e-6:
+        raise TraceError(f"fractions {list(fractions)} must be {len(SIDES)} numbers from 0 on that sum to 1")
     reader = TraceReader(source)
     check_out(out, resume=False)
-    sides: dict[str, list[tuple[TraceReader, Entry]]] = {name: [] for name in PARTS}
+    sides: dict[str, list[tuple[TraceReader, Entry]]] = {name: [] for name in SIDES}
     for entry in reader.entries:
         sides[side_of(entry.content, fractions, seed)].append((reader, entry))
-    for name, fraction in zip(PARTS, fractions, strict=True):
+    for name, fraction in zip(SIDES, fractions, strict=True):
         if fraction and not sides[name]:
             raise TraceError(f"{source}: of {len(reader)} prompts none would be in {name} ({fraction:g}); trace more")
-    for name, fraction in zip(PARTS, fractions, strict=True):
+    for name, fraction in zip(SIDES, fractions, strict=True):
         if fraction:
             _copy(reader.header, sides[name], out / name)
     return {name: len(entries) for name, entries in sides.items()}
@@ -68,7 +68,7 @@ def split(source: Path, out: Path, fractions: Sequence[float], seed: int) -> dic
 def side_of(content: str, fractions: Sequence[float], seed: int) -> str:
     """train, validation or test, for a prompt whose token ids hash to ``content``."""
     place = xxhash.xxh3_64_intdigest(content.encode(), seed=seed) / 2**64
-    return PARTS[0] if place < fractions[0] else PARTS[1] if place < fractions[0] + fractions[1] else PARTS[2]
+    return SIDES[0] if place < fractions[0] else SIDES[1] if place < fractions[0] + fractions[1] else SIDES[2]
 
 
 def _check_alike(first: TraceReader, other: TraceReader) -> None:

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from foregate.checkpoint.fingerprint import IGNORED_KEYS, fingerprint
 from foregate.checkpoint.manifest import is_pack, read_manifest
@@ -28,12 +28,23 @@ def directory_fingerprint(directory: Path) -> str:
 
 
 def live_fingerprint(model: nn.Module) -> str:
-    """Of a model that came from no directory: config and parameter table. Never equal to one of a checkpoint."""
+    """Of a model that came from no directory: config, parameters and the ends of their values.
+
+    Never equal to the fingerprint of a checkpoint.
+    """
     config = getattr(model, "config", None)
     raw = config.to_dict() if config is not None else {}
     kept = {key: value for key, value in raw.items() if key not in IGNORED_KEYS}
-    table = [[name, str(value.dtype), list(value.shape)] for name, value in model.named_parameters()]
+    table = [[name, str(value.dtype), list(value.shape), _ends(value)] for name, value in model.named_parameters()]
     return checksum(json.dumps(["live", kept, table], sort_keys=True, default=str).encode())
+
+
+def _ends(value: Tensor) -> list[float]:
+    """The first and the last values of a parameter; none where it holds no values (meta)."""
+    if value.is_meta:
+        return []
+    flat = value.detach().reshape(-1)
+    return [float(number) for number in (*flat[:8], *flat[-8:])]
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

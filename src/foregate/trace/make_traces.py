@@ -29,7 +29,7 @@ DOMAINS: dict[str, tuple[Sequence[str], int, int]] = {
 }
 """Domain → data set and its options, prompts, tokens after each: about 150,000 tokens, 2.4 M decisions at 16 layers."""
 
-SAMPLE_PROMPTS, SAMPLE_TOKENS = 9, 32
+SAMPLE_PROMPTS, SAMPLE_TOKENS = 14, 32
 
 
 def commands(model: str, out: Path, data: Path, *, sample: bool) -> list[list[str]]:
