@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_analysis_known import by_name, rows
-from test_analysis_traces import Independent, Planted, write_trace
 
 from foregate.analysis.permutation import cohens_d, compare, holm, jensen_shannon
 from foregate.analysis.settings import Settings
 from foregate.analysis.study import analyse
+from test_analysis_known import by_name, rows
+from test_analysis_traces import Independent, Planted, write_trace
 
 
 def test_a_planted_difference_is_found_where_it_was_planted(tmp_path: Path) -> None:
     path = write_trace(tmp_path / "t", Planted(), prompts=40, domains=("a", "b"))
-    study = analyse([path], Settings(permutations=500))
+    study = analyse([path], Settings(permutations=500, replay_events=500))
     layers = rows(study, "domains", "domain_layers")
     assert [row["significant"] for row in layers] == [False, False, False, True]
     experts = [row for row in rows(study, "domains", "domain_experts") if row["p_max"] < 0.05]
@@ -27,7 +27,7 @@ def test_a_planted_difference_is_found_where_it_was_planted(tmp_path: Path) -> N
 
 def test_no_difference_is_found_where_there_is_none(tmp_path: Path) -> None:
     path = write_trace(tmp_path / "t", Independent(), prompts=40, domains=("a", "b"), seed=3)
-    section = by_name(analyse([path], Settings(permutations=500)), "domains")
+    section = by_name(analyse([path], Settings(permutations=500, replay_events=500)), "domains")
     assert section.summary["pairs"][0]["significant_layers"] == 0
     assert section.summary["pairs"][0]["significant_experts"] == 0
     assert "are not shown to differ" in section.findings[0]
@@ -56,5 +56,8 @@ def test_corrections_and_distances_by_hand() -> None:
 
 def test_the_same_seed_gives_the_same_answer(tmp_path: Path) -> None:
     path = write_trace(tmp_path / "t", Planted(), prompts=20, domains=("a", "b"))
-    first, second = (rows(analyse([path], Settings(permutations=50)), "domains", "domain_layers") for _ in range(2))
+    first, second = (
+        rows(analyse([path], Settings(permutations=50, replay_events=500)), "domains", "domain_layers")
+        for _ in range(2)
+    )
     assert first == second

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_analysis_traces import Chain, Independent, record, write_trace
 
 from foregate.analysis.accuracy import METHODS, Accuracy, chance
 from foregate.analysis.crosslayer import CrossLayer
@@ -23,6 +22,7 @@ from foregate.analysis.settings import Settings
 from foregate.analysis.source import Source
 from foregate.analysis.study import Study, analyse
 from foregate.errors import ConfigError
+from test_analysis_traces import Chain, Independent, record, write_trace
 
 
 def by_name(study: Study, name: str) -> Any:
@@ -85,7 +85,10 @@ def scored(path: Path) -> Accuracy:
 
 
 def test_independent_routing_has_no_association_and_full_entropy(tmp_path: Path) -> None:
-    study = analyse([write_trace(tmp_path / "t", Independent(), prompts=40, tokens=100)], Settings(permutations=10))
+    study = analyse(
+        [write_trace(tmp_path / "t", Independent(), prompts=40, tokens=100)],
+        Settings(permutations=10, replay_events=500),
+    )
     pairs = rows(study, "cross_layer", "layer_pairs")
     assert np.mean([row["mi_plain"] for row in pairs]) > 0.005  # the bias of counting that is taken off
     assert np.mean([row["affinity"] for row in pairs]) < 0.001

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_analysis_known import prompt
-from test_analysis_traces import Independent
 
 from foregate.analysis.belady import Belady
 from foregate.analysis.hitcurve import CAUSAL, HitCurves, prompt_events
@@ -21,6 +19,8 @@ from foregate.analysis.settings import Settings
 from foregate.errors import IntegrityError
 from foregate.experts.policy import POLICIES, Lru
 from foregate.types import ExpertKey
+from test_analysis_known import prompt
+from test_analysis_traces import Independent
 
 EVENTS = st.lists(
     st.sets(st.integers(0, 7), min_size=1, max_size=3).map(

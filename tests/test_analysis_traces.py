@@ -141,7 +141,7 @@ def test_experts_come_by_weight_and_the_phase_filters_tokens(tmp_path: Path) -> 
 
 def test_traces_of_two_models_are_refused(tmp_path: Path) -> None:
     paths = [write_trace(tmp_path / name, Independent(), prompts=1, name=name) for name in ("one", "two")]
-    with pytest.raises(TraceError, match="two is a trace of two, .* of one"):
+    with pytest.raises(TraceError, match=r"two is a trace of two, .* of one"):
         Source(paths, Settings())
 
 

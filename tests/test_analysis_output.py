@@ -1,0 +1,230 @@
+"""What ``foregate analyze`` writes, says and refuses; traces on which little can be computed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from foregate.analysis import figures
+from foregate.analysis.output import FORMAT
+from foregate.analysis.table import Table, table
+from foregate.cli.analyze import analyze
+from foregate.errors import ConfigError, TraceError
+from foregate.trace.writer import TraceWriter
+from test_analysis_traces import Chain, Independent, Planted, header, write_trace
+
+ALL_TIMES = {"attention_ns": 5, "routing_ns": 3, "dispatch_ns": 2, "experts_ns": 5, "expert_wait_ns": 1}
+app = typer.Typer()
+app.command()(analyze)
+
+
+def run(*arguments: Any) -> str:
+    """Standard output of the command; raises what it raises."""
+    done = CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False, standalone_mode=False)
+    if done.exception is not None:
+        raise done.exception
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A full analysis, with figures: its directory, and the summary that it printed."""
+    root = tmp_path_factory.mktemp("full")
+    router = Planted(layers=3, experts=8)
+    path = write_trace(root / "t", router, prompts=12, tokens=20, domains=("a", "b"), timings=ALL_TIMES)
+    printed = run(path, "--out", root / "out", "--json", "--permutations", "50")
+    return root / "out", json.loads(printed)
+
+
+def test_the_summary_is_printed_and_written_and_names_every_arm(full: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = full
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert summary["format"] == FORMAT
+    assert set(summary["sections"]) == {
+        "accuracy", "cross_layer", "usage", "paths", "locality", "cache", "domains", "timing",
+    }  # fmt: skip
+    for section in summary["sections"].values():
+        assert section["arm"]
+        assert section["method"]
+        assert section["findings"]
+    assert summary["facts"]["decisions"] == 12 * 20 * 3
+
+
+def test_every_table_is_there_as_parquet_and_csv_with_the_same_rows(full: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = full
+    names = {found["name"] for found in summary["tables"]}
+    assert {path.stem for path in (out / "tables").iterdir()} == names
+    for found in summary["tables"]:
+        columns = pq.read_table(out / "tables" / f"{found['name']}.parquet")
+        assert columns.num_rows == found["rows"] > 0
+        assert found["csv"]
+        comma = pa_csv.read_csv(out / "tables" / f"{found['name']}.csv")
+        assert (comma.num_rows, comma.column_names) == (found["rows"], columns.column_names)
+
+
+def test_every_figure_is_there_as_svg_and_png(full: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = full
+    assert {path.name for path in (out / "figures").iterdir()} == set(summary["figures"])
+    assert all((out / "figures" / name).stat().st_size > 1000 for name in summary["figures"])
+    assert {"affinity.svg", "recall_k_by_hop_decode.png", "hit_curve_decode.svg", "timing_decode.svg"} <= set(
+        summary["figures"]
+    )
+
+
+class Links(HTMLParser):
+    """Everything that a page would load, and the tags left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loaded += [str(value) for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in ("meta", "link", "br", "path", "i"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+
+def test_the_report_loads_nothing_from_anywhere(full: tuple[Path, dict[str, Any]]) -> None:
+    text = (full[0] / "report.html").read_text()
+    links = Links()
+    links.feed(text)
+    assert links.open == []
+    assert all(link.startswith("#") or link == "data:," for link in links.loaded)
+    outside = set(re.findall(r"https?://[^\s\"'`<)]+", text))
+    assert outside == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    assert len(text) < 400_000
+
+
+def test_the_report_shows_every_chart_with_its_numbers(full: tuple[Path, dict[str, Any]]) -> None:
+    text = (full[0] / "report.html").read_text()
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', text, re.DOTALL)[0])
+    assert set(re.findall(r'data-chart="([^"]+)"', text)) == set(data["charts"])
+    assert {chart["kind"] for chart in data["charts"].values()} == {"lines", "heat", "matrices"}
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_draws_the_report_without_an_error(full: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--enable-logging=stderr"]
+    report = (full[0] / "report.html").as_uri()
+    command = ["chromium", *flags, "--virtual-time-budget=4000", "--dump-dom", report]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert 'data-ready="yes"' in done.stdout
+    assert "CONSOLE" not in done.stderr
+    charts = len(re.findall("<figure", done.stdout))
+    assert len(re.findall("<figcaption", done.stdout)) == charts > 10
+    assert "NaN" not in done.stdout
+
+
+def test_a_name_in_the_trace_cannot_break_out_of_the_report(tmp_path: Path) -> None:
+    name = "</script><b>x"
+    path = write_trace(tmp_path / "t", Chain(), prompts=4, domains=(name, "y"), name=name)
+    run(path, "--out", tmp_path / "out", "--no-figures", "--permutations", "5")
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert name not in text
+    assert "&lt;/script&gt;&lt;b&gt;x" in text
+
+
+def notes(path: Path, out: Path, *options: str) -> dict[str, list[str]]:
+    found = json.loads(run(path, "--out", out, "--json", "--no-figures", "--permutations", "20", *options))
+    return {name: section["notes"] for name, section in found["sections"].items()}
+
+
+def test_one_prompt_says_what_cannot_be_computed(tmp_path: Path) -> None:
+    found = notes(write_trace(tmp_path / "t", Chain(), prompts=1), tmp_path / "out")
+    assert found["accuracy"] == [
+        "One prompt cannot be split into train and test: accuracy would be that of what was counted. Trace more."
+    ]
+    assert "no comparison" in found["domains"][-1]
+    assert "no timings" in found["timing"][0]
+
+
+def test_one_layer_says_what_cannot_be_computed(tmp_path: Path) -> None:
+    found = notes(write_trace(tmp_path / "t", Independent(layers=1)), tmp_path / "out")
+    assert found["cross_layer"] == ["The model has one MoE layer: nothing about pairs of layers can be computed."]
+
+
+def test_one_domain_says_what_cannot_be_computed(tmp_path: Path) -> None:
+    found = notes(write_trace(tmp_path / "t", Independent()), tmp_path / "out")
+    assert found["domains"] == ["Fewer than two domains have two or more prompts: no comparison."]
+
+
+def test_no_decode_tokens_says_what_cannot_be_computed(tmp_path: Path) -> None:
+    found = notes(write_trace(tmp_path / "t", Independent(), decode_share=0), tmp_path / "out")
+    assert "No decode tokens in the test prompts: no recall on misses." in found["accuracy"]
+    assert "No decode tokens in the replayed prompts: no decode hit curve." in found["cache"]
+    with pytest.raises(TraceError, match="no decode tokens, nothing to analyse"):
+        notes(tmp_path / "t", tmp_path / "other", "--phase", "decode")
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_one_phase_is_the_arm_of_every_section(tmp_path: Path, phase: str) -> None:
+    path = write_trace(tmp_path / "t", Chain(), prompts=6, tokens=20)
+    printed = run(path, "--out", tmp_path / "out", "--json", "--no-figures", "--phase", phase)
+    found = json.loads(printed)
+    assert found["facts"]["tokens_by_phase"] == {"prefill": 0, "decode": 0} | {phase: 60}
+    assert list(found["sections"]["accuracy"]["numbers"]) == [phase]
+    assert {row["arm"] for row in found["sections"]["cache"]["numbers"]["hit_rate"]} == {phase}
+
+
+def test_one_expert_a_layer_leaves_no_choice_and_no_traceback(tmp_path: Path) -> None:
+    found = notes(write_trace(tmp_path / "t", Independent(experts=1, top_k=1)), tmp_path / "out")
+    assert "one expert leave no choice" in found["usage"][0]
+
+
+def test_one_token_a_prompt_leaves_no_traceback(tmp_path: Path) -> None:
+    assert "two tokens" in notes(write_trace(tmp_path / "t", Chain(), tokens=1), tmp_path / "out")["locality"][0]
+
+
+def test_an_empty_trace_is_one_line(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "t") as writer:
+        writer.begin(header(Chain()))
+        writer.finish()
+    with pytest.raises(TraceError, match=r"^\S+: no prompts, nothing to analyse$"):
+        run(tmp_path / "t", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(TraceError, match="is not a trace"):
+        run(tmp_path / "missing", "--out", tmp_path / "out")
+
+
+def test_output_that_would_mix_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty; give another directory"):
+        run(tmp_path / "t", "--out", tmp_path)
+    with pytest.raises(ConfigError, match="is a file"):
+        run(tmp_path / "t", "--out", tmp_path / "notes.txt")
+
+
+def test_without_matplotlib_the_user_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'foregate\[analysis\]', or give --no-figures"):
+        run(tmp_path / "t", "--out", tmp_path / "out")
+
+
+def test_analysis_needs_no_torch() -> None:
+    check = "import sys, foregate.analysis.output, foregate.cli.analyze; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_long_tables_come_as_parquet_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foregate.analysis.table.CSV_ROWS", 5)
+    short = table("short", "", n=[1, 2, 3])
+    long = Table("long", "", lambda: [short.whole()] * 3)
+    assert [one.write(tmp_path)["csv"] for one in (short, long)] == [True, False]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.parquet", "short.csv", "short.parquet"]
