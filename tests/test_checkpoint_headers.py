@@ -78,6 +78,7 @@ def test_junk_instead_of_a_file(tmp_path: Path, content: bytes) -> None:
     [
         (b"{not json", "not JSON"),
         (b"\xff\xfe\x00", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
         ([1, 2], "a JSON list"),
         ({"a": {"dtype": "U8", "shape": [4]}}, "junk in the header of tensor 'a'"),
         ({"a": entry(0, 4, dtype="F99")}, "junk in the header of tensor 'a'"),

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from foregate.checkpoint.opening import open_checkpoint
+from foregate.checkpoint.pack import pack
 from foregate.errors import CheckpointError, UnsupportedModelError
 from foregate.testing.tiny import REFUSED
-from test_checkpoint_support import edit_json, tiny
+from test_checkpoint_support import edit_header, edit_json, edit_tensors, tiny
 
 SUPPORTED_HERE = {"llama4_text"}
 """Experts that can be read, whatever the engine makes of them."""
@@ -100,10 +102,108 @@ def test_dtype_that_no_model_has(tmp_path: Path) -> None:
     assert "dtype" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": 3}', '{"hidden_size": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": 3}', '{"hidden_size": 3}', "[" * 100_000])
 def test_junk_config(tmp_path: Path, content: str) -> None:
     (tiny(tmp_path) / "config.json").write_text(content)
     assert "config.json" in refusal(tmp_path, CheckpointError)
+
+
+@pytest.mark.parametrize("depth", [100, 450, 900])
+def test_config_that_is_nested_deeply(tmp_path: Path, depth: int) -> None:
+    edit_json(tiny(tmp_path) / "config.json", extra=json.loads("[" * depth + "]" * depth))
+    try:
+        open_checkpoint(tmp_path)
+    except CheckpointError as error:
+        assert "config.json" in str(error)
+
+
+@pytest.mark.parametrize("value", [5, [], {}, "", True])
+def test_weights_that_are_no_file_name(tmp_path: Path, value: Any) -> None:
+    edit_json(tiny(tmp_path) / "config.json", transformers_weights=value)
+    assert "config.json: " in refusal(tmp_path, CheckpointError)
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_context_of_no_positions(tmp_path: Path, length: int) -> None:
+    edit_json(tiny(tmp_path) / "config.json", max_position_embeddings=length)
+    assert f"a context of {length} positions" in refusal(tmp_path, CheckpointError)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "a JSON list, not an object"),
+        ('{"eos_token_id": "abc"}', "eos_token_id is 'abc'"),
+        ('{"eos_token_id": [1, "abc"]}', "neither a token id nor a list of them"),
+        ('{"eos_token_id": 1.5}', "eos_token_id is '1.5'"),
+        ('{"eos_token_id": true}', "neither a token id nor a list of them"),
+    ],
+)
+def test_junk_generation_config(tmp_path: Path, packed: bool, content: str, message: str) -> None:
+    directory = tiny(tmp_path / "source")
+    if packed:
+        directory = pack(directory, tmp_path / "out").directory
+    (directory / "generation_config.json").write_text(content)
+    found = refusal(directory, CheckpointError)
+    assert "generation_config.json" in found
+    assert message in found
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"eos_token_id": null}', '{"eos_token_id": [1, 2]}'])
+def test_sound_generation_config(tmp_path: Path, content: str | None) -> None:
+    path = tiny(tmp_path) / "generation_config.json"
+    path.unlink() if content is None else path.write_text(content)
+    open_checkpoint(tmp_path)
+
+
+def relabel(directory: Path, name: str, dtype: str, shape: list[int] | None = None) -> None:
+    """Say in the header that a tensor of BF16 is something else."""
+    changes = {"dtype": dtype, **({"shape": shape} if shape else {})}
+    edit_header(directory / "model.safetensors", lambda header: header[name].update(changes))
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.gate.weight", "lm_head.weight"])
+@pytest.mark.parametrize("dtype", ["I16", "U16"])
+def test_integers_in_the_place_of_numbers(tmp_path: Path, name: str, dtype: str) -> None:
+    relabel(tiny(tmp_path), name, dtype)
+    assert f"model.safetensors: tensor {name!r} is {dtype}, but {name} holds" in refusal(tmp_path, CheckpointError)
+
+
+def test_integers_in_the_place_of_a_stored_buffer(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tiny(tmp_path, "deepseek_v3")
+    edit_tensors(tmp_path, lambda tensors: {**tensors, name: tensors[name].to(torch.int32)})
+    assert f"tensor {name!r} is I32" in refusal(tmp_path, CheckpointError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_any_float_is_a_number(tmp_path: Path, dtype: torch.dtype) -> None:
+    name = "model.norm.weight"
+    edit_tensors(tiny(tmp_path), lambda tensors: {**tensors, name: tensors[name].to(dtype)})
+    open_checkpoint(tmp_path)
+
+
+def test_dense_dtypes_of_a_pack(tmp_path: Path) -> None:
+    packed = pack(tiny(tmp_path / "source"), tmp_path / "out").directory
+    relabel(packed, "model.norm.weight", "I16")
+    assert "tensor 'model.norm.weight' is I16" in refusal(packed, CheckpointError)
+
+
+def test_vocabulary_that_the_file_does_not_have(tmp_path: Path) -> None:
+    edit_json(tiny(tmp_path) / "config.json", vocab_size=300)
+    message = refusal(tmp_path, CheckpointError)
+    assert "is [288, 64], but by config.json" in message
+    assert message.endswith("is [300, 64]")
+
+
+def test_a_dense_tensor_of_another_shape(tmp_path: Path) -> None:
+    relabel(tiny(tmp_path), "model.norm.weight", "BF16", [8, 8])
+    assert "tensor 'model.norm.weight' is [8, 8], but by config.json model.norm.weight is [64]" in refusal(
+        tmp_path, CheckpointError
+    )
 
 
 def test_no_config(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from foregate.checkpoint import manifest as manifests
 from foregate.checkpoint.dtypes import FLOATS
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.experts.store import open_store
@@ -45,6 +46,33 @@ def edit_json(path: Path, **changes: Any) -> None:
     content = {**json.loads(path.read_text()), **changes}
     gone = [key for key, value in changes.items() if value is None]
     path.write_text(json.dumps({key: value for key, value in content.items() if key not in gone}))
+
+
+def edit_header(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change the header of a safetensors file and no weight."""
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:end])
+    edit(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
+
+
+def edit_manifest(packed: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest of a pack and make its checksum match: what only the other checks can find."""
+    path = packed / manifests.NAME
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(manifests.signed({key: value for key, value in content.items() if key != manifests.CHECKSUM}))
+
+
+def flip(path: Path, offset: int) -> None:
+    """Change one bit."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
 
 
 def load(directory: Path) -> Any:

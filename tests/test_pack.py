@@ -160,6 +160,22 @@ def test_a_pack_of_another_model_is_not_overwritten(source: Path, tmp_path: Path
     assert "is a pack of another model" in refusal(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize("part", ["experts.5.down_proj", "gate.weight", "norm.weight"])
+def test_a_pack_of_the_model_before_it_was_trained_is_not_taken_for_its_own(
+    part: str, source: Path, tmp_path: Path
+) -> None:
+    """Same names, shapes and config: only the weights tell."""
+    pack(source, tmp_path / "out")
+    edit_tensors(source, lambda tensors: {n: t * 1.01 if part in n else t for n, t in tensors.items()})
+    assert "is a pack of another model, or of this one as it was" in refusal(source, tmp_path / "out")
+
+
+def test_a_damaged_pack_is_not_a_finished_one(source: Path, tmp_path: Path) -> None:
+    pack(source, tmp_path / "out")
+    (tmp_path / "out" / EXPERTS_FILE).unlink()
+    assert f"{EXPERTS_FILE}: file is missing" in refusal(source, tmp_path / "out")
+
+
 def test_other_files_are_not_overwritten(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()

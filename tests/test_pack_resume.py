@@ -145,7 +145,7 @@ def test_journal_without_the_bytes_starts_over(
 
 
 def test_source_that_changed_meanwhile_starts_over(source: Path, tmp_path: Path) -> None:
-    """Same names and shapes, other weights: the fingerprint cannot tell, the file's time does."""
+    """Same names and shapes, other weights."""
     interrupted(source, tmp_path / "out", 0.5)
     edit_tensors(source, lambda tensors: {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
     assert pack(source, tmp_path / "out").resumed == 0
@@ -197,6 +197,41 @@ def test_two_packs_to_one_place(source: Path, tmp_path: Path) -> None:
 
     pack(source, tmp_path / "out", second)
     verify(tmp_path / "out", source)
+
+
+def test_the_lock_is_held_until_the_pack_has_its_name(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refused = Path.replace, []
+
+    def second(self: Path, target: Path) -> Path:
+        with pytest.raises(PackError, match="another process is writing this pack") as caught:
+            pack(source, tmp_path / "out")
+        refused.append(caught)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", second)
+    pack(source, tmp_path / "out")
+    assert len(refused) == 1
+    verify(tmp_path / "out", source)
+
+
+def test_a_pack_that_another_process_has_just_finished(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had its name between our look at the output and our lock."""
+    pack(source, tmp_path / "out")
+    from foregate.checkpoint import pack as module
+
+    real, calls = module._finished, []
+
+    def late(*arguments: object) -> bool:
+        calls.append(arguments)
+        return len(calls) > 1 and real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_finished", late)
+    assert pack(source, tmp_path / "out").finished_before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_source_that_breaks_off_meanwhile(source: Path, tmp_path: Path) -> None:

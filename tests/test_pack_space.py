@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +61,49 @@ def test_full_disk_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
     pack(source, tmp_path / "out")
     verify(tmp_path / "out", source)
+
+
+def test_a_limit_on_the_size_of_files_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    """``ulimit -f``, in a process of its own: the limit cannot be raised again."""
+    script = f"""
+import resource
+from foregate.checkpoint.pack import pack
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+pack({str(source)!r}, {str(tmp_path / "out")!r})
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("(ulimit -f, or the file system) (File too large); nothing was kept\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_other_errors_say_that_running_again_resumes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.pwrite, []
+
+    def broken(*arguments: Any) -> int:
+        calls.append(arguments)
+        if len(calls) > 10:
+            raise OSError(errno.EIO, "Input/output error")
+        return int(real(*arguments))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("foregate.checkpoint.packwriter.SYNC_BYTES", 1)
+        patch.setattr(os, "pwrite", broken)
+        assert refusal(source, tmp_path / "out") == (
+            f"{tmp_path}/out: cannot be written: Input/output error; "
+            f"running it again resumes (what is there is in {tmp_path}/.out.partial)"
+        )
+    assert pack(source, tmp_path / "out").resumed > 0
+    verify(tmp_path / "out", source)
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_names_that_are_too_long(length: int, source: Path, tmp_path: Path) -> None:
+    """Of the output, and of the hidden directory beside it."""
+    assert refusal(source, tmp_path / ("x" * length)).endswith(": cannot be written: File name too long")
 
 
 def test_writes_that_are_cut_short_are_continued(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,10 @@ from foregate.checkpoint import manifest as manifests
 from foregate.checkpoint.manifest import DENSE_FILE, EXPERTS_FILE, read_manifest
 from foregate.checkpoint.opening import open_checkpoint
 from foregate.checkpoint.pack import pack
-from foregate.checkpoint.verify import verify
+from foregate.checkpoint.verify import verify, verify_dense
 from foregate.errors import CheckpointError, PackError
 from foregate.types import ExpertKey
-from test_checkpoint_support import edit_json, tiny
+from test_checkpoint_support import edit_json, edit_manifest, flip, tiny
 
 FAMILY = "gpt_oss"  # its slots have padding
 
@@ -30,14 +30,6 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def packed(source: Path, tmp_path: Path) -> Path:
     return pack(source, tmp_path / "out").directory
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 1]))
 
 
 def refusal(packed: Path, source: Path | None = None) -> str:
@@ -81,8 +73,7 @@ def test_a_change_with_a_matching_checksum_needs_the_source(packed: Path, source
     place = manifest.find(ExpertKey(0, 3))
     flip(packed / EXPERTS_FILE, place.offset + 777)
     raw = (packed / EXPERTS_FILE).read_bytes()[place.offset : place.offset + place.nbytes]
-    text = (packed / manifests.NAME).read_text()
-    (packed / manifests.NAME).write_text(text.replace(place.checksum, xxhash.xxh3_128(raw).hexdigest()))
+    edit_manifest(packed, lambda m: m["layers"][0]["experts"][3].__setitem__(2, xxhash.xxh3_128(raw).hexdigest()))
     verify(packed)
     message = refusal(packed, source)
     assert message.startswith(f"{packed / EXPERTS_FILE} at byte {place.offset + 777}: expert 3 of MoE layer 0 differs")
@@ -91,16 +82,15 @@ def test_a_change_with_a_matching_checksum_needs_the_source(packed: Path, source
 def test_a_dense_change_with_a_matching_checksum_needs_the_source(packed: Path, source: Path) -> None:
     tensor = open_checkpoint(packed).dense["model.norm.weight"]
     flip(packed / DENSE_FILE, tensor.offset + 5)
-    content = json.loads((packed / manifests.NAME).read_text())
-    content["dense"]["xxh3_128"] = xxhash.xxh3_128((packed / DENSE_FILE).read_bytes()).hexdigest()
-    (packed / manifests.NAME).write_text(json.dumps(content))
+    found = xxhash.xxh3_128((packed / DENSE_FILE).read_bytes()).hexdigest()
+    edit_manifest(packed, lambda manifest: manifest["dense"].update(xxh3_128=found))
     verify(packed)
     message = refusal(packed, source)
     assert message.startswith(f"{packed / DENSE_FILE} at byte {tensor.offset + 5}: model.norm.weight differs")
 
 
 def test_other_weights_of_the_same_shapes(packed: Path, tmp_path: Path) -> None:
-    assert "differs from" in refusal(packed, tiny(tmp_path / "other", FAMILY, seed=1))
+    assert "was not made from" in refusal(packed, tiny(tmp_path / "other", FAMILY, seed=1))
 
 
 def test_another_model(packed: Path, tmp_path: Path) -> None:
@@ -139,12 +129,77 @@ def test_files_of_the_wrong_size_are_seen_when_opening(packed: Path, name: str, 
     ],
 )
 def test_manifests_that_cannot_be_used(packed: Path, changes: dict[str, Any], message: str) -> None:
-    edit_json(packed / manifests.NAME, **changes)
+    edit_manifest(packed, lambda manifest: manifest.update(changes))
     with pytest.raises(PackError, match=message):
         open_checkpoint(packed)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def swap(manifest: dict[str, Any], *fields: int) -> None:
+    one, other = manifest["layers"][0]["experts"][2], manifest["layers"][0]["experts"][5]
+    for field in fields:
+        one[field], other[field] = other[field], one[field]
+
+
+def test_two_experts_exchanged(packed: Path) -> None:
+    """Every checksum in it matches the bytes at its place: only the manifest's own tells."""
+    content = json.loads((packed / manifests.NAME).read_text())
+    swap(content, 0, 1, 2)
+    (packed / manifests.NAME).write_text(json.dumps(content))
+    assert refusal(packed).startswith(
+        f"{packed / manifests.NAME}: damaged: its content does not match its own checksum"
+    )
+
+
+@pytest.mark.parametrize("key", ["fingerprint", "dtype", "dense", "foregate_version", manifests.CHECKSUM])
+def test_a_manifest_that_was_edited(packed: Path, key: str) -> None:
+    edit_json(packed / manifests.NAME, **{key: None})
+    with pytest.raises(PackError, match="does not match its own checksum"):
+        open_checkpoint(packed)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(0, 0), (0, 4097), (0, -4096), (0, 1 << 60), (1, 0), (1, 4095), (1, 1 << 60)]
+)
+def test_places_that_do_not_follow_from_the_layouts(packed: Path, field: int, value: int) -> None:
+    edit_manifest(packed, lambda manifest: manifest["layers"][2]["experts"][4].__setitem__(field, value))
+    with pytest.raises(PackError, match=r"foregate\.json: damaged: expert 4 of MoE layer 2 has") as caught:
+        open_checkpoint(packed)
+    assert f" {value} " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_exchanged_places_with_a_matching_checksum(packed: Path) -> None:
+    edit_manifest(packed, lambda manifest: swap(manifest, 0, 1, 2))
+    with pytest.raises(PackError, match="expert 2 of MoE layer 0 has"):
+        open_checkpoint(packed)
+
+
+def test_an_experts_file_that_is_longer_than_its_experts(packed: Path) -> None:
+    size = (packed / EXPERTS_FILE).stat().st_size
+    os.truncate(packed / EXPERTS_FILE, size + 4096)
+    edit_manifest(packed, lambda manifest: manifest["experts"].update(nbytes=size + 4096))
+    with pytest.raises(PackError, match=rf"has {size + 4096} bytes instead of {size}"):
+        open_checkpoint(packed)
+
+
+def test_one_bit_in_the_header_of_the_experts(packed: Path) -> None:
+    flip(packed / EXPERTS_FILE, 100)
+    assert refusal(packed) == f"{packed / EXPERTS_FILE} at byte 100: the header is not the one that was written"
+
+
+def test_verify_dense_sees_one_bit(packed: Path, source: Path) -> None:
+    """What the engine asks before it loads them."""
+    checkpoint = open_checkpoint(packed)
+    verify_dense(checkpoint)
+    flip(packed / DENSE_FILE, -1 % (packed / DENSE_FILE).stat().st_size)
+    with pytest.raises(PackError) as caught:
+        verify_dense(checkpoint)
+    assert str(caught.value) == f"{packed / DENSE_FILE} at byte 0: dense weights: checksum mismatch"
+    flip(source / "model.safetensors", -1 % (source / "model.safetensors").stat().st_size)
+    verify_dense(open_checkpoint(source))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000])
 def test_junk_manifest(packed: Path, content: str) -> None:
     (packed / manifests.NAME).write_text(content)
     with pytest.raises(PackError, match=r"foregate\.json"):

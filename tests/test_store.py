@@ -16,7 +16,7 @@ import pytest
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.checkpoint.pack import pack
 from foregate.errors import CheckpointError, ExpertReadError
-from foregate.experts.store import CHUNK_BYTES, DirectStore, PackedStore, open_store
+from foregate.experts.store import CHUNK_BYTES, IDLE_BUFFERS, DirectStore, PackedStore, _DirectRead, open_store
 from foregate.types import ExpertKey
 from test_checkpoint_support import keys, read_slot, slots, tiny
 
@@ -327,6 +327,39 @@ def test_scratch_is_held_only_by_reads_under_way(models: dict[str, Path]) -> Non
         two.read(index)
     two.finish()
     assert [len(buffer) for buffer in pool._free] == [store.scratch_bytes] * 2
+    store.close()
+
+
+def test_scratch_is_bounded_while_idle_and_released_on_close(models: dict[str, Path]) -> None:
+    store = DirectStore(open_checkpoint(models["direct"]), 4096)
+    pool, slot = store._scratch, mmap(-1, store.slot_bytes)
+    reads = [store.begin(ExpertKey(0, expert % 8), memoryview(slot)) for expert in range(12)]
+    for read in reads:
+        read.read(0)
+    late = reads.pop()
+    del read
+    reads.clear()
+    assert len(pool._free) == IDLE_BUFFERS == 8
+    store.close()
+    assert pool._free == []
+    del late  # a read that outlives the store gives nothing back
+    assert pool._free == []
+
+
+def test_a_read_that_was_interrupted_while_it_was_made(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors in ``__del__`` are warnings, and warnings are errors here."""
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    store = DirectStore(open_checkpoint(models["direct"]), 4096)
+    with monkeypatch.context() as patch:
+        patch.setattr("foregate.experts.store._Read.__init__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.begin(KEY, memoryview(mmap(-1, store.slot_bytes)))
+    _DirectRead.__new__(_DirectRead).__del__()
     store.close()
 
 

@@ -113,6 +113,16 @@ def test_a_permanent_error_is_raised_once_waited_for_and_names_file_offset_and_e
     assert store.injected[Kind.EIO] == 4
 
 
+def test_a_read_of_no_chunks_is_an_error_at_once(make: Make) -> None:
+    """Nobody would take its last chunk: the wait had no end."""
+    with make(MemoryStore(SLOT, chunks=0), SlotPool(1, SLOT)) as transfer:
+        for speculative in (True, False):
+            ticket = transfer.submit(B, 0, speculative=speculative)
+            assert ticket.done
+            with pytest.raises(TransferError, match=r"expert 3\.17: the store plans a read of 0 chunks"):
+                transfer.wait(ticket)
+
+
 def test_a_bad_checksum_reads_the_whole_expert_again(make: Make) -> None:
     store, pool = faulty(Fault(Kind.CORRUPT, chunks=[0], first=1)), SlotPool(1, SLOT)
     with make(store, pool) as transfer:

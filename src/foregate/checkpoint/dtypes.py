@@ -33,6 +33,9 @@ BITS = {
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What unquantised expert weights are stored in; every other dtype is refused for them."""
 
+DENSE_FLOATS = ("F64", *FLOATS)
+"""What floating-point parameters and buffers outside the experts may be stored in; transformers converts them."""
+
 _SPELLINGS = {dtype: name for name, dtype in {**FLOATS, "F64": torch.float64}.items()}
 
 

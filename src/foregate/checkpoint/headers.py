@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from foregate.checkpoint.dtypes import BITS
+from foregate.checkpoint.jsonfile import parse
 from foregate.errors import CheckpointError
 from foregate.types import Segment
 
@@ -41,7 +41,7 @@ def read_header(path: Path) -> dict[str, Segment]:
 
 def _entries(path: Path, raw: bytes) -> list[tuple[str, Any]]:
     try:
-        header = json.loads(raw)
+        header = parse(raw)
     except ValueError as error:
         raise CheckpointError(f"{path}: the safetensors header is not JSON ({error})") from None
     if not isinstance(header, dict):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from foregate.checkpoint.jsonfile import parse
 from foregate.checkpoint.reason import reason
 from foregate.errors import CheckpointError
 
@@ -66,5 +66,5 @@ def _weights(directory: Path) -> list[str]:
     """The safetensors files to download: those of the index, if there is one, so that no second copy comes along."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        return sorted(set(parse(index.read_bytes())["weight_map"].values()))
     return ["model.safetensors"]

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from foregate.checkpoint.jsonfile import parse
 from foregate.errors import PackError
 from foregate.types import ExpertKey, ExpertLayout, ParamLayout
 
@@ -16,6 +19,8 @@ EXPERTS_FILE = "experts.safetensors"
 DENSE_FILE = "model.safetensors"
 FORMAT = "foregate-pack"
 VERSION = 1
+CHECKSUM = "xxh3_128"
+"""Key of the checksum over all other keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,18 @@ class Manifest:
             "transformers_version": self.transformers_version,
             "layers": layers,
         }
-        return json.dumps(content) + "\n"
+        return signed(content)
+
+
+def signed(content: dict[str, Any]) -> str:
+    """The text of a manifest with ``content``: closed by a checksum over everything before it."""
+    return json.dumps({**content, CHECKSUM: _checksum(content)}) + "\n"
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Over the content, not over its spelling: spaces and line ends may change."""
+    rest = {key: value for key, value in content.items() if key != CHECKSUM}
+    return str(xxhash.xxh3_128(json.dumps(rest).encode()).hexdigest())
 
 
 def is_pack(directory: Path) -> bool:
@@ -96,7 +112,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of the pack ``directory``. Raises PackError naming the file if it is missing, junk or too new."""
     path = directory / NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = parse(path.read_bytes())
     except FileNotFoundError:
         raise PackError(f"{directory} is not a pack: it has no {NAME}") from None
     except (OSError, ValueError) as error:
@@ -105,6 +121,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise PackError(f"{path}: not the manifest of a pack")
     if content.get("version") != VERSION:
         raise PackError(f"{path}: pack version {content.get('version')}; this Foregate reads version {VERSION}")
+    if content.get(CHECKSUM) != _checksum(content):
+        raise PackError(f"{path}: damaged: its content does not match its own checksum; remove the pack and pack again")
     try:
         return _parse(content)
     except (KeyError, TypeError, ValueError) as error:

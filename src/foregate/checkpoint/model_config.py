@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from foregate.checkpoint.dtypes import FLOATS
+from foregate.checkpoint.jsonfile import parse
 from foregate.checkpoint.reason import reason
 from foregate.checkpoint.shards import Shards
 from foregate.errors import CheckpointError, UnsupportedModelError
@@ -24,6 +24,7 @@ INVALID = (
     ImportError,
     OSError,
     ZeroDivisionError,
+    RecursionError,
 )
 """What transformers raises for a config that it does not know, or whose values do not fit."""
 
@@ -32,7 +33,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json as it lies in ``directory``. Raises CheckpointError naming the file."""
     path = directory / "config.json"
     try:
-        content = json.loads(path.read_bytes())
+        content = parse(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: file is missing; {directory} is not a checkpoint") from None
     except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from transformers.core_model_loading import MergeModulelist
 
+from foregate.checkpoint.dense import check_dense
 from foregate.checkpoint.dtypes import FLOATS, spelling
 from foregate.checkpoint.layout import lay_out
 from foregate.checkpoint.numbering import by_expert
@@ -53,14 +54,15 @@ class ExpertSources:
 def find_sources(skeleton: Skeleton, shards: Shards) -> ExpertSources:
     """Map the tensors of ``shards`` to experts.
 
-    Raises CheckpointError naming what is missing, doubled or of a wrong dtype; UnsupportedModelError naming the family
-    for a conversion that cannot be done expert by expert.
+    Raises CheckpointError naming what is missing, doubled, or of a wrong dtype or shape; UnsupportedModelError naming
+    the family for a conversion that cannot be done expert by expert.
     """
     renamed = rename(skeleton.model, shards.tensors)
     layers = tuple(_layer(module, layout, renamed, skeleton, shards.tensors) for module, layout in layouts(skeleton))
     taken = {t.tensor for layer in layers for r in layer.recipes for s in r.sources for t in s.tensors}
     used = {name for target in renamed.targets.values() for names in target.sources.values() for name in names}
     dense = tuple(name for name in shards.tensors if name in used and name not in taken)
+    check_dense(skeleton.model.state_dict(), renamed, shards.tensors, dense)
     return ExpertSources(layers, dense, renamed.unused)
 
 

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import torch
 
+from foregate.checkpoint.dense import check_dense
 from foregate.checkpoint.dtypes import FLOATS
 from foregate.checkpoint.fingerprint import fingerprint
-from foregate.checkpoint.manifest import EXPERTS_FILE, Manifest, is_pack, read_manifest
+from foregate.checkpoint.generation import check_generation_config
+from foregate.checkpoint.manifest import EXPERTS_FILE, NAME, Manifest, is_pack, read_manifest
 from foregate.checkpoint.model_config import model_dtype, read_config, text_config
 from foregate.checkpoint.naming import ExpertSources, find_sources, layouts
+from foregate.checkpoint.packplan import ExpertsPlan, plan_experts
+from foregate.checkpoint.renaming import rename
 from foregate.checkpoint.shards import Shards, read_shards
 from foregate.checkpoint.skeleton import Skeleton, build_skeleton
 from foregate.checkpoint.spec import MoeSpec, make_spec
@@ -44,13 +48,14 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open the directory ``path`` (see ``locate`` for names). Reads no weight.
+    """Open the directory ``path`` (see ``locate`` for names). Reads no weight but the samples of its fingerprint.
 
     Raises CheckpointError or UnsupportedModelError, in one line that names the file, tensor or model type.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
+    check_generation_config(directory)
     return _open_pack(directory) if is_pack(directory) else _open_original(directory)
 
 
@@ -86,6 +91,8 @@ def _open_pack(directory: Path) -> Checkpoint:
     if expected != [(layer.path, len(layer.experts), layer.layout) for layer in manifest.layers]:
         message = f"{directory}: packed with transformers {manifest.transformers_version}, which lays experts out"
         raise PackError(f"{message} differently from the one installed; pack the model again")
+    _check_places(directory, manifest)
+    check_dense(skeleton.model.state_dict(), rename(skeleton.model, shards.tensors), shards.tensors, shards.tensors)
     found = tuple(layout for _, layout in placed)
     return Checkpoint(
         directory=directory,
@@ -104,6 +111,28 @@ def _dtype(manifest: Manifest) -> torch.dtype:
     if manifest.dtype not in FLOATS:
         raise PackError(f"the pack has dtype {manifest.dtype!r}; supported: {', '.join(FLOATS)}")
     return FLOATS[manifest.dtype]
+
+
+def plan_of(manifest: Manifest) -> ExpertsPlan:
+    """The experts file as it must be, from the layouts that ``manifest`` states."""
+    layers = manifest.layers
+    return plan_experts([x.path for x in layers], [len(x.experts) for x in layers], [x.layout for x in layers])
+
+
+def _check_places(directory: Path, manifest: Manifest) -> None:
+    """Everything about the experts file follows from the layouts: a manifest that says otherwise is not ours."""
+    plan = plan_of(manifest)
+    for planned in plan.experts:
+        said = manifest.find(planned.key)
+        if (said.offset, said.nbytes) != (planned.offset, planned.nbytes):
+            name = f"expert {planned.key.expert} of MoE layer {planned.key.layer}"
+            message = f"{directory / NAME}: damaged: {name} has {said.nbytes} bytes at byte {said.offset}"
+            raise PackError(
+                f"{message} instead of {planned.nbytes} at byte {planned.offset}; remove the pack and pack again"
+            )
+    if manifest.experts_nbytes != plan.nbytes:
+        message = f"{directory / NAME}: damaged: {EXPERTS_FILE} has {manifest.experts_nbytes} bytes"
+        raise PackError(f"{message} instead of {plan.nbytes}; remove the pack and pack again")
 
 
 def _check_experts_file(directory: Path, manifest: Manifest) -> None:

@@ -1,7 +1,7 @@
 """Rewriting a checkpoint so that every expert is one aligned read: the dense weights, the experts, a manifest.
 
 Everything is written to a hidden directory beside the output and renamed at the end, so that a half-written pack never
-looks finished. A killed pack resumes; one that runs out of space leaves nothing.
+looks finished. A killed pack resumes; one that does not fit leaves nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ from foregate.checkpoint.manifest import is_pack, read_manifest
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.checkpoint.packwriter import PackWriter
 from foregate.errors import PackError
+
+NO_ROOM = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "no space left on the device",
+    errno.EFBIG: "a file is larger than the system allows (ulimit -f, or the file system)",
+}
+"""Errors that running again would only repeat."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -41,27 +48,36 @@ def pack(source: Path | str, out: Path | str, progress: Progress = lambda done, 
     CheckpointError where ``source`` cannot be read.
     """
     checkpoint = open_checkpoint(source)
-    out = Path(out).resolve()
     if checkpoint.packed:
         raise PackError(f"{source} is a pack already")
-    if _finished(checkpoint, out):
-        return PackResult(out, checkpoint.spec.experts, _size(out), checkpoint.spec.experts, True)
+    out = Path(out).resolve()
     temporary = out.parent / f".{out.name}.partial"
     try:
+        if _finished(checkpoint, out):
+            return _done_before(checkpoint, out)
         temporary.mkdir(parents=True, exist_ok=True)
         writer = PackWriter(checkpoint, temporary)
-        try:
-            _check_space(out.parent, writer.remaining_bytes)
-            resumed = writer.resumed
-            writer.run(progress)
-        finally:
-            writer.close()
-        temporary.replace(out)
-        _sync_directory(out.parent)
-        (out / journals.NAME).unlink()
     except OSError as error:
         raise _explain(error, out, temporary) from error
-    return PackResult(out, checkpoint.spec.experts, _size(out), resumed, False)
+    # the writer's lock is held until the pack has its name: two packs to one place cannot both rename
+    try:
+        if _finished(checkpoint, out):
+            shutil.rmtree(temporary, ignore_errors=True)
+            return _done_before(checkpoint, out)
+        _check_space(out.parent, writer.remaining_bytes)
+        writer.run(progress)
+        temporary.replace(out)
+        _sync_directory(out.parent)
+        (out / journals.NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise _explain(error, out, temporary, begun=True) from error
+    finally:
+        writer.close()
+    return PackResult(out, checkpoint.spec.experts, _size(out), writer.resumed, False)
+
+
+def _done_before(checkpoint: Checkpoint, out: Path) -> PackResult:
+    return PackResult(out, checkpoint.spec.experts, _size(out), checkpoint.spec.experts, True)
 
 
 def _finished(checkpoint: Checkpoint, out: Path) -> bool:
@@ -74,7 +90,9 @@ def _finished(checkpoint: Checkpoint, out: Path) -> bool:
         raise PackError(f"{out} is a file")
     if is_pack(out):
         if read_manifest(out).fingerprint != checkpoint.fingerprint:
-            raise PackError(f"{out} is a pack of another model; choose another output")
+            raise PackError(f"{out} is a pack of another model, or of this one as it was; choose another output")
+        # raises PackError where files are missing, cut or damaged
+        open_checkpoint(out)
         # there if the run that finished the pack was killed in its very last step
         (out / journals.NAME).unlink(missing_ok=True)
         return True
@@ -92,11 +110,13 @@ def _check_space(directory: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"{needed} bytes are needed, {free} are free")
 
 
-def _explain(error: OSError, out: Path, temporary: Path) -> PackError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _explain(error: OSError, out: Path, temporary: Path, *, begun: bool = False) -> PackError:
+    """The error in one line, after removing what running again could not complete."""
+    if error.errno in NO_ROOM:
         shutil.rmtree(temporary, ignore_errors=True)
-        return PackError(f"{out}: no space left on the device ({error.strerror}); nothing was kept")
-    return PackError(f"{out}: cannot be written: {error.strerror or error}")
+        return PackError(f"{out}: {NO_ROOM[error.errno]} ({error.strerror}); nothing was kept")
+    message = f"{out}: cannot be written: {error.strerror or error}"
+    return PackError(f"{message}; running it again resumes (what is there is in {temporary})" if begun else message)
 
 
 def _size(directory: Path) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from foregate.checkpoint.headers import read_header
+from foregate.checkpoint.jsonfile import parse
 from foregate.errors import CheckpointError, UnsupportedModelError
 from foregate.types import Segment
 
@@ -27,12 +27,14 @@ class Shards:
     metadata: Mapping[str, Any]
 
 
-def read_shards(directory: Path, weights: str | None = None) -> Shards:
+def read_shards(directory: Path, weights: object = None) -> Shards:
     """The files of ``directory`` and their tensors; ``weights`` is config.json's ``transformers_weights``, if set.
 
     Raises CheckpointError naming the file for anything missing or inconsistent; UnsupportedModelError for .bin only.
     """
-    name = weights or _default(directory)
+    name = _default(directory) if weights is None else weights
+    if not isinstance(name, str):
+        raise CheckpointError(f"{directory / 'config.json'}: transformers_weights is {name!r}, not a file name")
     if not name.endswith(".json"):
         path = directory / _plain(directory / "config.json", name)
         return Shards(directory, (path,), read_header(path), {})
@@ -59,7 +61,7 @@ def _default(directory: Path) -> str:
 
 def _index(path: Path) -> tuple[Path, dict[str, str], dict[str, Any]]:
     try:
-        content = json.loads(path.read_bytes())
+        content = parse(path.read_bytes())
         weight_map, metadata = content["weight_map"], content.get("metadata") or {}
     except FileNotFoundError:
         raise CheckpointError(f"{path}: file is missing") from None

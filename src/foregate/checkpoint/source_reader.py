@@ -14,10 +14,16 @@ PIECE_BYTES = 16 << 20
 
 
 class SourceReader:
-    """Open weight files. A context manager; not for several threads."""
+    """Open weight files. A context manager; not for several threads.
 
-    def __init__(self) -> None:
+    ``scattered``: small reads far apart, nothing is to be read ahead. ``keep``: somebody else reads the same bytes
+    next, so they may stay in the page cache.
+    """
+
+    def __init__(self, *, scattered: bool = False, keep: bool = False) -> None:
         self._fds: dict[str, int] = {}
+        self._scattered = scattered
+        self._keep = keep
 
     def __enter__(self) -> SourceReader:
         return self
@@ -47,7 +53,8 @@ class SourceReader:
                     size = os.fstat(fd).st_size
                     raise CheckpointError(f"{path}: truncated: expected {offset + nbytes} bytes, found {size}")
                 done += count
-            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+            if not self._keep:
+                os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise CheckpointError(f"{path} at byte {offset + done}: cannot be read: {error.strerror}") from error
         return view
@@ -55,4 +62,6 @@ class SourceReader:
     def _open(self, path: str) -> int:
         if path not in self._fds:
             self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if self._scattered:
+                os.posix_fadvise(self._fds[path], 0, 0, os.POSIX_FADV_RANDOM)
         return self._fds[path]

@@ -11,7 +11,7 @@ from typing import Any
 
 from foregate.checkpoint.dtypes import spelling
 from foregate.checkpoint.skeleton import Skeleton
-from foregate.errors import UnsupportedModelError
+from foregate.errors import CheckpointError, UnsupportedModelError
 from foregate.types import ExpertLayout
 
 TOP_K_KEYS = (
@@ -96,7 +96,7 @@ def make_spec(skeleton: Skeleton, layouts: Sequence[ExpertLayout]) -> MoeSpec:
         shared_experts=_shared(config),
         hidden_size=int(config.hidden_size),
         vocab_size=int(config.vocab_size),
-        context_length=_first(config, CONTEXT_KEYS),
+        context_length=_context(config),
         expert_bytes=max(layout.weight_bytes for layout in layouts),
         expert_slot_bytes=max(layout.nbytes for layout in layouts),
         total_expert_bytes=sum(count * layout.weight_bytes for count, layout in pairs),
@@ -110,6 +110,13 @@ def _top_k(config: Any, experts: int) -> int:
         message = f"model type {config.model_type!r}: the experts per token are {top_k}, of {experts} experts"
         raise UnsupportedModelError(f"{message} (looked at {', '.join(TOP_K_KEYS)})")
     return top_k
+
+
+def _context(config: Any) -> int | None:
+    length = _first(config, CONTEXT_KEYS)
+    if length is not None and length <= 0:
+        raise CheckpointError(f"model type {config.model_type!r}: config.json says a context of {length} positions")
+    return length
 
 
 def _shared(config: Any) -> int | None:

@@ -11,7 +11,7 @@ import xxhash
 
 from foregate.checkpoint.assemble import assemble
 from foregate.checkpoint.manifest import DENSE_FILE, EXPERTS_FILE, Manifest, read_manifest
-from foregate.checkpoint.opening import Checkpoint, open_checkpoint
+from foregate.checkpoint.opening import Checkpoint, open_checkpoint, plan_of
 from foregate.checkpoint.source_reader import SourceReader
 from foregate.errors import PackError
 from foregate.types import ExpertKey, Segment
@@ -39,6 +39,7 @@ def verify(
     total = manifest.experts_nbytes + manifest.dense_nbytes
     with SourceReader() as reader:
         _verify_dense_file(packed, manifest, reader)
+        _verify_header(packed, manifest, reader)
         if original is not None:
             _compare_dense(packed, original, reader)
         done = manifest.dense_nbytes
@@ -46,6 +47,16 @@ def verify(
             done += _verify_expert(packed, manifest, original, key, reader)
             progress(done, total)
     return VerifyReport(packed.directory, packed.spec.experts, total, original.directory if original else None)
+
+
+def verify_dense(checkpoint: Checkpoint) -> None:
+    """Read the dense file of a pack once; an original has no checksum to compare with.
+
+    Raises PackError naming the file. To be called before it is loaded: what was read stays in the page cache.
+    """
+    if checkpoint.manifest is not None:
+        with SourceReader(keep=True) as reader:
+            _verify_dense_file(checkpoint, checkpoint.manifest, reader)
 
 
 def _original(source: Path | str, manifest: Manifest) -> Checkpoint:
@@ -64,6 +75,15 @@ def _verify_dense_file(packed: Checkpoint, manifest: Manifest, reader: SourceRea
         digest.update(piece)
     if digest.hexdigest() != manifest.dense_checksum or path.stat().st_size != manifest.dense_nbytes:
         raise PackError(f"{path} at byte 0: dense weights: checksum mismatch")
+
+
+def _verify_header(packed: Checkpoint, manifest: Manifest, reader: SourceReader) -> None:
+    """Foregate itself does not read it, but others may."""
+    path = packed.directory / EXPERTS_FILE
+    wanted = plan_of(manifest).header
+    difference = _first_difference(reader.read(str(path), 0, len(wanted)), memoryview(wanted))
+    if difference is not None:
+        raise PackError(f"{path} at byte {difference}: the header is not the one that was written")
 
 
 def _compare_dense(packed: Checkpoint, original: Checkpoint, reader: SourceReader) -> None:

@@ -19,10 +19,13 @@ def chunk_bytes(read: ExpertRead, index: int) -> int:
 
 def begin(store: ExpertStore, key: ExpertKey, into: memoryview) -> ExpertRead | TransferError:
     """Plan the read of ``key``: the plan, or the error to raise at the wait."""
+    place = f"expert {key.layer}.{key.expert}"
     try:
-        return store.begin(key, into)
+        read = store.begin(key, into)
     except Exception as error:
-        return _explained(error, f"expert {key.layer}.{key.expert}")
+        return _explained(error, place)
+    # nobody would ever take its last chunk
+    return read if read.chunks > 0 else TransferError(f"{place}: the store plans a read of {read.chunks} chunks")
 
 
 def read_chunk(read: ExpertRead, index: int, retries: int) -> tuple[int, TransferError | None]:

@@ -21,6 +21,10 @@ CHUNK_BYTES = 1 << 20
 """Default size of one read: a demand read waits behind at most this much of every speculative one."""
 
 
+IDLE_BUFFERS = 8
+"""Scratch buffers kept for the next reads: twice the usual four reader threads."""
+
+
 def open_store(checkpoint: Checkpoint, chunk_bytes: int = CHUNK_BYTES) -> ExpertStore:
     """The store for ``checkpoint``: of its pack if it is one, else of its original files."""
     return PackedStore(checkpoint, chunk_bytes) if checkpoint.packed else DirectStore(checkpoint, chunk_bytes)
@@ -109,14 +113,25 @@ class DirectStore(_Store):
             self._plans[key] = plan
         return _DirectRead(self._files, key, plan, self._scratch, into)
 
+    def close(self) -> None:
+        """Close the files and release the scratch. No read may be under way."""
+        super().close()
+        self._scratch.close()
+
 
 class ScratchPool:
-    """Page-aligned buffers of one size, reused; there are never more than reads active at one time."""
+    """Page-aligned buffers of one size, reused; at most ``IDLE_BUFFERS`` are kept while nobody uses them.
+
+    A read holds one from its first chunk until it is finished or dropped. A transfer takes chunks first in, first out
+    in each of its two priorities, so of T reader threads at most 2 T reads hold one at a time, besides cancelled reads
+    whose owners still keep their tickets.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
         self._free: list[mmap] = []
         self._lock = threading.Lock()
+        self._closed = False
 
     def take(self) -> mmap:
         with self._lock:
@@ -124,17 +139,25 @@ class ScratchPool:
 
     def give_back(self, buffer: mmap) -> None:
         with self._lock:
-            self._free.append(buffer)
+            if not self._closed and len(self._free) < IDLE_BUFFERS:
+                self._free.append(buffer)
+
+    def close(self) -> None:
+        """Keep nothing from now on. Memory goes as the last view of it does: a read under way loses nothing."""
+        with self._lock:
+            self._closed = True
+            self._free.clear()
 
 
 class _DirectRead(_Read):
+    _buffer: mmap | None = None
+
     def __init__(self, files: WeightFiles, key: ExpertKey, plan: ReadPlan, pool: ScratchPool, into: memoryview) -> None:
         super().__init__(files, key, plan.chunks, plan.disk_bytes)
         self._plan = plan
         self._pool = pool
         self._into = into
         self._lock = threading.Lock()
-        self._buffer: mmap | None = None
 
     def _memory(self) -> memoryview:
         with self._lock:
@@ -155,7 +178,7 @@ class _DirectRead(_Read):
             self._pool.give_back(buffer)
 
     def __del__(self) -> None:
-        # a cancelled read is dropped without finish()
+        # a cancelled read is dropped without finish(); one whose __init__ was interrupted has taken nothing
         self._release()
 
 
