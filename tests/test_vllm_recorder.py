@@ -13,14 +13,19 @@ import pytest
 import torch
 from torch import nn
 
-from foregate.errors import ConfigError, TraceError
+from foregate.config import SamplingConfig
+from foregate.datasets.prompt import Prompt
+from foregate.errors import ConfigError, PromptError, TraceError
 from foregate.trace.reader import TraceReader
-from foregate.trace.vllm import plugin
+from foregate.trace.vllm import plugin, recording
+from foregate.trace.vllm.__main__ import main
 from foregate.trace.vllm.engine import VllmEngine
 from foregate.trace.vllm.identity import external_id
+from foregate.trace.vllm.layers import LayerShape
 from foregate.trace.vllm.recorder import Recorder
 from foregate.trace.vllm.recording import Options, record
 from foregate.trace.vllm.refusals import GAPS
+from foregate.trace.vllm.sequence import Chunk, RoutedSequence
 from foregate.trace.vllm.settings import FLAGS, OUT, from_environment
 from foregate.trace.vllm.sink import TraceSink
 from foregate.trace.vllm.versions import check_version, load, reach
@@ -494,3 +499,110 @@ def test_two_requests_of_one_name_are_two_prompts(served: Any, tmp_path: Path) -
     step(served, new=[("7-11111111", 6)], finished=["7-00000000"])
     sink.close()
     assert [entry.prompt for entry in TraceReader(tmp_path / "out").entries] == ["7", "7-11111111"]
+
+
+class FakeEngine:
+    """What ``record`` drives in place of vLLM: three tokens after every prompt, one token a word."""
+
+    made: Any = None
+
+    def __init__(self, directory: Path, **options: Any) -> None:
+        type(self).made = self
+        self.options, self.groups, self.sampling = options, [], []
+        self.shapes = [LayerShape(number, *shape) for number, shape in enumerate(zip(EXPERTS, TOP_K, strict=True))]
+        self.config = allowed()
+        model = self.config.model_config
+        model.model, model.dtype = str(directory), torch.bfloat16
+        model.hf_text_config = SimpleNamespace(model_type="olmoe")
+        model.get_hidden_size = lambda: HIDDEN
+
+    def encode(self, text: str, template: str) -> list[int]:
+        if len(text.split()) > 5:
+            raise PromptError("too long")
+        return [len(word) for word in text.split()]
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingConfig]) -> list[RoutedSequence]:
+        self.groups.append(len(prompts))
+        self.sampling += sampling
+        return [self._routed(ids) for ids in prompts]
+
+    def _routed(self, ids: list[int]) -> RoutedSequence:
+        n = len(ids) + 2
+        experts = np.tile(np.array([[[3, 5], [2, 255]]]), (n, 1, 1))
+        weights = np.tile(np.array([[[0.5, 0.25], [1, np.nan]]], np.float32), (n, 1, 1))
+        sequence = RoutedSequence("x", len(ids))
+        sequence.add(Chunk(0, 0, np.array([*ids, 1, 2]), experts, weights, None, {}))
+        return sequence
+
+
+@pytest.fixture
+def fake_engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+    monkeypatch.setattr(recording, "VllmEngine", FakeEngine)
+    return FakeEngine
+
+
+PROMPTS = ["one", "two three", "four five six seven eight nine", "ten", "eleven"]
+
+
+def test_prompts_are_traced_in_groups_and_what_does_not_fit_is_skipped(
+    fake_engine: Any, tiny: Any, tmp_path: Path
+) -> None:
+    seen = []
+    done = record(
+        str(tiny("olmoe")), PROMPTS, tmp_path / "out", options=Options(batch=1), on_done=lambda p: seen.append(p.done)
+    )
+    assert (done.total, done.done, done.skipped, done.tokens) == (5, 5, 1, 3 + 4 + 3 + 3)
+    assert fake_engine.made.groups == [2, 1, 1]
+    assert seen == [2, 4, 5]
+    reader = TraceReader(tmp_path / "out")
+    assert reader.complete
+    assert [entry.prompt for entry in reader.entries] == [f"prompt/{n:05d}" for n in (0, 1, 3, 4)]
+    assert [(line.prompt, line.skipped) for line in reader.skipped] == [("prompt/00002", "too long")]
+    assert next(iter(reader)).grid(next(iter(reader)).experts)[0].tolist() == [[3, 5], [2, 255]]
+    assert reader.header.model.dtype == "bfloat16"
+    assert reader.header.runs[0].settings["batch"] == 1
+
+
+def test_a_stopped_session_resumes_without_repeating(fake_engine: Any, tiny: Any, tmp_path: Path) -> None:
+    asked = iter([False, True])
+    model, out, options = str(tiny("olmoe")), tmp_path / "out", Options(batch=1)
+    done = record(model, PROMPTS, out, options=options, stop=lambda: next(asked))
+    assert (done.stopped, done.done) == (True, 2)
+    assert not TraceReader(out).complete
+    with pytest.raises(TraceError, match="begun with settings max_new_tokens 128, not 5"):
+        record(model, PROMPTS, out, options=options, resume=True, max_new_tokens=5)
+    done = record(model, PROMPTS, out, options=options, resume=True)
+    assert (done.before, done.done, done.stopped) == (2, 5, False)
+    assert len(TraceReader(out)) == 4
+    with pytest.raises(TraceError, match="not empty"):
+        record(model, PROMPTS, out)
+
+
+def test_each_prompt_samples_with_a_seed_of_its_own(fake_engine: Any, tiny: Any, tmp_path: Path) -> None:
+    record(str(tiny("olmoe")), PROMPTS, tmp_path / "a", temperature=0.7, seed=3, limit=2)
+    first = [config.seed for config in fake_engine.made.sampling]
+    record(str(tiny("olmoe")), PROMPTS, tmp_path / "b", temperature=0.7, seed=4, limit=2)
+    assert len({*first, *(config.seed for config in fake_engine.made.sampling)}) == 4
+
+
+def test_nothing_that_fits_is_an_error(fake_engine: Any, tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="none of 1 prompts could be traced: too long"):
+        record(str(tiny("olmoe")), [PROMPTS[2]], tmp_path / "out")
+
+
+def test_the_command_takes_data_sets_and_options(
+    fake_engine: Any, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tiny("olmoe")), "--dataset", "synthetic", "--limit", "1", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--scores", "--max-model-len", "64", "--kv-cache", "1MiB", "--json"]) == 1
+    assert "none of 1 prompts" in capsys.readouterr().err
+    assert fake_engine.made.options["scores"] is True
+    assert fake_engine.made.options["kv_cache_bytes"] == 1 << 20
+    assert fake_engine.made.options["more"] == {"max_model_len": 64}
+    assert main([*arguments, "--kv-cache", "auto"]) == 1
+    assert "--kv-cache 'auto' is not a size" in capsys.readouterr().err
+
+
+def test_named_prompts_keep_their_names_and_domains(fake_engine: Any, tiny: Any, tmp_path: Path) -> None:
+    record(str(tiny("olmoe")), [Prompt("mine/1", "code", "a b")], tmp_path / "out")
+    assert [(entry.prompt, entry.domain) for entry in TraceReader(tmp_path / "out").entries] == [("mine/1", "code")]
