@@ -10,9 +10,9 @@ from foregate.reference.files import write_text
 
 INTRODUCTION = """\
 A small Mixture-of-Experts language model, really trained, that ships with Foregate. It exists so that routing can be
-traced, predicted and prefetched on any machine in seconds: its experts have specialised, as those of large models
-have, while random weights route almost uniformly. It is not meant to be useful as a language model: it writes the
-form of its three domains, not facts, and its answers to mathematical questions are wrong."""
+traced, predicted and prefetched on any machine: its routers have learned, while those of a randomly initialised model
+have not. It is not meant to be useful as a language model: it writes the form of its three domains and must not be
+relied on for facts, arithmetic or working code."""
 
 LICENCE_NOTE = """\
 The weights are distributed under Apache-2.0, like Foregate. No training text is contained in the package; the texts
@@ -152,7 +152,7 @@ def _held_out(evaluation: dict[str, Any]) -> str:
     ]
     note = (
         f"Measured with transformers on the exported weights, blocks of {evaluation['length']} tokens of documents "
-        "that were never trained on (split by a hash of the document's name), no choice dropped."
+        "that were never trained on\n(split by a hash of the document's name), no choice dropped."
     )
     return f"{note}\n\n{_table(('domain', 'tokens', 'loss (nats)', 'perplexity', 'bits per byte'), rows)}"
 
