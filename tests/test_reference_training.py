@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from foregate.cli.reference import app
@@ -151,6 +151,12 @@ def test_export_has_one_tensor_per_expert_matrix(exported: Path) -> None:
     assert (exported / "model.safetensors").stat().st_mode & 0o044 == 0o044  # an installed package is read by others
     assert "model.layers.0.mlp.experts.0.gate_proj.weight" in names
     assert not any("lm_head" in name or "gate_up" in name for name in names)
+
+
+def test_config_names_experts_as_published_ones_do(exported: Path) -> None:
+    written = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    assert written["num_experts"] == written["num_local_experts"] == 4
+    assert AutoConfig.from_pretrained(exported).num_experts == 4
 
 
 def test_export_round_trips(exported: Path) -> None:

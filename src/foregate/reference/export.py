@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, Qwen3MoeConfig
 
 from foregate.errors import CheckpointError
-from foregate.reference.files import atomic_write
+from foregate.reference.files import atomic_write, write_json
 from foregate.reference.model import ModelConfig
 from foregate.reference.tokenizer import END_ID, PAD_ID, save_tokenizer
 
@@ -121,11 +121,18 @@ def export(config: ModelConfig, named: Mapping[str, Tensor], tokenizer: Tokenize
     """Write a directory that AutoModelForCausalLM and AutoTokenizer load. Files are replaced one by one, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     to_transformers_config(config).save_pretrained(folder)
+    _add_published_keys(config, folder / "config.json")
     ends = {"bos_token_id": END_ID, "eos_token_id": END_ID, "pad_token_id": PAD_ID}
     GenerationConfig(**ends).save_pretrained(folder)
     save_tokenizer(tokenizer, folder, config.max_positions)
     tensors = to_checkpoint(config, named)
     atomic_write(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def _add_published_keys(config: ModelConfig, path: Path) -> None:
+    """Also name the two settings as published Qwen3-MoE configs do: readers other than transformers 5 look there."""
+    written = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, written | {"num_experts": config.experts, "rope_theta": config.rope_theta})
 
 
 def read_exported(folder: Path) -> dict[str, Tensor]:
