@@ -119,17 +119,41 @@ def test_the_report_shows_every_chart_with_its_numbers(full: tuple[Path, dict[st
     assert {chart["kind"] for chart in data["charts"].values()} == {"lines", "heat", "matrices"}
 
 
+KEYS = """<script>
+const press = (node, key) => node.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+const said = (node) => [...node.closest("figure").querySelectorAll(".readout")].pop().textContent;
+const svg = document.querySelector("figure > svg"), canvas = document.querySelector("canvas");
+for (const key of ["ArrowRight", "ArrowRight", "ArrowDown"]) press(svg, key);
+for (const key of ["ArrowDown", "ArrowDown", "ArrowRight", "ArrowRight"]) press(canvas, key);
+const before = document.documentElement.dataset.theme;
+document.getElementById("theme").click();
+document.querySelector("figure .legend button").click();
+for (const numbers of document.querySelectorAll("figure details")) numbers.open = true;
+setTimeout(() => {
+  const rows = document.querySelectorAll("figure details table").length;
+  const after = document.documentElement.dataset.theme;
+  const hidden = document.querySelectorAll('[aria-pressed="false"]').length;
+  document.body.append(`[[${[said(svg), said(canvas), before + ">" + after, rows > 0, hidden > 0].join("|")}]]`);
+}, 500);
+</script></body>"""
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_draws_the_report_without_an_error(full: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_browser_draws_the_report_and_obeys_the_keyboard(full: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    page = tmp_path / "pressed.html"
+    page.write_text((full[0] / "report.html").read_text().replace("</body>", KEYS))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--enable-logging=stderr"]
-    report = (full[0] / "report.html").as_uri()
-    command = ["chromium", *flags, "--virtual-time-budget=4000", "--dump-dom", report]
+    command = ["chromium", *flags, "--virtual-time-budget=4000", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert 'data-ready="yes"' in done.stdout
     assert "CONSOLE" not in done.stderr
     charts = len(re.findall("<figure", done.stdout))
     assert len(re.findall("<figcaption", done.stdout)) == charts > 10
-    assert "NaN" not in done.stdout
+    curve, cell, theme, tables, hidden = re.findall(r"\[\[([^\]]*(?:\][^\]]+)*)\]\]", done.stdout)[-1].split("|")
+    assert curve.startswith("prefix: hop 2, top1 ")
+    assert re.fullmatch(r"from layer 1, predicted layer 2: recall_k [0-9.]+", cell)
+    assert theme in ("light&gt;dark", "dark&gt;light")
+    assert (tables, hidden) == ("true", "true")
 
 
 def test_a_name_in_the_trace_cannot_break_out_of_the_report(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ class Settings:
     """Test tokens scored, spread evenly over test prompts and within each."""
     prompt_tokens: int = 2_048
     """Tokens of one prompt scored at most."""
-    replay_events: int = 40_000
+    replay_events: int = 25_000
     """Events replayed through the caches at most; whole prompts, chosen by hash."""
     residencies: tuple[float, ...] = (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
     miss_residencies: tuple[float, ...] = (0.25, 0.5)

@@ -65,13 +65,20 @@ class Source:
 
     def prompts(self, *, test_only: bool = False, on_part: OnPart = lambda rows: None) -> Iterator[Prompt]:
         """Every prompt that has tokens of the wanted phase, in order."""
-        for index, item in enumerate(self.items):
-            if test_only and not item.test:
-                continue
-            phases = None if self.settings.phase == "all" else (self.settings.phase,)
-            wanted = item.entry.tokens if phases is None else _tokens(item.entry, self.settings.phase)
-            if wanted:
-                part = next(item.reader.parts(prompts=(item.entry.prompt,), phases=phases, order="weight"))
+        for reader in self.readers:
+            mine = [
+                (index, item)
+                for index, item in enumerate(self.items)
+                if item.reader is reader and (item.test or not test_only)
+            ]
+            yield from self._of(reader, mine, on_part)
+
+    def _of(self, reader: TraceReader, items: list[tuple[int, Item]], on_part: OnPart) -> Iterator[Prompt]:
+        """Prompts of one trace. The reader gives them in the order of its manifest, which is that of ``items``."""
+        phases = None if self.settings.phase == "all" else (self.settings.phase,)
+        names = {item.entry.prompt for _, item in items}
+        for (index, item), part in zip(items, reader.parts(prompts=names, phases=phases, order="weight"), strict=True):
+            if _tokens(item.entry, self.settings.phase):
                 yield _prompt(index, item, part, self.shape)
             on_part(item.entry.rows)
 
@@ -95,6 +102,8 @@ class Source:
 
 
 def _tokens(entry: Entry, phase: str) -> int:
+    if phase == "all":
+        return entry.tokens
     return entry.decode_tokens if phase == "decode" else entry.tokens - entry.decode_tokens
 
 

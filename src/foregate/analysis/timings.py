@@ -84,7 +84,8 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if {"routing", "dispatch"} <= set(measured) and total:
         share = (seconds["routing"] + seconds["dispatch"]) / total
         out["routing_and_dispatch"] = share
-        out["without_wait"] = share * total / (total - seconds["wait"]) if total > seconds["wait"] else None
+        waited = 0 < seconds["wait"] < total
+        out["without_wait"] = share * total / (total - seconds["wait"]) if waited else None
         out["in_published_range"] = CLAIM[0] <= share <= CLAIM[1]
     return out
 
