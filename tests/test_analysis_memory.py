@@ -11,7 +11,7 @@ import pytest
 
 from test_analysis_traces import Independent, write_trace
 
-BOUND = 600 << 20
+BOUND = 400 << 20
 """Bytes of resident memory at the peak, of which Python, numpy and pyarrow take about 150 MiB before any trace."""
 SCRIPT = """
 import json, resource, sys

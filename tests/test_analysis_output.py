@@ -18,6 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 from foregate.analysis import figures
+from foregate.analysis.chart import Lines, Series
 from foregate.analysis.output import FORMAT
 from foregate.analysis.table import Table, table
 from foregate.cli.analyze import analyze
@@ -81,6 +82,16 @@ def test_every_figure_is_there_as_svg_and_png(full: tuple[Path, dict[str, Any]])
     assert {"affinity.svg", "recall_k_by_hop_decode.png", "hit_curve_decode.svg", "timing_decode.svg"} <= set(
         summary["figures"]
     )
+
+
+def test_the_same_numbers_give_the_same_figure(tmp_path: Path) -> None:
+    curve = Series("a", [1.0, 2.0], [0.5, None], [0.4, None], [0.6, None])
+    chart = Lines("one", "title", "x", "y", [curve, Series("b", [1.0, 2.0], [0.1, 0.2], dashed=True)], log=True)
+    found = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        found.append([(tmp_path / name / file).read_bytes() for file in figures.draw(chart, tmp_path / name)])
+    assert found[0] == found[1]
 
 
 class Links(HTMLParser):

@@ -47,6 +47,8 @@ def draw(chart: Chart, directory: Path) -> list[str]:
             _lines(axes, chart)
         else:
             _heat(axes, chart, figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not again for every format
         figure.savefig(directory / f"{chart.name}.svg", metadata={"Date": None})
         figure.savefig(directory / f"{chart.name}.png", dpi=DPI, metadata={"Software": None})
     return [f"{chart.name}.svg", f"{chart.name}.png"]
