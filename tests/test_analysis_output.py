@@ -227,6 +227,13 @@ def test_one_token_a_prompt_leaves_no_traceback(tmp_path: Path) -> None:
     assert "two tokens" in notes(write_trace(tmp_path / "t", Chain(), tokens=1), tmp_path / "out")["locality"][0]
 
 
+def test_the_smallest_trace_can_be_drawn(tmp_path: Path) -> None:
+    """One layer of one expert, two prompts of one token: axes without a range, matrices without a difference."""
+    path = write_trace(tmp_path / "t", Independent(layers=1, experts=1, top_k=1), prompts=2, tokens=1, timings={})
+    run(path, "--out", tmp_path / "out", "--permutations", "5")
+    assert (tmp_path / "out" / "figures" / "usage.svg").is_file()
+
+
 def test_an_empty_trace_is_one_line(tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "t") as writer:
         writer.begin(header(Chain()))

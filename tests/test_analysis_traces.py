@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from foregate.analysis.prompt import multi_hot
 from foregate.analysis.settings import Settings
 from foregate.analysis.source import Source
+from foregate.analysis.study import analyse
 from foregate.errors import ConfigError, TraceError
 from foregate.trace.header import Header, ModelInfo, RunInfo
 from foregate.trace.record import PromptRecord
@@ -156,3 +157,69 @@ def test_settings_that_cannot_be_honoured_are_refused(wrong: dict[str, Any]) -> 
 def test_padding_is_no_choice() -> None:
     found = multi_hot(np.array([[2, 0], [1, -1]], np.int32), 3)
     assert found.tolist() == [[1, 0, 1], [0, 1, 0]]
+
+
+@dataclass(frozen=True)
+class Uneven(Independent):
+    """Layers of 8, 4 and 8 experts; the second chooses one, the others two."""
+
+    layers: int = 3
+    experts: int = 8
+
+    def choose(self, rng: np.random.Generator, domain: str, tokens: int) -> Ids:
+        out = super().choose(rng, domain, tokens)
+        out[:, 1, 0] %= 4
+        out[:, 1, 1] = 255  # what fills the list of a layer that chooses fewer
+        return out
+
+
+def write_uneven(path: Path, prompts: int = 10) -> Path:
+    rng = np.random.default_rng(0)
+    model = replace(header(Uneven()).model, experts_per_layer=(8, 4, 8), top_k=(2, 1, 2))
+    with TraceWriter(path) as writer:
+        writer.begin(replace(header(Uneven()), model=model))
+        for number in range(prompts):
+            one = record(str(number), "d", Uneven().choose(rng, "d", 20), 0.5, rng)
+            one.weights[:, 1, 1] = np.nan
+            writer.add(one)
+        writer.finish()
+    return path
+
+
+class Recorder:
+    """A progress display that remembers."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int]] = []
+        self.rows: list[int] = []
+
+    def stage(self, name: str, total: int) -> None:
+        self.stages.append((name, total))
+        self.rows.append(0)
+
+    def advance(self, rows: int) -> None:
+        self.rows[-1] += rows
+
+
+def test_layers_may_differ_in_experts_and_in_how_many_they_choose(tmp_path: Path) -> None:
+    study = analyse([write_uneven(tmp_path / "t")], Settings(permutations=5))
+    tables = {one.name: one.whole().to_pylist() for section in study.sections for one in section.tables}
+    assert [row["tokens"] for row in tables["usage"] if row["layer"] == 1] == pytest.approx([50] * 4, abs=30)
+    assert sum(row["tokens"] for row in tables["usage"]) == 200 * (2 + 1 + 2)
+    assert max(row["b"] for row in tables["conditional"] if row["later"] == 1) == 3
+    sums: dict[Any, float] = {}
+    for row in tables["conditional"]:
+        key = (row["layer"], row["later"], row["a"])
+        sums[key] = sums.get(key, 0) + row["probability"]
+    assert all(total == pytest.approx((2, 1, 2)[later]) for (_, later, _), total in sums.items())
+    paths = [row["path"] for row in tables["top_paths"] if row["kind"] == "whole set"]
+    assert all([len(step.split("+")) for step in path.split("-")] == [2, 1, 2] for path in paths)
+    chances = {r["hop"]: r["chance"] for r in tables["accuracy_by_hop"] if r["metric"] == "recall_k"}
+    assert chances == {0: 0.25, 1: 0.25, 2: 0.25}
+
+
+def test_progress_reaches_the_end_of_every_stage(tmp_path: Path) -> None:
+    shown = Recorder()
+    analyse([write_trace(tmp_path / "t", Independent(), prompts=10)], Settings(permutations=5), shown)
+    assert shown.stages == [("counting", 2000), ("scoring", 400), ("replaying, comparing", 0)]
+    assert shown.rows == [2000, 400, 0]
