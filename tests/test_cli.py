@@ -217,6 +217,16 @@ def test_corrupt_pack_never_gives_tokens_of_wrong_weights(foregate: Foregate, ti
     fails(foregate("pack", "--verify", packed, "--quiet"), "experts.safetensors")
 
 
+def test_corrupt_dense_weights_of_a_pack_are_noticed(foregate: Foregate, tiny: Tiny, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    assert foregate("pack", tiny("qwen2_moe"), packed, "--quiet")[0] == 0
+    path = packed / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    fails(foregate("run", packed, "-p", "abc"), "model.safetensors")
+
+
 def test_pack_into_an_impossible_place(foregate: Foregate, tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     fails(foregate("pack", tiny("qwen2_moe"), tmp_path / "file" / "out", "--quiet"), "out")

@@ -10,6 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from foregate import __version__
+from foregate.cli.analyze import analyze
 from foregate.cli.doctor import doctor
 from foregate.cli.inspect import inspect
 from foregate.cli.pack import pack
@@ -30,6 +31,7 @@ app.command()(run)
 app.command()(inspect)
 app.command()(pack)
 app.command()(doctor)
+app.command()(analyze)
 app.add_typer(trace, name="trace")
 app.add_typer(reference, name="reference", help="The built-in reference model: train it, judge it.")
 

@@ -15,11 +15,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from foregate.checkpoint.opening import Checkpoint
+from foregate.checkpoint.verify import verify_dense
 from foregate.errors import CheckpointError
 
 
 def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """Load everything but the experts, the ordinary way. Raises CheckpointError where dense weights are missing."""
+    verify_dense(checkpoint)
     bare: Any = _without_experts(checkpoint)
     with _quiet():
         model, info = bare.from_pretrained(
