@@ -82,12 +82,12 @@ class Paths:
 
 
 def _facts(kind: str, heavy: HeavyHitters, sample: BottomK, covered: NDArray[Any], tokens: int) -> dict[str, Any]:
-    distinct = sample.distinct
+    distinct = min(sample.distinct, float(tokens))
     return {
         "kind": kind,
         "tokens": tokens,
         "distinct": distinct,
-        "distinct_share": min(1.0, distinct / tokens),
+        "distinct_share": distinct / tokens,
         "once": sample.once,
         "top_share": float(covered[0]) if len(covered) else 0.0,
         "top100_share": float(covered[min(TOP, len(covered)) - 1]) if len(covered) else 0.0,

@@ -23,12 +23,15 @@ class Phase(str, Enum):
     decode = "decode"
 
 
+_PHASE = Phase(_DEFAULTS.phase)
+
+
 def analyze(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Traces of one model (foregate trace).")],
     out: Annotated[Path, typer.Option(help="New or empty directory for tables, figures and the report.")],
     seed: Annotated[int, typer.Option(help="Of the train/test split and the permutations.", min=0)] = _DEFAULTS.seed,
     permutations: Annotated[int, typer.Option(help="In the comparison of domains.", min=1)] = _DEFAULTS.permutations,
-    phase: Annotated[Phase, typer.Option(help="Tokens to analyse.")] = Phase.all,
+    phase: Annotated[Phase, typer.Option(help="Tokens to analyse.")] = _PHASE,
     max_hop: Annotated[
         int | None, typer.Option(help="Longest hop counted; all if not given. Bounds the memory.", min=1)
     ] = _DEFAULTS.max_hop,
