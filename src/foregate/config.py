@@ -79,7 +79,7 @@ class RunConfig:
     predictor: str = "next-gate"
     prefetch: str = "auto"
     lookahead: int = 1
-    cache_policy: str = "lru"
+    cache_policy: str = "lfru"
     reader_threads: int = 4
     threads: int | None = None
     read_timeout_s: float = 120.0

@@ -20,7 +20,7 @@ PACKAGES = ("foregate", "torch", "transformers", "tokenizers", "numpy", "pyarrow
 
 
 def directory_fingerprint(directory: Path) -> str:
-    """Of a checkpoint or its pack: both give the same. Raises CheckpointError. Reads headers and samples of the weights."""
+    """Of a checkpoint or its pack: both give the same. Raises CheckpointError. Reads headers, and samples weights."""
     if is_pack(directory):
         return read_manifest(directory).fingerprint
     raw = read_config(directory)
