@@ -22,7 +22,7 @@ RANKS = {
 }  # fmt: skip
 STRANGERS = [("experts", "predictors"), ("predictors", "experts"), ("engine", "training"), ("engine", "analysis")]
 TORCH_FREE = ["types", "errors", "config", "interfaces", "registry", "prefetch", "experts/cache", "experts/policy",
-              "experts/slots", "experts/transfer", "predictors"]  # fmt: skip
+              "experts/slots", "experts/transfer", "predictors", "analysis"]  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
