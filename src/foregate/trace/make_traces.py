@@ -39,7 +39,7 @@ def commands(model: str, out: Path, data: Path, *, sample: bool) -> list[list[st
         options = [option.format(data=data) for option in dataset]
         limits = (SAMPLE_PROMPTS, SAMPLE_TOKENS) if sample else (prompts, tokens)
         found.append(["trace", model, "--dataset", *options, "--out", str(out / domain), "--resume"])
-        found[-1] += ["--limit", str(limits[0]), "--max-new-tokens", str(limits[1])]
+        found[-1] += ["--limit", str(limits[0]), "--max-new-tokens", str(limits[1]), "--threads", "1"]
         found[-1] += [] if sample else ["--scores", "--timings"]
     return found
 
