@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: demo test check fast cgroup reference slow clean
+.PHONY: demo test fast slow cgroup traces reference clean
 
 demo: $(VENV)/.installed  ## The main job: the built-in model under a quarter of its expert bytes.
 	$(BIN)/foregate run reference --memory-budget 25% --max-new-tokens 96 --stats \
@@ -21,6 +21,9 @@ slow: $(VENV)/.installed  ## The long tests (minutes).
 
 cgroup: $(VENV)/.installed  ## Several gigabytes of experts, four times the budget, under a hard memory limit. Needs root.
 	$(BIN)/python -m foregate.testing.cgroup_run --dir $(OUT)/large --gigabytes 4
+
+traces: $(VENV)/.installed  ## Traces of the reference model, five domains (an hour; resumes). DATA=directory with gsm8k_test.jsonl, mmlu/
+	$(BIN)/python -m foregate.trace.make_traces --data-dir $(DATA) --out $(OUT)/traces
 
 reference: $(VENV)/.installed  ## Train the reference model on (hours; resumes). DATA=directory with gsm8k_train.jsonl
 	$(BIN)/foregate reference train --resume --data-dir $(DATA)
