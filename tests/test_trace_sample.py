@@ -41,5 +41,5 @@ def test_every_domain_has_a_command_that_can_be_resumed(small: bool) -> None:
 
 
 def test_a_command_that_fails_ends_the_rest(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="foregate trace info .* failed"):
+    with pytest.raises(TraceError, match=r"foregate trace info .* failed"):
         make_traces.run(["trace", "info", str(tmp_path)])
