@@ -282,6 +282,14 @@ def test_scores_are_the_logits_and_timings_are_in_the_first_row_of_a_pass(worker
         assert (values[1:5] == -1).all()
 
 
+def test_the_time_of_a_pass_is_noted_once(worker: Any) -> None:
+    worker.model_runner.tokens = {A: list(range(8)), B: list(range(20, 28))}
+    recorder = Recorder(worker, scores=False, timings=True)
+    step(worker, new=[(A, 5), (B, 5)])
+    made = [found.to_record("name", "") for found in recorder.take(everything=True)]
+    assert sorted(int((one.timings["experts_ns"] >= 0).sum()) for one in made) == [0, 2]
+
+
 def test_what_the_model_computes_is_unchanged_and_close_puts_everything_back(worker: Any) -> None:
     runner = worker.model_runner
     runner.tokens = {A: list(range(9))}

@@ -12,7 +12,7 @@ from foregate.config import SamplingConfig
 from foregate.errors import ConfigError, PromptError, TraceError
 from foregate.trace.vllm.identity import external_id
 from foregate.trace.vllm.layers import LayerShape
-from foregate.trace.vllm.remote import attach, take
+from foregate.trace.vllm.remote import attach, detach, take
 from foregate.trace.vllm.sequence import RoutedSequence
 from foregate.trace.vllm.versions import load
 
@@ -58,11 +58,19 @@ class VllmEngine:
                 max_num_seqs=batch,
                 **more,
             )
-        found: list[list[LayerShape]] = self._llm.collective_rpc(attach, args=(scores, timings))
-        self.shapes = next(shapes for shapes in found if shapes)
+        self.shapes = self.attach(scores=scores, timings=timings)
         self.config: Any = self._llm.llm_engine.vllm_config
         self.context = int(self.config.model_config.max_model_len)
         self._tokenizer = self._llm.get_tokenizer()
+
+    def attach(self, *, scores: bool, timings: bool) -> list[LayerShape]:
+        """Begin to record. Raises TraceError for what cannot be traced."""
+        found: list[list[LayerShape]] = self._llm.collective_rpc(attach, args=(scores, timings))
+        return next(shapes for shapes in found if shapes)
+
+    def detach(self) -> None:
+        """Stop recording; what was not taken is lost."""
+        self._llm.collective_rpc(detach)
 
     def encode(self, text: str, template: str) -> list[int]:
         """Token ids, through the chat template if ``template`` is auto and there is one. Raises PromptError."""
@@ -83,12 +91,21 @@ class VllmEngine:
 
         Raises TraceError where that is not what vLLM says it computed.
         """
+        outputs = self.run(prompts, sampling)
+        routed = self.take()
+        return [_checked(output, routed) for output in outputs]
+
+    def run(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingConfig]) -> list[Any]:
+        """Continue every prompt; vLLM's own outputs."""
         given = [{"prompt_token_ids": ids} for ids in prompts]
         params = [self._params(len(ids), config) for ids, config in zip(prompts, sampling, strict=True)]
-        outputs = self._llm.generate(given, params, use_tqdm=False)
-        routed = [sequence for found in self._llm.collective_rpc(take) for sequence in found]
-        by_id = {external_id(sequence.request): sequence for sequence in routed}
-        return [_checked(output, by_id) for output in outputs]
+        outputs: list[Any] = self._llm.generate(given, params, use_tqdm=False)
+        return outputs
+
+    def take(self) -> dict[str, RoutedSequence]:
+        """What was routed since the last call, by the id that vLLM gave the request."""
+        found = (sequence for sequences in self._llm.collective_rpc(take) for sequence in sequences)
+        return {external_id(sequence.request): sequence for sequence in found}
 
     def _params(self, prompt_tokens: int, config: SamplingConfig) -> Any:
         return load("vllm", "SamplingParams")(

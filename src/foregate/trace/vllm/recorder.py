@@ -115,7 +115,10 @@ def _chunk(span: Span, number: int, tokens: Any, routed: RoutedPass) -> Chunk:
         experts=routed.experts[rows],
         weights=routed.weights[rows],
         scores=None if routed.scores is None else routed.scores[rows],
-        timings=routed.timings,
+        # a pass may serve several requests: its time is noted once, in its first row, so that sums are right
+        timings=routed.timings
+        if span.row == 0
+        else {name: np.full_like(t, fmt.NOT_MEASURED) for name, t in routed.timings.items()},
     )
 
 

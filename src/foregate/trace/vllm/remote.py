@@ -27,3 +27,11 @@ def take(worker: Any) -> list[RoutedSequence]:
     """Everything recorded since the last call."""
     recorder: Recorder | None = getattr(worker, ATTRIBUTE, None) if worker.rank == 0 else None
     return recorder.take(everything=True) if recorder is not None else []
+
+
+def detach(worker: Any) -> None:
+    """The worker is as it was before ``attach``."""
+    recorder: Recorder | None = getattr(worker, ATTRIBUTE, None) if worker.rank == 0 else None
+    if recorder is not None:
+        recorder.close()
+        delattr(worker, ATTRIBUTE)

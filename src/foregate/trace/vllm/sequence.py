@@ -20,7 +20,8 @@ from foregate.trace.record import Array, PromptRecord
 class Chunk:
     """Rows that one pass gave a request, from position ``first`` on.
 
-    ``token_ids`` [n], ``experts`` and ``weights`` [n, L, k], ``scores`` [n, L, E] or None, ``timings`` [L] nanoseconds.
+    ``token_ids`` [n], ``experts`` and ``weights`` [n, L, k], ``scores`` [n, L, E] or None, ``timings`` [L] nanoseconds
+    (-1: noted elsewhere).
     """
 
     number: int
