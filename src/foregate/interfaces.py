@@ -116,7 +116,7 @@ class RoutingObserver(Protocol):
 
 
 class Signals(Protocol):
-    """What one forward pass has made known when MoE layer ``layer`` has been routed. Hidden states stay in the engine."""
+    """What a forward pass has made known when MoE layer ``layer`` has been routed. Hidden states stay in the engine."""
 
     layer: int
     layers: int
