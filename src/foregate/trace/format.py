@@ -55,10 +55,10 @@ def part_schema(experts: str, *, scores: bool, timings: tuple[str, ...]) -> pa.S
         pa.field("token_id", pa.int32()),
         pa.field("layer", pa.uint16()),
         pa.field("experts", pa.list_(pa.uint8() if experts == "uint8" else pa.uint16())),
-        pa.field("weights", pa.list_(pa.float16())),
+        pa.field("weights", pa.list_(pa.float32())),
     ]
     if scores:
-        fields.append(pa.field("scores", pa.list_(pa.float16())))
+        fields.append(pa.field("scores", pa.list_(pa.float32())))
     return pa.schema(fields + [pa.field(name, pa.int64()) for name in timings])
 
 

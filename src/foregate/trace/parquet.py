@@ -21,7 +21,8 @@ from foregate.trace.record import PromptRecord
 
 COMPRESSION = {"compression": "zstd", "compression_level": 9}
 SPLIT = ["weights.list.element", "scores.list.element"]
-"""Columns stored byte plane by byte plane: half floats compress better so, and still not well."""
+"""Columns stored byte plane by byte plane. They are float32, which every reader of Parquet knows (few know half
+floats), but hold half-precision values: the low bytes are zeros, and the file is no larger than with half floats."""
 
 
 def encode_part(record: PromptRecord, header: Header) -> bytes:
@@ -97,12 +98,13 @@ def _lists(values: NDArray[Any]) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(values).reshape(-1)))
 
 
-def _half(values: NDArray[Any], what: str) -> NDArray[np.float16]:
+def _half(values: NDArray[Any], what: str) -> NDArray[np.float32]:
+    """``values`` rounded to half precision. Raises TraceError, naming ``what``, where they are too large for it."""
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if np.isinf(half).any() and not np.isinf(values).any():
         raise TraceError(f"{what} of up to {np.nanmax(np.abs(values)):g} do not fit in float16")
-    return half
+    return half.astype(np.float32)
 
 
 def open_part(content: bytes, expected: dict[str, Any], header: Header, where: str) -> pq.ParquetFile:
