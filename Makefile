@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: demo test fast slow cgroup traces reference clean
+.PHONY: demo test fast slow vllm-test cgroup traces reference clean
 
 demo: $(VENV)/.installed  ## The main job: the built-in model under a quarter of its expert bytes.
 	$(BIN)/foregate run reference --memory-budget 25% --max-new-tokens 96 --stats \
@@ -27,6 +27,15 @@ traces: $(VENV)/.installed  ## Traces of the reference model, five domains (an h
 
 reference: $(VENV)/.installed  ## Train the reference model on (hours; resumes). DATA=directory with gsm8k_train.jsonl
 	$(BIN)/foregate reference train --resume --data-dir $(DATA)
+
+vllm-test: $(VENV)/.installed .venv-vllm/.installed  ## Real vLLM against transformers (minutes, 2 GB).
+	$(BIN)/pytest -m vllm tests/test_vllm.py
+
+.venv-vllm/.installed: vllm-constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q --disable-pip-version-check --no-deps -r vllm-constraints.txt
+	.venv-vllm/bin/pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

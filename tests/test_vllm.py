@@ -32,7 +32,7 @@ PYTHON = Path(os.environ.get("FOREGATE_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin"
 SOURCES = str(Path(foregate.__file__).parents[1])
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.vllm,
     pytest.mark.timeout(600),
     pytest.mark.skipif(not PYTHON.is_file(), reason=f"no vLLM: {PYTHON} is not there (make vllm-test makes it)"),
 ]
