@@ -58,7 +58,10 @@ def _root(
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted; one line says why."""
     try:
-        raise SystemExit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == 130:  # typer's word for an interrupt that it has swallowed
+            raise KeyboardInterrupt
+        raise SystemExit(code)
     except ForegateError as error:
         _fail(str(error), 1)
     except TyperException as error:
