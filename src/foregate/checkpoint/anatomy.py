@@ -1,7 +1,7 @@
 """The parts around each MoE layer of a live transformers model, and what flows into its router.
 
-What differs by family (which norm feeds the router, what the router takes besides hidden states, which module mixes
-tokens) is learned by watching the first forward pass, not listed. Shapes: T tokens, E experts, D hidden.
+What differs by family (which norm feeds the router, what the router takes besides hidden states) is learned by watching
+the first forward pass, not listed. Shapes: T tokens, E experts, D hidden.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 @dataclass(slots=True)
 class MoeAnatomy:
-    """The parts of one MoE layer. Tensors are of the last pass: ``router_input``, ``residual``, ``mixer_input`` [T, D].
+    """The parts of one MoE layer. Tensors are of the last pass: ``router_input`` and ``residual``, both [T, D].
 
     ``norm`` feeds the router and ``residual`` is its input (both None where the router reads the residual itself).
-    ``mixer`` is the attention (or its stand-in in hybrids), ``mixer_input`` the normed x before it.
     """
 
     experts_module: nn.Module
@@ -27,12 +26,10 @@ class MoeAnatomy:
     router: nn.Module | None
     experts: int
     norm: nn.Module | None = None
-    mixer: nn.Module | None = None
     router_input: Tensor | None = None
     router_dim: int = 2
     router_extra: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     residual: Tensor | None = None
-    mixer_input: Tensor | None = None
     seen: list[tuple[nn.Module, Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -93,7 +90,6 @@ class FlowWatcher:
         self._handles.append(entry.register_forward_pre_hook(self._router_hook(part), with_kwargs=True))
         for child in part.decoder.children():
             if child not in (part.block, part.router):
-                self._watching.append(child.register_forward_pre_hook(self._mixer_hook(part), with_kwargs=True))
                 self._watching.append(child.register_forward_hook(_output_hook(part), with_kwargs=True))
 
     def _router_hook(self, part: MoeAnatomy) -> Callable[..., None]:
@@ -122,22 +118,6 @@ class FlowWatcher:
             part.residual = None if value is None else _rows(value)
 
         self._handles.append(part.norm.register_forward_pre_hook(before, with_kwargs=True))
-
-    def _mixer_hook(self, part: MoeAnatomy) -> Callable[..., None]:
-        """The mixer is the first child called that has a matrix: norms have vectors only."""
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if part.mixer is not None or not any(p.dim() > 1 for p in module.parameters()):
-                return
-            part.mixer = module
-            capture(module, args, kwargs)
-            self._handles.append(module.register_forward_pre_hook(capture, with_kwargs=True))
-
-        def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = _first(args, kwargs)
-            part.mixer_input = None if value is None else _rows(value)
-
-        return before
 
 
 def _output_hook(part: MoeAnatomy) -> Callable[..., None]:
