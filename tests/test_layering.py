@@ -13,7 +13,7 @@ ROOT = Path(foregate.__file__).parent
 RANKS = {
     "types": 0, "errors": 0,
     "config": 1, "interfaces": 1, "registry": 1,
-    "checkpoint": 2, "trace": 2, "datasets": 2,
+    "checkpoint": 2, "trace": 2, "datasets": 2, "native": 2,
     "experts": 3, "predictors": 3, "analysis": 3,
     "training": 4, "prefetch": 4, "testing": 4, "reference": 4,
     "engine": 5, "sim": 5,
