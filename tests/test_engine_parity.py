@@ -14,8 +14,9 @@ from foregate.checkpoint.pack import pack
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
 from foregate.predictors import PREDICTORS
+from foregate.predictors.base import BasePredictor
 from foregate.testing.tiny import FAMILIES, REQUIRED
-from foregate.types import Prediction
+from foregate.types import Moment, Prediction
 
 LONG = [5 + (7 * i) % 240 for i in range(24)]
 SHORT = LONG[:6]
@@ -116,17 +117,12 @@ def test_an_abandoned_generation_leaves_nothing_behind(tiny: Tiny) -> None:
         assert engine.prefetcher.pending == 0
 
 
-class Rubbish:
+class Rubbish(BasePredictor):
     """A predictor as bad as they come: wrong layers, wrong types, endless lists."""
 
     name = "rubbish"
 
-    def __init__(self, lookahead: int = 1) -> None:
-        self.calls = 0
-
-    def reset(self) -> None: ...
-
-    def observe(self, step: object) -> None: ...
+    calls = 0
 
     def predict(self, signals: object) -> list[Prediction]:
         self.calls += 1
@@ -137,9 +133,11 @@ class Rubbish:
         return [Prediction(layer, nonsense, ()) for layer in (-1, 0, 1, 2, 3, 99)]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("moment", Moment)
 def test_a_predictor_that_talks_rubbish_and_then_fails_changes_nothing(
-    tiny: Tiny, caplog: pytest.LogCaptureFixture
+    moment: Moment, tiny: Tiny, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Rubbish, "moment", moment)
     if "rubbish" not in PREDICTORS.names:
         PREDICTORS.register("rubbish", f"{__name__}:Rubbish")
     path = tiny("qwen2_moe")

@@ -18,7 +18,9 @@ from foregate.prefetch.pipeline import Pipeline
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.testing.faults import Fault, FaultyStore, Kind
 from foregate.testing.stores import MemoryStore
-from foregate.types import ExpertKey, Prediction
+from foregate.types import ExpertKey, Moment, Prediction
+
+AFTER = Moment.AFTER_ROUTING
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
@@ -45,7 +47,10 @@ class Bench:
 
     def decode(self, layer: int, needed: Sequence[int], predictions: Sequence[Prediction] = ()) -> None:
         self.pipeline.decode(
-            layer, needed, lambda e, s: self.compute(layer, e, s), lambda: self.prefetcher.consider(layer, predictions)
+            layer,
+            needed,
+            lambda e, s: self.compute(layer, e, s),
+            lambda: self.prefetcher.consider(layer, AFTER, predictions),
         )
         self.cache.check_integrity(idle=True)
 
@@ -132,7 +137,7 @@ def test_speculation_never_evicts_a_resident() -> None:
         b.decode(0, [0])
         b.decode(0, [1])
         residents = set(b.cache.resident)
-        b.prefetcher.consider(0, [predicted(1, 0, 1, 2, 3)])
+        b.prefetcher.consider(0, AFTER, [predicted(1, 0, 1, 2, 3)])
         assert set(b.cache.resident) == residents
         assert len(b.cache.staged) == 2
         b.prefetcher.expire()
@@ -141,8 +146,22 @@ def test_speculation_never_evicts_a_resident() -> None:
 
 def test_garbage_predictions_are_dropped() -> None:
     with bench(slots=8, staging=4) as b:
-        b.prefetcher.consider(0, [predicted(1, -1, 99, 8), predicted(0, 1), predicted(-1, 1), predicted(9, 1)])
+        b.prefetcher.consider(0, AFTER, [predicted(1, -1, 99, 8), predicted(0, 1), predicted(-1, 1), predicted(9, 1)])
         assert b.prefetcher.stats.issued == 0
+
+
+def test_layers_beyond_the_last_are_the_next_tokens() -> None:
+    with bench(slots=8, staging=4) as b:
+        b.prefetcher.consider(2, AFTER, [predicted(LAYERS, 5)])
+        assert set(b.cache.staged) == {ExpertKey(0, 5)}
+        b.decode(0, [5])
+        assert b.pipeline.stats.misses - b.pipeline.stats.late == 0
+
+
+def test_a_layer_may_be_predicted_until_it_is_routed() -> None:
+    with bench(slots=8, staging=4) as b:
+        b.prefetcher.consider(1, Moment.BEFORE_ATTENTION, [predicted(0, 4), predicted(1, 5)])
+        assert set(b.cache.staged) == {ExpertKey(1, 5)}
 
 
 def test_a_late_prefetch_is_waited_for_and_read_once() -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.types import ExpertKey, ExpertLayout, Prediction, RoutingStep
+from foregate.types import ExpertKey, ExpertLayout, Moment, Prediction, PredictorCost, RoutingStep
 
 
 class ExpertRead(Protocol):
@@ -116,39 +116,79 @@ class RoutingObserver(Protocol):
 
 
 class Signals(Protocol):
-    """What a forward pass has made known when MoE layer ``layer`` has been routed. Hidden states stay in the engine."""
+    """What a decode step has made known at ``moment`` of MoE layer ``layer``, of its last token. Tensors stay outside.
+
+    The engine implements it over a live model, evaluation over a recorded trace: a predictor cannot tell them apart.
+    """
 
     layer: int
+    moment: Moment
     layers: int
     top_k: int
+    position: int
+    """Position in the sequence of the token that is being computed, and ``token_id``, its id."""
+    token_id: int
+
+    @property
+    def experts(self) -> Sequence[int]:
+        """E of every MoE layer."""
+        ...
+
+    def hidden(self, name: str) -> NDArray[np.float32]:
+        """[D]: ``"pre_attention"``, ``"residual"`` (after attention) or ``"router_input"`` of this layer.
+
+        Raises ConfigError where the model has no such signal, or it is not known at this moment.
+        """
+        ...
+
+    def normed(self, target: int, residual: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Norm_target(``residual``), [D]: what the router of MoE layer ``target`` would be fed."""
+        ...
+
+    def scores(self, target: int, router_input: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores [E] that the router of MoE layer ``target`` gives for ``router_input`` [D]. Order is what counts."""
+        ...
 
     def rank(self, target: int, source: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Experts of MoE layer ``target`` by its own router, best first, with scores, both [E].
 
-        ``source`` is what the router is fed: ``"router_input"`` (this layer's router input as it is) or ``"residual"``
-        (the residual stream after attention, through the norm of ``target``). Raises ConfigError where the model has
-        no such signal.
+        ``source`` is what the router is fed: ``"router_input"`` or ``"pre_attention"`` (of this layer, as they are) or
+        ``"residual"`` (the residual stream after attention, through the norm of ``target``). Raises ConfigError where
+        the model has no such signal.
         """
         ...
 
 
 class Predictor(Protocol):
-    """Scores experts of later layers. Called after the routing of every layer of every decode step.
+    """Scores experts of later layers. Asked once per MoE layer of every decode step, at its ``moment``.
 
-    Registered in ``predictors.PREDICTORS`` as ``module:Class`` and made as ``Class(lookahead=N)``. Whatever it says or
-    raises changes no token: experts that do not exist are dropped, and an exception switches speculation off.
+    Registered in ``predictors.PREDICTORS`` as ``module:Class`` (or through the entry point group
+    ``foregate.predictors``) and made as ``Class(lookahead=N)``; ``predictors.base.BasePredictor`` has the defaults.
+    Whatever it says or raises changes no token: experts that do not exist are dropped, and an exception switches
+    speculation off.
     """
 
     name: str
+    signal: str
+    """What it looks at, for tables: ``"router_input"``, ``"routing history"``, …"""
+    moment: Moment
+    lookahead: int
+    """Layers between the layer at which it is asked and the farthest that it predicts; 0 is the same layer."""
+    asks_routers: bool
+    """Whether it is worthless where the model's routers cannot be asked ahead."""
+
+    def cost(self) -> PredictorCost:
+        """Of one ``predict``."""
+        ...
 
     def reset(self) -> None:
         """Forget the sequence (a new prompt begins)."""
         ...
 
     def observe(self, step: RoutingStep) -> None:
-        """The router of one layer has chosen."""
+        """The router of one layer has chosen, in prefill (all tokens) or decode."""
         ...
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        """Predictions for layers after ``signals.layer``; empty where there is nothing to say."""
+        """Predictions for this layer (if not routed yet), later layers or the next token; empty where it knows none."""
         ...

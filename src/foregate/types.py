@@ -33,6 +33,17 @@ class Phase(str, Enum):
     DECODE = "decode"
 
 
+class Moment(str, Enum):
+    """When, within MoE layer l of a decode step, a predictor is asked. Later moments know more."""
+
+    BEFORE_ATTENTION = "before-attention"
+    """The input of attention is known: the window is attention and norm of layer l itself."""
+    AFTER_ATTENTION = "after-attention"
+    """The residual stream after attention and the router's input are known, the choice is not."""
+    AFTER_ROUTING = "after-routing"
+    """The choice is known, and its missing experts are being read; the experts have not run."""
+
+
 @dataclass(frozen=True, slots=True)
 class ParamLayout:
     """One parameter of one expert inside a slot: ``offset``/``nbytes`` in bytes, ``dtype`` as safetensors spells it."""
@@ -85,11 +96,23 @@ class RoutingStep:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Experts that ``layer`` may need, most likely first. A hint for transfers, never for the routing."""
+    """Experts that ``layer`` may need, most likely first. A hint for transfers, never for the routing.
+
+    Of L MoE layers, ``layer`` L + m is layer m of the *next* token.
+    """
 
     layer: int
     experts: tuple[int, ...]
     scores: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PredictorCost:
+    """What asking a predictor once takes: floating-point operations, bytes of weights read; its parameters in all."""
+
+    flops: int = 0
+    nbytes: int = 0
+    parameters: int = 0
 
 
 @dataclass(slots=True)

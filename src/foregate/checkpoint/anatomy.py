@@ -6,18 +6,26 @@ the first forward pass, not listed. Shapes: T tokens, E experts, D hidden.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from foregate.types import Moment
+
+_MIXER = re.compile(r"Attention|Mamba|DeltaNet|ShortConv|Mixer")
+_NO_MIXER = re.compile(r"Norm|Residual|HyperConnection")
+
 
 @dataclass(slots=True)
 class MoeAnatomy:
-    """The parts of one MoE layer. Tensors are of the last pass: ``router_input`` and ``residual``, both [T, D].
+    """The parts of one MoE layer. Tensors are of the last pass: ``pre_attention`` (input of ``mixer``), ``residual``
+    (after attention) and ``router_input``, all [T, D].
 
-    ``norm`` feeds the router and ``residual`` is its input (both None where the router reads the residual itself).
+    ``mixer`` is the attention, or what stands in for it in a hybrid; None where the layer has none. ``norm`` feeds the
+    router and ``residual`` is its input (both None where the router reads the residual itself).
     """
 
     experts_module: nn.Module
@@ -25,7 +33,9 @@ class MoeAnatomy:
     decoder: nn.Module
     router: nn.Module | None
     experts: int
+    mixer: nn.Module | None = None
     norm: nn.Module | None = None
+    pre_attention: Tensor | None = None
     router_input: Tensor | None = None
     router_dim: int = 2
     router_extra: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -38,7 +48,15 @@ def anatomy(model: nn.Module, experts_path: str, experts: int) -> MoeAnatomy:
     parts = experts_path.split(".")
     block = model.get_submodule(".".join(parts[:-1]))
     decoder = model.get_submodule(".".join(parts[: _layer_depth(parts)]))
-    return MoeAnatomy(model.get_submodule(experts_path), block, decoder, _router(block), experts)
+    return MoeAnatomy(
+        model.get_submodule(experts_path), block, decoder, _router(block), experts, find_mixer(decoder, block)
+    )
+
+
+def find_mixer(decoder: nn.Module, block: nn.Module) -> nn.Module | None:
+    """The attention of a decoder layer, or what stands in for it in a hybrid; None where the layer has none."""
+    names = ((type(child).__name__, child) for child in decoder.children() if child is not block)
+    return next((child for name, child in names if _MIXER.search(name) and not _NO_MIXER.search(name)), None)
 
 
 def _layer_depth(parts: list[str]) -> int:
@@ -58,16 +76,24 @@ def _router(block: nn.Module) -> nn.Module | None:
 class FlowWatcher:
     """Hooks that keep ``parts`` up to date with every pass. ``close`` removes them all; nothing else is touched.
 
-    ``learning`` is True until ``stop_learning``, to be called after the first pass.
+    ``learning`` is True until ``stop_learning``, to be called after the first pass. ``reached(layer, moment)`` is
+    called where a pass comes before the mixer and before the router of a MoE layer, with its parts up to date.
     """
 
-    def __init__(self, model: nn.Module, paths: Sequence[str], experts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        experts: Sequence[int],
+        reached: Callable[[int, Moment], None] = lambda layer, moment: None,
+    ) -> None:
         self.parts = [anatomy(model, path, count) for path, count in zip(paths, experts, strict=True)]
         self.learning = True
+        self._reached = reached
         self._handles: list[Any] = []
         self._watching: list[Any] = []
-        for part in self.parts:
-            self._attach(part)
+        for layer, part in enumerate(self.parts):
+            self._attach(layer, part)
 
     def stop_learning(self) -> None:
         """The first pass has told what it could: take the extra hooks off."""
@@ -85,14 +111,24 @@ class FlowWatcher:
             handle.remove()
         self._handles.clear()
 
-    def _attach(self, part: MoeAnatomy) -> None:
+    def _attach(self, layer: int, part: MoeAnatomy) -> None:
         entry = part.router if part.router is not None else part.block
-        self._handles.append(entry.register_forward_pre_hook(self._router_hook(part), with_kwargs=True))
+        self._handles.append(entry.register_forward_pre_hook(self._router_hook(layer, part), with_kwargs=True))
+        if part.mixer is not None:
+            self._handles.append(part.mixer.register_forward_pre_hook(self._mixer_hook(layer, part), with_kwargs=True))
         for child in part.decoder.children():
             if child not in (part.block, part.router):
                 self._watching.append(child.register_forward_hook(_output_hook(part), with_kwargs=True))
 
-    def _router_hook(self, part: MoeAnatomy) -> Callable[..., None]:
+    def _mixer_hook(self, layer: int, part: MoeAnatomy) -> Callable[..., None]:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = _first(args, kwargs)
+            part.pre_attention = None if value is None else _rows(value)
+            self._reached(layer, Moment.BEFORE_ATTENTION)
+
+        return before
+
+    def _router_hook(self, layer: int, part: MoeAnatomy) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = _first(args, kwargs)
             assert x is not None
@@ -101,6 +137,7 @@ class FlowWatcher:
             part.router_extra = (args[1:], rest)
             if self.learning:
                 self._learn_norm(part, x)
+            self._reached(layer, Moment.AFTER_ATTENTION)
 
         return before
 

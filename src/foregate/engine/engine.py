@@ -278,7 +278,7 @@ class Engine:
         if phase is Phase.PREFILL:
             self.runtime.begin_prefill()
         else:
-            self.runtime.begin_decode(position)
+            self.runtime.begin_decode(position, ids[-1])
         out = self._call(torch.tensor([ids]), past, keep=1)
         if phase is Phase.PREFILL:
             self.runtime.end_prefill()
@@ -290,7 +290,7 @@ class Engine:
     def _learned(self) -> None:
         """The first pass has shown whether the model's routers can be asked ahead; if not, say so and do not."""
         self.signals.stop_learning()
-        if self.signals.distrust and self.predictor.name in ("stale-gate", "next-gate"):
+        if self.signals.distrust and self.predictor.asks_routers:
             self.runtime.give_up_predicting(self.signals.distrust)
 
     def _call(self, ids: Tensor, past: Any, *, keep: int) -> Any:

@@ -21,7 +21,7 @@ from foregate.experts.compute import SlotViews, expert_forward
 from foregate.interfaces import Predictor, RoutingObserver
 from foregate.prefetch.pipeline import Compute, Pipeline
 from foregate.prefetch.prefetcher import Prefetcher
-from foregate.types import ExpertLayout, Phase, RoutingStep
+from foregate.types import ExpertLayout, Moment, Phase, RoutingStep
 
 IMPLEMENTATION = "foregate"
 """Name under which the function is registered in transformers' ExpertsInterface."""
@@ -64,6 +64,7 @@ class ExpertRuntime:
         self._layouts = layouts
         self._experts = experts
         self._decode_staging = decode_staging
+        signals.reached = self._reached
 
     def begin_prefill(self) -> None:
         """A prompt starts: staging will hold whole layers."""
@@ -78,9 +79,10 @@ class ExpertRuntime:
         self._prefetcher.streaming = False
         self._cache.set_staging(0)
 
-    def begin_decode(self, position: int) -> None:
-        """A forward of one token at ``position`` starts. Slots are set aside only while speculation is on."""
+    def begin_decode(self, position: int, token_id: int) -> None:
+        """A forward of ``token_id`` at ``position`` starts. Slots are set aside only while speculation is on."""
         self.phase, self.position = Phase.DECODE, position
+        self._signals.position, self._signals.token_id = position, token_id
         controller = self._prefetcher.controller
         controller.begin_step()
         self._cache.set_staging(self._decode_staging if controller.speculating else 0)
@@ -153,7 +155,7 @@ class ExpertRuntime:
     def _run(self, layer: int, index: Tensor, compute: Compute) -> None:
         needed = self._needed(layer, index)
         if _few(index):
-            self._pipeline.decode(layer, needed, compute, lambda: self._predict(layer))
+            self._pipeline.decode(layer, needed, compute, lambda: self._predict(layer, Moment.AFTER_ROUTING))
         else:
             self._make_staging(layer)
             self._pipeline.stream(layer, needed, compute, self._ahead(layer, len(needed)))
@@ -165,17 +167,21 @@ class ExpertRuntime:
         """Experts to run, each once, in rank order of the first token; sentinels of expert parallelism left out."""
         return [e for e in dict.fromkeys(index.flatten().tolist()) if 0 <= e < self._experts[layer]]
 
-    def _predict(self, layer: int) -> None:
-        if self.phase is Phase.PREFILL or not self._prefetcher.wanted:
+    def _reached(self, layer: int, moment: Moment) -> None:
+        if self.predictor.moment is moment:
+            self._predict(layer, moment)
+
+    def _predict(self, layer: int, moment: Moment) -> None:
+        if self.predictor.moment is not moment or self.phase is Phase.PREFILL or not self._prefetcher.wanted:
             return
         began, before = perf_counter(), self._prefetcher.stats.issued
-        self._signals.layer = layer
+        self._signals.layer, self._signals.moment = layer, moment
         try:
             predictions = self.predictor.predict(self._signals)
         except Exception as error:  # a stranger's predictor must not decide whether the text comes out
             self.give_up_predicting(f"predictor {self.predictor.name!r} failed: {type(error).__name__}: {error}")
             return
-        self._prefetcher.consider(layer, predictions)
+        self._prefetcher.consider(layer, moment, predictions)
         self._prefetcher.controller.saw_prediction(perf_counter() - began, self._prefetcher.stats.issued - before)
 
     def give_up_predicting(self, reason: str) -> None:

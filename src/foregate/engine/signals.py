@@ -5,50 +5,98 @@ Shapes: T tokens, E experts, k chosen, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from foregate.checkpoint.anatomy import FlowWatcher, MoeAnatomy
 from foregate.errors import ConfigError
-from foregate.types import RoutingStep
+from foregate.types import Moment, RoutingStep
 
 Ranking = tuple[NDArray[np.int64], NDArray[np.float32]]
+
+FEATURES = ("pre_attention", "residual", "router_input")
 
 
 class ModelSignals:
     """Implements ``interfaces.Signals`` over a live model. ``close`` removes every hook.
 
-    ``distrust`` is empty, or says why routers of this model cannot be asked ahead.
+    ``distrust`` is empty, or says why routers of this model cannot be asked ahead. ``reached`` is called before the
+    mixer and before the router of every MoE layer; ``layer`` and ``moment`` say then where the pass is.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str], experts: Sequence[int], top_k: int, family: str) -> None:
         self.layer = 0
+        self.moment = Moment.BEFORE_ATTENTION
         self.layers = len(paths)
         self.top_k = top_k
+        self.experts = tuple(experts)
+        self.position = 0
+        self.token_id = -1
         self.distrust = ""
+        self.reached: Callable[[int, Moment], None] = lambda layer, moment: None
         self._family = family
-        self._flow = FlowWatcher(model, paths, experts)
+        self._dtype = next(model.parameters()).dtype
+        self._flow = FlowWatcher(model, paths, experts, self._at)
 
     def close(self) -> None:
         """Remove every hook; the model is as it was."""
         self._flow.close()
 
+    def hidden(self, name: str) -> NDArray[np.float32]:
+        """See ``interfaces.Signals``."""
+        return _floats(self._known(name))
+
+    def normed(self, target: int, residual: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See ``interfaces.Signals``."""
+        return _floats(self._norm(target, self._tensor(residual)))
+
+    def scores(self, target: int, router_input: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See ``interfaces.Signals``."""
+        self._check_trust()
+        there = self._flow.parts[target]
+        return _scores(_route(there, self._tensor(router_input)), there.experts)
+
     def rank(self, target: int, source: str) -> Ranking:
         """See ``interfaces.Signals``; of the last token of the pass."""
+        self._check_trust()
+        here, there = self._flow.parts[self.layer], self._flow.parts[target]
+        if source == "residual" and (here.residual is None or there.norm is None):
+            source = "router_input"
+        value = self._known(source)
+        if source == "residual":
+            value = self._norm(target, value)
+        return _ranking(_route(there, value), there.experts)
+
+    def _at(self, layer: int, moment: Moment) -> None:
+        self.layer, self.moment = layer, moment
+        self.reached(layer, moment)
+
+    def _check_trust(self) -> None:
         if self.distrust:
             raise ConfigError(self.distrust)
-        here, there = self._flow.parts[self.layer], self._flow.parts[target]
-        value = here.router_input
-        if source == "residual" and here.residual is not None and there.norm is not None:
-            # .forward, not the call: hooks of ours and of tracers must not see a probe.
-            value = there.norm.forward(here.residual[-1:])
-        if value is None:
-            raise ConfigError(f"{self._family}: MoE layer {self.layer} has not run yet")
-        return _ranking(_route(there, value[-1:]), there.experts)
+
+    def _known(self, name: str) -> Tensor:
+        """Feature ``name`` of this layer's last token, [1, D]."""
+        if name not in FEATURES:
+            raise ConfigError(f"unknown signal {name!r}; choose from: {', '.join(FEATURES)}")
+        value: Tensor | None = getattr(self._flow.parts[self.layer], name)
+        # Before attention the parts still hold the last token's residual and router input.
+        if value is None or (self.moment is Moment.BEFORE_ATTENTION and name != "pre_attention"):
+            raise ConfigError(f"{self._family}: MoE layer {self.layer} has no {name} {self.moment.value}")
+        return value[-1:]
+
+    def _norm(self, target: int, residual: Tensor) -> Tensor:
+        norm = self._flow.parts[target].norm
+        # .forward, not the call: hooks of ours and of tracers must not see a probe.
+        return residual if norm is None else norm.forward(residual)
+
+    def _tensor(self, value: NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(value, np.float32))[None].to(self._dtype)
 
     def router_output(self, layer: int) -> Any:
         """Output of the router of ``layer`` for all tokens, recomputed from its last input."""
@@ -87,13 +135,28 @@ def _route(part: MoeAnatomy, x: Tensor) -> Any:
     return part.router.forward(x.view((1,) * (part.router_dim - 2) + x.shape), *args, **kwargs)
 
 
-def _ranking(output: Any, experts: int) -> Ranking:
-    """Best-first experts of a router's output, whatever its form: the chosen first, the rest by their logits."""
-    tensors = [t for t in (output if isinstance(output, (tuple, list)) else (output,)) if isinstance(t, Tensor)]
-    chosen = [t for t in tensors if not t.is_floating_point()]
-    scored = [t for t in tensors if t.is_floating_point() and t.shape[-1] >= experts]
+def _floats(x: Tensor) -> NDArray[np.float32]:
+    """The last row of ``x`` [T, D] as [D]."""
+    row: NDArray[np.float32] = x[-1].float().numpy()
+    return row
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in (output if isinstance(output, (tuple, list)) else (output,)) if isinstance(t, Tensor)]
+
+
+def _scores(output: Any, experts: int) -> NDArray[np.float32]:
+    """Scores of all experts for the last token, whatever the form of a router's output."""
+    scored = [t for t in _tensors(output) if t.is_floating_point() and t.shape[-1] >= experts]
     # Llama 4 returns scores (zero where not chosen) before logits: the last is the one that ranks them all.
-    scores = scored[-1].reshape(-1, scored[-1].shape[-1])[-1].float().numpy()[:experts]
+    row: NDArray[np.float32] = scored[-1].reshape(-1, scored[-1].shape[-1])[-1].float().numpy()[:experts]
+    return row
+
+
+def _ranking(output: Any, experts: int) -> Ranking:
+    """Best-first experts of a router's output: the chosen first, the rest by their scores."""
+    chosen = [t for t in _tensors(output) if not t.is_floating_point()]
+    scores = _scores(output, experts)
     order = np.argsort(-scores, kind="stable")
     if chosen:
         first = chosen[-1].reshape(-1, chosen[-1].shape[-1])[-1].numpy()

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from foregate.interfaces import Signals
-from foregate.types import Prediction, RoutingStep
+from foregate.predictors.base import BasePredictor
+from foregate.types import Prediction
 
 
-class _LaterRouter:
-    """Ranks layers l+1 … l+lookahead by their own routers, fed with ``source`` of layer l."""
+class _LaterRouter(BasePredictor):
+    """Ranks layers l+1 … l+lookahead by their own routers, fed with ``signal`` of layer l."""
 
-    name: ClassVar[str]
-    source: ClassVar[str]
-
-    def __init__(self, lookahead: int = 1) -> None:
-        self.lookahead = lookahead
-
-    def reset(self) -> None:
-        pass
-
-    def observe(self, step: RoutingStep) -> None:
-        pass
+    asks_routers = True
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
         last = min(signals.layer + self.lookahead, signals.layers - 1)
         return [self._rank(signals, target) for target in range(signals.layer + 1, last + 1)]
 
     def _rank(self, signals: Signals, target: int) -> Prediction:
-        experts, scores = signals.rank(target, self.source)
+        experts, scores = signals.rank(target, self.signal)
         return Prediction(target, tuple(experts.tolist()), tuple(scores.tolist()))
 
 
@@ -37,7 +27,7 @@ class StaleGate(_LaterRouter):
     """The next router on this layer's router input, as FATE, mixtral-offloading, AdapMoE and HOBBIT do."""
 
     name = "stale-gate"
-    source = "router_input"
+    signal = "router_input"
 
 
 class NextGate(_LaterRouter):
@@ -47,4 +37,4 @@ class NextGate(_LaterRouter):
     """
 
     name = "next-gate"
-    source = "residual"
+    signal = "residual"

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from foregate.interfaces import Signals
-from foregate.types import Prediction, RoutingStep
+from foregate.predictors.base import BasePredictor
 
 
-class NonePredictor:
+class NonePredictor(BasePredictor):
     """Never predicts."""
 
     name = "none"
-
-    def __init__(self, lookahead: int = 1) -> None:
-        self.lookahead = lookahead
-
-    def reset(self) -> None:
-        pass
-
-    def observe(self, step: RoutingStep) -> None:
-        pass
-
-    def predict(self, signals: Signals) -> Sequence[Prediction]:
-        return ()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from foregate.errors import ConfigError
 from foregate.interfaces import Signals
+from foregate.predictors.base import BasePredictor
 from foregate.types import Phase, Prediction, RoutingStep
 
 
@@ -23,13 +24,14 @@ class RouteRecorder:
         self.steps[-1][step.layer] = tuple(dict.fromkeys(step.experts.ravel().tolist()))
 
 
-class Oracle:
+class Oracle(BasePredictor):
     """Replays a recording: predicts exactly what the routers of the next ``lookahead`` layers will choose."""
 
     name = "oracle"
+    signal = "a recording of the same run"
 
     def __init__(self, lookahead: int = 1) -> None:
-        self.lookahead = lookahead
+        super().__init__(lookahead)
         self._steps: list[dict[int, tuple[int, ...]]] = []
         self._at = -1
         self._seen = -1
@@ -52,9 +54,11 @@ class Oracle:
     def predict(self, signals: Signals) -> Sequence[Prediction]:
         if not self._steps:
             raise ConfigError("predictor 'oracle' needs a recording of the same run; it has none")
-        if not 0 <= self._at < len(self._steps):
-            return ()
-        chosen = self._steps[self._at]
-        last = min(signals.layer + self.lookahead, signals.layers - 1)
-        targets = [target for target in range(signals.layer + 1, last + 1) if target in chosen]
-        return [Prediction(t, chosen[t], (1.0,) * len(chosen[t])) for t in targets]
+        ahead = range(signals.layer + 1, signals.layer + self.lookahead + 1)
+        known = [(target, self._chosen(target, signals.layers)) for target in ahead]
+        return [Prediction(target, experts, (1.0,) * len(experts)) for target, experts in known if experts]
+
+    def _chosen(self, target: int, layers: int) -> tuple[int, ...]:
+        """Experts of MoE layer ``target``, of this token or, from ``layers`` on, of the tokens after it."""
+        step = self._at + target // layers
+        return self._steps[step].get(target % layers, ()) if 0 <= step < len(self._steps) else ()

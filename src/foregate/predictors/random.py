@@ -7,24 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from foregate.interfaces import Signals
-from foregate.types import Prediction, RoutingStep
+from foregate.predictors.base import BasePredictor
+from foregate.types import Prediction
 
 
-class RandomExperts:
+class RandomExperts(BasePredictor):
     """Seeded random ranking of every layer ahead; expert ids that do not exist are among them, as garbage has it."""
 
     name = "random"
+    signal = "a random generator"
 
     def __init__(self, lookahead: int = 1, seed: int = 0) -> None:
-        self.lookahead = lookahead
+        super().__init__(lookahead)
         self._seed = seed
         self._random = np.random.default_rng(seed)
 
     def reset(self) -> None:
         self._random = np.random.default_rng(self._seed)
-
-    def observe(self, step: RoutingStep) -> None:
-        pass
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
         last = min(signals.layer + self.lookahead, signals.layers - 1)

@@ -10,7 +10,7 @@ import numpy as np
 from foregate.experts.cache import ExpertCache
 from foregate.interfaces import Ticket, Transfer
 from foregate.prefetch.controller import Controller
-from foregate.types import ExpertKey, Prediction, StepStats
+from foregate.types import ExpertKey, Moment, Prediction, StepStats
 
 SETTLE_S = 1.0
 """Seconds to wait for chunks that were being read when their transfer was cancelled."""
@@ -60,14 +60,18 @@ class Prefetcher:
         """A sequence starts: windows of an earlier one are over."""
         self._predicted_at.clear()
 
-    def consider(self, layer: int, predictions: Sequence[Prediction]) -> None:
-        """At MoE layer ``layer``: submit the predicted-and-absent experts of later layers, nearest first."""
+    def consider(self, layer: int, moment: Moment, predictions: Sequence[Prediction]) -> None:
+        """At ``moment`` of MoE layer ``layer``: submit what is predicted and absent, nearest layer first.
+
+        Layers from L on are the next token's; what has been routed already, or lies a token or more away, is dropped.
+        """
         self._reap()
         now = perf_counter()
         width = self.controller.fixed or self._top_k
+        first = layer + (moment is Moment.AFTER_ROUTING)
         for prediction in sorted(predictions, key=lambda p: p.layer):
-            target = prediction.layer
-            if layer < target < len(self._experts):
+            if first <= prediction.layer < first + len(self._experts):
+                target = prediction.layer % len(self._experts)
                 self._predicted_at.setdefault(target, now)
                 ranked = [int(e) for e in prediction.experts if _is_expert(e, self._experts[target])]
                 self._submit(target, ranked[:width], self.controller.allowance(self._top_k))

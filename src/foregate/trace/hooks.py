@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from foregate.checkpoint.anatomy import FlowWatcher, MoeAnatomy, anatomy
 from foregate.errors import TraceError
 from foregate.trace.capture import LayerCapture, PassCapture, Wanted, begin_pass
-from foregate.trace.routing import MoeLayer, chosen, chosen_scaled, find_mixer, hidden_states, router_scores
+from foregate.trace.routing import MoeLayer, chosen, chosen_scaled, hidden_states, router_scores
 from foregate.trace.stopwatch import Stopwatch
 
 
@@ -56,7 +56,7 @@ class PassRecorder:
 
     def _attach(self, number: int, layer: MoeLayer, part: MoeAnatomy) -> None:
         add = self._handles.append
-        mixer = find_mixer(part.decoder, part.block)
+        mixer = part.mixer
         if part.router is not None and (self._wanted.scores or layer.scaled):
             add(part.router.register_forward_hook(self._after_router(number, layer, part)))
         if mixer is not None and "pre_attention" in self._wanted.features:

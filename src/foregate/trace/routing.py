@@ -16,8 +16,6 @@ from foregate.checkpoint.skeleton import DISPATCHED_FLAGS, EXTRA_CLASSES
 from foregate.errors import TraceError
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-_MIXER = re.compile(r"Attention|Mamba|DeltaNet|ShortConv|Mixer")
-_NO_MIXER = re.compile(r"Norm|Residual|HyperConnection")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +68,6 @@ def router_scores(output: Any, scaled: bool) -> Tensor | None:
     """
     value = output[1 if scaled else 0] if isinstance(output, (tuple, list)) else output
     return value if isinstance(value, Tensor) and value.is_floating_point() else None
-
-
-def find_mixer(decoder: nn.Module, block: nn.Module) -> nn.Module | None:
-    """The attention of a decoder layer, or what stands in for it in a hybrid; None where the layer has none."""
-    names = ((type(child).__name__, child) for child in decoder.children() if child is not block)
-    return next((child for name, child in names if _MIXER.search(name) and not _NO_MIXER.search(name)), None)
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

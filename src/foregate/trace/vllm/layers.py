@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from foregate.checkpoint.anatomy import find_mixer
 from foregate.errors import TraceError
-from foregate.trace.routing import find_mixer
 from foregate.trace.vllm.versions import reach
 
 RUNNER = "MoERunner"
