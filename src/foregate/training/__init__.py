@@ -1,4 +1,4 @@
-"""From routing traces to predictor files. A trainer is found by the name of the predictor that it trains. No torch here."""
+"""From routing traces to predictor files. A trainer is found by the name of the predictor that it trains."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Dataset:
     """
 
     def __init__(self, paths: Sequence[Path], scratch: Path, *, features: Collection[str] = ()) -> None:
-        """Raises TraceError for no trace, traces of different models, one without ``features``, and anything corrupted."""
+        """Raises TraceError for no trace, one without ``features``, different models, and anything corrupted."""
         if not paths:
             raise TraceError("no trace is given")
         self.readers = [TraceReader(path) for path in paths]

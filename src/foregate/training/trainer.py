@@ -52,7 +52,7 @@ class Watch(Protocol):
     """What looks on while a method is trained: the progress bar, the loss curve, the place for checkpoints."""
 
     state: Path
-    """Directory for checkpoints of this training; what is found there was written by the same training before a kill."""
+    """Directory for checkpoints; what is found there was written by the same training, before a kill."""
 
     def begin(self, stage: str, total: int | None) -> None:
         """A stage of ``total`` units of work begins."""
