@@ -16,6 +16,7 @@ from foregate.analysis.information import associate, entropy, normalised_entropy
 from foregate.analysis.locality import Locality
 from foregate.analysis.pairs import PairCounts, check_bytes, count_bytes
 from foregate.analysis.paths import Paths
+from foregate.analysis.prefixes import prefix_rows
 from foregate.analysis.prompt import Prompt, Shape
 from foregate.analysis.ratio import RatioSums, t_quantile
 from foregate.analysis.settings import Settings
@@ -228,3 +229,26 @@ def test_one_token_prompts_are_counted_but_have_no_past(tmp_path: Path) -> None:
 def test_record_helper_is_a_valid_prompt() -> None:
     rng = np.random.default_rng(0)
     assert record("p", "d", Independent().choose(rng, "d", 3), 0.5, rng).tokens == 3
+
+
+def test_a_prefix_of_a_deterministic_chain_leaves_no_doubt_and_one_of_independent_layers_all_of_it(
+    tmp_path: Path,
+) -> None:
+    options = Settings(permutations=5, replay_events=500)
+    chain = analyse([write_trace(tmp_path / "c", Chain(layers=4, top_k=1), prompts=10)], options)
+    found = rows(chain, "paths", "prefix_conditional")
+    assert {(row["layer"], row["hop"]) for row in found} == {(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1)}
+    assert all((row["probability"], row["followers"]) == (1, 1) for row in found)
+    free = analyse([write_trace(tmp_path / "i", Independent(experts=4, top_k=1), prompts=40, tokens=100)], options)
+    shares = [row["probability"] for row in rows(free, "paths", "prefix_conditional") if row["layer"] == 0]
+    assert np.mean(shares) == pytest.approx(1 / 4, abs=0.001)
+    assert max(shares) < 0.32
+
+
+def test_what_follows_a_prefix_equals_counting_by_hand() -> None:
+    paths, counts = np.array([[0, 1, 2], [0, 1, 3], [0, 2, 2], [1, 1, 1]]), np.array([6, 2, 2, 4])
+    found = {(r["prefix"], r["later"], r["expert"]): r["probability"] for r in prefix_rows(paths, counts)}
+    assert found == {
+        ("0", 1, 1): 0.8, ("0", 1, 2): 0.2, ("0", 2, 2): 0.8, ("0", 2, 3): 0.2,
+        ("0-1", 2, 2): 0.75, ("0-1", 2, 3): 0.25,
+    }  # fmt: skip

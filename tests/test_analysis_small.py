@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from foregate.errors import TraceError
+from foregate.trace.sample import SAMPLE, locate
 from foregate.trace.writer import TraceWriter
 from test_analysis_output import run
 from test_analysis_traces import Chain, Independent, header, write_trace
@@ -80,3 +81,11 @@ def test_an_empty_trace_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(TraceError, match="is not a trace"):
         run(tmp_path / "missing", "--out", tmp_path / "out")
+
+
+def test_the_shipped_trace_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate(Path("sample")) == SAMPLE
+    (tmp_path / "sample").mkdir()
+    assert locate(Path("sample")) == Path("sample")  # a trace of one's own comes first
+    assert locate(Path("other")) == Path("other")

@@ -44,6 +44,7 @@ class Heat:
     value_label: str
     values: NDArray[np.float64]
     rows: list[str] | None = None
+    columns: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,15 +170,17 @@ def _matrices(counts: PairCounts) -> Matrices:
     cells: dict[str, bytes] = {}
     sizes = counts.shape.experts_per_layer
     held = 0
-    for layer, later in sorted(_hops(counts, 1), key=lambda pair: (pair[1] - pair[0], pair[0])):
+    for layer, later in sorted(_hops(counts, 0), key=lambda pair: (pair[1] - pair[0], pair[0])):
         held += sizes[layer] * sizes[later]
         if held > EMBED_BYTES:
             break
         joint, first, _ = _of(counts, layer, later)
         shares = np.nan_to_num(conditional(joint, first))[: sizes[layer], : sizes[later]]
+        if layer == later:
+            np.fill_diagonal(shares, 0)
         cells[f"{layer},{later}"] = np.rint(255 * np.sqrt(shares)).astype(np.uint8).tobytes()
-    title = "P(expert of the later layer | expert of the earlier layer)"
-    return Matrices("conditional", title, "expert b, later layer", "expert a, earlier layer", list(sizes), cells)
+    title = "P(expert b | expert a) of two layers, or of one (co-activation)"
+    return Matrices("conditional", title, "expert b", "expert a", list(sizes), cells)
 
 
 def _hops(counts: PairCounts, shortest: int) -> Iterator[tuple[int, int]]:

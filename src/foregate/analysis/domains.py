@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.analysis.chart import Lines, Series, numbers
-from foregate.analysis.permutation import Difference, compare, holm
+from foregate.analysis.chart import Heat, Lines, Series, numbers
+from foregate.analysis.permutation import Difference, compare, smallest_p
 from foregate.analysis.prompt import Prompt, Shape
 from foregate.analysis.section import Section
 from foregate.analysis.settings import Settings
@@ -21,15 +21,17 @@ from foregate.analysis.table import records
 from foregate.analysis.usage import count_usage
 
 LEVEL = 0.05
-LAYER_COLUMNS = ("first", "second", "layer", "divergence", "null", "distance", "p", "p_holm", "significant")
-EXPERT_COLUMNS = ("first", "second", "layer", "expert", "share_first", "share_second", "cohens_d", "p_max")
+CURVES = 5
+"""Pairs of domains drawn by layer; more cannot be told apart."""
+LAYER_COLUMNS = ("first", "second", "layer", "divergence", "null", "distance", "p", "p_corrected", "significant")
+EXPERT_COLUMNS = ("first", "second", "layer", "expert", "share_first", "share_second", "cohens_d", "p_corrected")
 METHOD = (
     "Every prompt gives its shares of use of the experts of a layer and counts once. Layers: Jensen-Shannon "
-    "divergence (bits) between the mean shares of two domains, and total variation; significance by permuting whole "
-    "prompts between the domains, corrected by Holm over all layers and pairs of domains. Experts: Cohen's d over "
-    "prompts, with p by the largest difference of any expert in each permutation (Westfall & Young), which corrects "
-    "over all experts of a pair. 'null' is the divergence that permuted domains have: what finite numbers of prompts "
-    "give alone."
+    "divergence (bits) between the mean shares of two domains, and total variation. Experts: Cohen's d over prompts. "
+    "Significance by permuting whole prompts between the domains. p is corrected by the largest difference of any "
+    "layer (of any expert of any layer) in each permutation (Westfall & Young), which covers all layers (experts) of a "
+    "pair, and multiplied by the number of pairs of domains (Bonferroni). 'null' is the divergence that permuted "
+    "domains have: what finite numbers of prompts give alone."
 )
 
 
@@ -60,14 +62,15 @@ class Domains:
         pairs = list(combinations(chosen, 2))
         found = {pair: compare(held[pair[0]], held[pair[1]], self.settings.permutations, rng) for pair in pairs}
         layers = _layer_rows(found)
-        experts = [row for pair, difference in found.items() for row in self._expert_rows(pair, difference)]
+        experts = [row for pair, one in found.items() for row in self._expert_rows(pair, one, len(pairs))]
         section.tables = [
             records("domain_layers", "Divergence of two domains in every layer", layers, LAYER_COLUMNS),
             records("domain_experts", "Use of every expert in two domains", experts, EXPERT_COLUMNS),
         ]
-        section.charts = [_chart(layers)]
+        section.charts = [_matrix(layers, chosen), _chart(layers)]
         section.summary["pairs"] = [_pair_summary(pair, layers, experts) for pair in pairs]
         section.findings = [_finding(row, self.shape) for row in section.summary["pairs"]]
+        section.notes += [note for pair in pairs for note in self._powerless(pair, len(pairs))]
         return section
 
     def _comparable(self, section: Section) -> list[str]:
@@ -84,12 +87,29 @@ class Domains:
             )
         return [name for name in enough if name in largest]
 
-    def _expert_rows(self, pair: tuple[str, str], found: Difference) -> list[dict[str, Any]]:
+    def _powerless(self, pair: tuple[str, str], pairs: int) -> list[str]:
+        """Says so where no difference, however large, could be significant."""
+        sizes = [len(self._shares[name]) for name in pair]
+        least = pairs * smallest_p(sizes[0], sizes[1], self.settings.permutations)
+        if least < LEVEL:
+            return []
+        return [
+            f"{pair[0]} and {pair[1]}: with {sizes[0]} and {sizes[1]} prompts, {self.settings.permutations:,} "
+            f"permutations and {len(self._shares)} domains p cannot fall below {min(1.0, least):.2g}: no difference "
+            "could be shown."
+        ]
+
+    def _expert_rows(self, pair: tuple[str, str], found: Difference, pairs: int) -> list[dict[str, Any]]:
         rows = []
         for layer, size in enumerate(self.shape.experts_per_layer):
             for expert in range(size):
                 at = (layer, expert)
-                found_here = (found.shares[0][at], found.shares[1][at], found.d[at], found.expert_p[at])
+                found_here = (
+                    found.shares[0][at],
+                    found.shares[1][at],
+                    found.d[at],
+                    min(1.0, pairs * found.expert_p[at]),
+                )
                 values = (*pair, layer, expert, *(float(value) for value in found_here))
                 rows.append(dict(zip(EXPERT_COLUMNS, values, strict=True)))
         return rows
@@ -98,11 +118,10 @@ class Domains:
 def _layer_rows(found: dict[tuple[str, str], Difference]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for pair, one in found.items():
-        for layer, values in enumerate(zip(one.divergence, one.null, one.distance, one.p, strict=True)):
-            numbered = (*pair, layer, *(float(value) for value in values))
-            rows.append(dict(zip(LAYER_COLUMNS, numbered, strict=False)))
-    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        row |= {"p_holm": corrected, "significant": corrected < LEVEL}
+        corrected = np.minimum(1, len(found) * one.layer_p)
+        for layer, values in enumerate(zip(one.divergence, one.null, one.distance, one.p, corrected, strict=True)):
+            numbered = (*pair, layer, *(float(value) for value in values), bool(corrected[layer] < LEVEL))
+            rows.append(dict(zip(LAYER_COLUMNS, numbered, strict=True)))
     return rows
 
 
@@ -116,21 +135,37 @@ def _pair_summary(pair: tuple[str, str], layers: list[dict[str, Any]], experts: 
         "divergence": float(np.mean([row["divergence"] for row in mine])),
         "null": float(np.mean([row["null"] for row in mine])),
         "significant_layers": sum(row["significant"] for row in mine),
-        "significant_experts": sum(row["p_max"] < LEVEL for row in theirs),
-        "smallest_p": min(row["p_holm"] for row in mine),
-        "largest_effect": {key: most[key] for key in ("layer", "expert", "cohens_d", "p_max")},
+        "significant_experts": sum(row["p_corrected"] < LEVEL for row in theirs),
+        "smallest_p": min(row["p_corrected"] for row in mine),
+        "largest_effect": {key: most[key] for key in ("layer", "expert", "cohens_d", "p_corrected")},
     }
 
 
+def _matrix(rows: list[dict[str, Any]], names: list[str]) -> Heat:
+    """Mean divergence of every two domains over layers, above the diagonal; what permuted domains have below it."""
+    values = np.full((len(names), len(names)), np.nan)
+    for a, b in combinations(range(len(names)), 2):
+        mine = [row for row in rows if (row["first"], row["second"]) == (names[a], names[b])]
+        values[a, b], values[b, a] = (float(np.mean([row[key] for row in mine])) for key in ("divergence", "null"))
+    title = "Divergence of domains; below the diagonal: permuted"
+    return Heat("domain_matrix", title, "domain", "domain", "Jensen-Shannon, bits", values, names, names)
+
+
 def _chart(rows: list[dict[str, Any]]) -> Lines:
+    """By layer, the pairs that differ most; the matrix and the table have all."""
+    mean: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        mean[row["first"], row["second"]].append(row["divergence"])
+    largest = sorted(mean, key=lambda pair: -float(np.mean(mean[pair])))[:CURVES]
     series = []
-    for pair in dict.fromkeys((row["first"], row["second"]) for row in rows):
+    for pair in largest:
         mine = [row for row in rows if (row["first"], row["second"]) == pair]
         x = [float(row["layer"]) for row in mine]
         series.append(Series(" / ".join(pair), x, numbers(row["divergence"] for row in mine)))
-        if len(series) == 1:
+        if pair == largest[0]:
             null = Series("permuted, first pair", x, numbers(row["null"] for row in mine), dashed=True)
-    return Lines("domain_divergence", "Divergence of domains", "MoE layer", "Jensen-Shannon, bits", [*series, null])
+    title = "Divergence of domains" + (f", the {CURVES} largest" if len(mean) > CURVES else "")
+    return Lines("domain_divergence", title, "MoE layer", "Jensen-Shannon, bits", [*series, null])
 
 
 def _finding(row: dict[str, Any], shape: Shape) -> str:
@@ -138,7 +173,7 @@ def _finding(row: dict[str, Any], shape: Shape) -> str:
     effect = row["largest_effect"]
     return (
         f"{row['first']} and {row['second']} {verdict}: {row['significant_layers']} of {shape.layers} layers "
-        f"significant at 5 % (Holm), divergence {row['divergence']:.4f} bits against {row['null']:.4f} permuted; "
+        f"significant at 5 % (corrected), divergence {row['divergence']:.4f} bits against {row['null']:.4f} permuted; "
         f"{row['significant_experts']} experts significant; largest effect d = {effect['cohens_d']:.2f} (layer "
         f"{effect['layer']}, expert {effect['expert']})."
     )

@@ -78,6 +78,8 @@ def _heat(axes: Axes, chart: Heat, figure: Any) -> None:
     figure.colorbar(image, ax=axes, label=chart.value_label)
     if chart.rows is not None:
         axes.set_yticks(range(len(chart.rows)), chart.rows)
+    if chart.columns is not None:
+        axes.set_xticks(range(len(chart.columns)), chart.columns)
 
 
 def _array(values: list[float | None]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from foregate.analysis.settings import Settings
 from foregate.analysis.table import records
 from foregate.experts.policy import POLICIES
 
+Advance = Callable[[int], None]
 CAUSAL = ("lru", "lfu", "lfru")
 COLUMNS = ("arm", "policy", "residency", "slots", "events", "uses", "hits", "hit_rate")
 METHOD = (
@@ -42,7 +44,13 @@ class HitCurves:
             found = prompt_events(prompt, self._keys, decode_only=arm == "decode")
             events.extend(found[: self.settings.replay_events - len(events)])
 
-    def finish(self) -> Section:
+    @property
+    def work(self) -> int:
+        """Events that ``finish`` replays, over all policies and residencies."""
+        return len(self.settings.residencies) * (len(CAUSAL) + 1) * sum(len(events) for events in self._arms.values())
+
+    def finish(self, advance: Advance = lambda events: None) -> Section:
+        """What was found; ``advance`` is told the events replayed."""
         arm = f"cache-only, all experts, {self._prompts:,} prompts; phase and residency with every number"
         section = Section("cache", "Hit curves", arm, METHOD)
         rows: list[dict[str, Any]] = []
@@ -53,7 +61,7 @@ class HitCurves:
                 if name == "decode" and self.settings.phase != "prefill":
                     section.notes.append("No decode tokens in the replayed prompts: no decode hit curve.")
                 continue
-            rows += self._curve(name, events, section)
+            rows += self._curve(name, events, section, advance)
             section.charts.append(_chart(name, [row for row in rows if row["arm"] == name]))
             section.findings += _finding(name, rows)
             if len(events) >= self.settings.replay_events:
@@ -62,7 +70,7 @@ class HitCurves:
         section.tables.append(records("hit_curves", "Hits by arm, policy and residency", rows, COLUMNS))
         return section
 
-    def _curve(self, arm: str, events: list[Event], section: Section) -> list[dict[str, Any]]:
+    def _curve(self, arm: str, events: list[Event], section: Section, advance: Advance) -> list[dict[str, Any]]:
         rows = []
         for residency in self.settings.residencies:
             slots = int(self.shape.total * residency)
@@ -73,6 +81,7 @@ class HitCurves:
             pieces = split_events(events, slots)
             for policy in (*CAUSAL, "belady"):
                 done = _replay(policy, pieces, slots)
+                advance(len(events))
                 uses = done.hits + done.misses
                 values = (arm, policy, residency, slots, len(pieces), uses, done.hits, done.hits / uses)
                 rows.append(dict(zip(COLUMNS, values, strict=True)))

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foregate.analysis.chart import Lines, Series, numbers
+from foregate.analysis.prefixes import COLUMNS as PREFIX_COLUMNS
+from foregate.analysis.prefixes import PREFIXES, prefix_rows
 from foregate.analysis.prompt import Prompt, Shape
 from foregate.analysis.section import Section
 from foregate.analysis.settings import Settings
@@ -23,7 +25,8 @@ METHOD = (
     "first expert: the expert with the largest router weight in every layer; whole set: all k of every layer, in any "
     "order. Paths are hashed to 64 bits and held in two sketches: the most frequent (Misra-Gries, counts at most "
     "'error' too low) and a uniform sample of distinct paths with exact counts (bottom-k). Both are exact while there "
-    "are no more distinct paths than the sketch holds."
+    "are no more distinct paths than the sketch holds. P(expert | prefix) is counted over the held paths of first "
+    "experts, for prefixes of five tokens or more."
 )
 
 
@@ -76,9 +79,39 @@ class Paths:
             records("top_paths", "Most frequent paths", tops, ("kind", "rank", "path", "tokens", "share")),
             records("path_coverage", "Tokens covered by the n most frequent", curves, ("kind", "paths", "coverage")),
         ]
+        held = self._heavy[0]
+        section.tables += [
+            records("path_histogram", "Distinct paths by the tokens that take them", *self._histogram()),
+            records(
+                "prefix_conditional",
+                f"P(first expert of a later layer | first experts of layers 0 … l), {PREFIXES} most frequent prefixes",
+                list(prefix_rows(held.examples, held.counts)),
+                PREFIX_COLUMNS,
+            ),
+        ]
         title = "Coverage by the most frequent paths"
-        section.charts = [Lines("path_coverage", title, "paths", "share of tokens", series, log=True)]
+        section.charts = [
+            Lines("path_coverage", title, "paths", "share of tokens", series, log=True),
+            self._histogram_chart(),
+        ]
         return section
+
+    def _histogram(self) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+        """Share of the distinct paths taken by at most 1, 2, 4 … tokens and more than half of that."""
+        rows = []
+        for kind, sample in zip(KINDS, self._sample, strict=True):
+            shares = np.bincount(np.ceil(np.log2(sample.counts)).astype(int)) / len(sample.counts)
+            rows += [{"kind": kind, "at_most": 2**n, "share": float(share)} for n, share in enumerate(shares)]
+        return rows, ("kind", "at_most", "share")
+
+    def _histogram_chart(self) -> Lines:
+        rows, _ = self._histogram()
+        series = []
+        for kind in KINDS:
+            mine = [row for row in rows if row["kind"] == kind]
+            series.append(Series(kind, [float(row["at_most"]) for row in mine], [row["share"] for row in mine]))
+        title = "Paths by how many tokens take them"
+        return Lines("path_histogram", title, "tokens of a path, at most", "share of distinct paths", series, log=True)
 
 
 def _facts(kind: str, heavy: HeavyHitters, sample: BottomK, covered: NDArray[Any], tokens: int) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def chart_data(chart: Chart) -> dict[str, Any]:
         return common | {"kind": "lines", "log": chart.log, "series": series}
     if isinstance(chart, Heat):
         cells = [_short([None if not np.isfinite(v) else float(v) for v in row]) for row in chart.values]
-        return common | {"kind": "heat", "value": chart.value_label, "cells": cells}
+        names = {"rows": chart.rows, "columns": chart.columns}
+        return common | {"kind": "heat", "value": chart.value_label, "cells": cells} | names
     packed = {key: base64.b64encode(cells).decode() for key, cells in chart.cells.items()}
     return common | {"kind": "matrices", "sizes": chart.sizes, "cells": packed}
 

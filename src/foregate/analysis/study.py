@@ -56,22 +56,26 @@ def analyse(paths: Sequence[Path], settings: Settings | None = None, progress: P
     source = Source(paths, settings)
     memory = check_bytes(source.shape, settings.max_hop, settings.count_bytes)
     cross = CrossLayer(source.shape, settings)
-    kinds = (Usage, Paths, Locality, HitCurves, Domains, Timings)
-    collectors: list[Collector] = [kind(source.shape, settings) for kind in kinds]
+    usage, cache = Usage(source.shape, settings), HitCurves(source.shape, settings)
+    routes, locality = Paths(source.shape, settings), Locality(source.shape, settings)
+    domains, timings = Domains(source.shape, settings), Timings(source.shape, settings)
+    collectors: list[Collector] = [usage, routes, locality, cache, domains, timings]
     tokens = _count(source, [cross, *collectors], progress)
     facts = _facts(source, settings, tokens, memory)
     cross.flush()
     scores = _score(source, cross, settings, progress)
     accuracy = section_of(scores, _no_scores(source))
-    progress.stage("replaying, comparing", 0)
     between = cross.finish()
-    usage, *rest = (collector.finish() for collector in collectors)
-    return Study(facts, [accuracy, between, usage, *rest])
+    progress.stage("replaying events", cache.work)
+    hits = cache.finish(progress.advance)
+    progress.stage("comparing domains", 0)
+    rest = [routes.finish(), locality.finish(), hits, domains.finish(), timings.finish()]
+    return Study(facts, [accuracy, between, usage.finish(), *rest])
 
 
 def _count(source: Source, collectors: Sequence[Collector], progress: Progress) -> dict[str, int]:
     tokens = {"prefill": 0, "decode": 0}
-    progress.stage("counting", source.rows)
+    progress.stage("counting decisions", source.rows)
     for prompt in source.prompts(on_part=progress.advance):
         decode = int(prompt.decode.sum())
         tokens["decode"] += decode
@@ -88,7 +92,7 @@ def _score(source: Source, cross: CrossLayer, settings: Settings, progress: Prog
     if not test or not cross.train.tokens:
         return None
     scores = Accuracy(cross.train, source.domains, len(test), settings)
-    progress.stage("scoring", sum(item.entry.rows for item in test))
+    progress.stage("scoring decisions", sum(item.entry.rows for item in test))
     for prompt in source.prompts(test_only=True, on_part=progress.advance):
         scores.add(prompt)
     return scores

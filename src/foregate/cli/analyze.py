@@ -27,7 +27,13 @@ _PHASE = Phase(_DEFAULTS.phase)
 
 
 def analyze(
-    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Traces of one model (foregate trace).")],
+    traces: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TRACE...",
+            help="Traces of one model (foregate trace), or: sample, the one that ships with Foregate.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="New or empty directory for tables, figures and the report.")],
     seed: Annotated[int, typer.Option(help="Of the train/test split and the permutations.", min=0)] = _DEFAULTS.seed,
     permutations: Annotated[int, typer.Option(help="In the comparison of domains.", min=1)] = _DEFAULTS.permutations,
@@ -41,11 +47,12 @@ def analyze(
     """How predictable is the routing? Tables (Parquet, CSV), figures (SVG, PNG), summary.json, report.html."""
     from foregate.analysis.output import check_out, write
     from foregate.analysis.study import analyse
+    from foregate.trace.sample import locate
 
     check_out(out, figures=not no_figures)
     settings = Settings(seed=seed, permutations=permutations, phase=phase.value, max_hop=max_hop)
     with _bar() as progress:
-        study = analyse(traces, settings, progress)
+        study = analyse([locate(trace) for trace in traces], settings, progress)
         progress.stage("writing", 0)
         summary = write(study, out, figures=not no_figures)
     if as_json:
@@ -70,7 +77,7 @@ class _Bar:
 
 @contextmanager
 def _bar() -> Iterator[_Bar]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} decisions"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}"))
     times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     output = console()
     with Progress(*columns, *times, console=output, disable=not output.is_terminal, transient=True) as progress:

@@ -24,7 +24,10 @@ POLICIES = Registry(
 
 def _oldest(order: Iterable[ExpertKey], candidates: Collection[ExpertKey]) -> ExpertKey | None:
     """First key of ``order`` that is a candidate; the keys skipped are the pinned ones, so the walk is short."""
-    return next((key for key in order if key in candidates), None)
+    for key in order:  # a plain loop: half the time of a generator, and replays evict millions of times
+        if key in candidates:
+            return key
+    return None
 
 
 class Lru:

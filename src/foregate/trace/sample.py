@@ -8,6 +8,13 @@ from foregate.errors import TraceError
 from foregate.trace.reader import TraceReader
 
 SAMPLE = Path(__file__).with_name("reference-sample")
+NAME = "sample"
+"""What the shipped trace is called on command lines, unless there is a file of that name."""
+
+
+def locate(trace: Path) -> Path:
+    """``trace`` itself, or the shipped one if it is named ``sample`` and nothing here is."""
+    return SAMPLE if str(trace) == NAME and not trace.exists() else trace
 
 
 def open_sample() -> TraceReader:

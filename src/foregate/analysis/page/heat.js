@@ -7,7 +7,16 @@ function heatView(figure, labels) {
   scale.append(low, bar, high);
   const readout = el("p", { class: "readout", "aria-live": "polite" });
   const at = { row: 0, column: 0, on: false };
+  const across = el("div", { class: "across", "aria-hidden": "true" }), down = el("div", { class: "down", "aria-hidden": "true" });
+  const name = (names, n) => names ? names[n] : n;
   let cells = [[]], size = 1;
+
+  // Numbers beside the cells: every one, or every 2nd, 5th, 10th … so that at most 16 are shown.
+  function ticks(node, count, names, side) {
+    const step = [1, 2, 5, 10, 20, 50, 100, 200, 500].find((n) => count / n <= 16) || 1000;
+    const shown = Array.from({ length: Math.ceil(count / step) }, (_, n) => n * step);
+    node.replaceChildren(...shown.map((n) => el("span", { style: `${side}:${(n + 0.5) / count * 100}%` }, name(names, n))));
+  }
 
   function draw() {
     const rows = cells.length, columns = cells[0].length;
@@ -22,6 +31,8 @@ function heatView(figure, labels) {
       mark.fillStyle = `rgb(${cividis((value - least) / (most - least)).join(",")})`;
       mark.fillRect(c * size, r * tall, size, tall);
     }));
+    ticks(across, columns, labels.columns, "left");
+    ticks(down, rows, labels.rows, "top");
     low.textContent = show(least);
     high.textContent = show(most);
     canvas.tall = tall;
@@ -33,7 +44,7 @@ function heatView(figure, labels) {
       mark.strokeStyle = stroke;
       mark.strokeRect(at.column * size + inset, at.row * tall + inset, size - 2 * inset, tall - 2 * inset);
     }
-    readout.textContent = `${labels.y} ${at.row}, ${labels.x} ${at.column}: ${labels.value} ${show(cells[at.row][at.column])}`;
+    readout.textContent = `${labels.y} ${name(labels.rows, at.row)}, ${labels.x} ${name(labels.columns, at.column)}: ${labels.value} ${show(cells[at.row][at.column])}`;
   }
   canvas.addEventListener("keydown", (event) => {
     const by = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -1e6], End: [0, 1e6] }[event.key];
@@ -50,13 +61,13 @@ function heatView(figure, labels) {
     at.on = true;
     draw();
   });
-  figure.append(canvas, scale, el("p", { class: "readout" }, `across: ${labels.x}; down: ${labels.y}; colour: ${labels.value}`), readout);
+  figure.append(el("div", { class: labels.rows ? "matrix named" : "matrix" }, down, canvas, across), scale, el("p", { class: "readout" }, `across: ${labels.x}; down: ${labels.y}; colour: ${labels.value}`), readout);
   return (values, title) => { cells = values.length ? values : [[]]; canvas.setAttribute("aria-label", `${title}. Arrow keys read the values.`); draw(); };
 }
 
 function heat(figure, chart) {
   figure.append(el("figcaption", {}, chart.title));
-  heatView(figure, { x: chart.x, y: chart.y, value: chart.value })(chart.cells, chart.title);
-  const rows = () => chart.cells.flatMap((row, r) => row.map((value, c) => [r, c, value]));
+  heatView(figure, { x: chart.x, y: chart.y, value: chart.value, rows: chart.rows, columns: chart.columns })(chart.cells, chart.title);
+  const rows = () => chart.cells.flatMap((row, r) => row.map((value, c) => [chart.rows ? chart.rows[r] : r, chart.columns ? chart.columns[c] : c, value]));
   figure.append(dataTable(rows, [chart.y, chart.x, chart.value]));
 }

@@ -1,9 +1,9 @@
-// P(b | a) between any two layers: two lists choose the layers, the matrix below shows them.
+// P(b | a) between any two layers: two lists choose the layers (the same: co-activation), the matrix below shows them.
 function matrices(figure, chart) {
   figure.append(el("figcaption", {}, chart.title));
   const from = el("select"), to = el("select");
   const label = (text, node) => el("label", {}, text, " ", node);
-  figure.append(el("div", { class: "choice" }, label("earlier layer", from), label("later layer", to)));
+  figure.append(el("div", { class: "choice" }, label("layer of a", from), label("layer of b", to)));
   const view = heatView(figure, { x: chart.x, y: chart.y, value: "P(b | a)" });
   const pairs = Object.keys(chart.cells).map((key) => key.split(",").map(Number));
   const option = (n) => el("option", { value: n }, n);
@@ -12,7 +12,7 @@ function matrices(figure, chart) {
   function targets() {
     const before = to.value, later = pairs.filter(([l]) => l === +from.value).map(([, m]) => m).sort((a, b) => a - b);
     to.replaceChildren(...later.map(option));
-    if (later.includes(+before)) to.value = before;
+    to.value = before && later.includes(+before) ? before : later.find((m) => m > +from.value) ?? later[0];
     update();
   }
   function update() {
