@@ -11,7 +11,7 @@ import foregate
 
 ROOT = Path(foregate.__file__).parent
 RANKS = {
-    "types": 0, "errors": 0,
+    "types": 0, "errors": 0, "events": 0,
     "config": 1, "interfaces": 1, "registry": 1,
     "checkpoint": 2, "trace": 2, "datasets": 2, "native": 2,
     "experts": 3, "predictors": 3, "analysis": 3,
@@ -21,8 +21,8 @@ RANKS = {
     "cli": 7, "__main__": 8,
 }  # fmt: skip
 STRANGERS = [("experts", "predictors"), ("predictors", "experts"), ("engine", "training"), ("engine", "analysis")]
-TORCH_FREE = ["types", "errors", "config", "interfaces", "registry", "prefetch", "experts/cache", "experts/policy",
-              "experts/slots", "experts/transfer", "predictors", "analysis"]  # fmt: skip
+TORCH_FREE = ["types", "errors", "events", "config", "interfaces", "registry", "prefetch", "experts/cache",
+              "experts/policy", "experts/slots", "experts/transfer", "predictors", "analysis"]  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

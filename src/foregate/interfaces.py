@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from foregate.events import ReadSpan
 from foregate.types import ExpertKey, ExpertLayout, Moment, Prediction, PredictorCost, RoutingStep
 
 
@@ -57,6 +58,11 @@ class Ticket(Protocol):
     key: ExpertKey
     slot: int
     speculative: bool
+
+    @property
+    def spans(self) -> Sequence[ReadSpan]:
+        """What has been read for it so far, by whom and when; complete once ``done``."""
+        ...
 
     @property
     def done(self) -> bool:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
-from time import perf_counter
+from time import perf_counter, perf_counter_ns
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +25,7 @@ from foregate.engine.sampler import Sampler
 from foregate.engine.signals import ModelSignals
 from foregate.engine.text import Detokenizer, check_length, encode
 from foregate.errors import ConfigError, ForegateError, IntegrityError, PromptError
+from foregate.events import EventHub, EventListener, PassBegan, TokenMade, ns
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, check_supported
 from foregate.experts.policy import POLICIES
@@ -53,6 +54,7 @@ class Engine:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
+        self.events = EventHub()
         self.checkpoint: Checkpoint = open_checkpoint(locate(config.model))
         self.spec = self.checkpoint.spec
         deepest = max(1, self.spec.layers - 1)
@@ -88,6 +90,11 @@ class Engine:
     def observers(self) -> list[RoutingObserver]:
         """Told of every routing decision; append to listen."""
         return self.runtime.observers
+
+    def listen(self, listener: EventListener) -> Callable[[], None]:
+        """Tell ``listener`` of every event, on the thread that generates; the function returned ends that."""
+        self.events.add(listener)
+        return lambda: self.events.remove(listener)
 
     def encode(self, prompt: str, template: str = "auto") -> list[int]:
         """Token ids of ``prompt``. Raises PromptError (empty, too long)."""
@@ -156,7 +163,7 @@ class Engine:
         """The parts with state, new and cold, over the same pool, model and reader threads."""
         config, spec = self.config, self.spec
         staging, off_reason = self._staging()
-        self.cache = ExpertCache(self.pool, POLICIES.load(config.cache_policy)())
+        self.cache = ExpertCache(self.pool, POLICIES.load(config.cache_policy)(), events=self.events)
         controller = Controller(
             parse_prefetch(config.prefetch),
             expert_bytes=spec.expert_slot_bytes,
@@ -170,6 +177,7 @@ class Engine:
             experts=spec.experts_per_layer,
             top_k=spec.top_k,
             may_stream=parse_prefetch(config.prefetch) != 0,
+            events=self.events,
         )
         self.pipeline = Pipeline(self.cache, self.transfer, self.prefetcher)
         self.runtime = ExpertRuntime(
@@ -210,11 +218,13 @@ class Engine:
         self.config = replace(plain, predictor="none", prefetch="auto", lookahead=1)
         try:
             self._renew([recorder])
-            for _ in self._run(prompt_ids, sampling):
-                pass
+            with self.events.muted():
+                for _ in self._run(prompt_ids, sampling):
+                    pass
         finally:
             self.predictor, self.config = oracle, plain
-            self._renew(listeners)
+            with self.events.muted():
+                self._renew(listeners)
         oracle.load(recorder)
 
     def _renew(self, observers: list[RoutingObserver]) -> None:
@@ -264,6 +274,8 @@ class Engine:
                 # The consumer's own time between steps is not the engine's.
                 stats = replace(self._meter.lap(), wall_s=perf_counter() - began)
                 report.steps.append(GenerationStep(index, token, text, phase, stats, finish))
+                if self.events.on:
+                    self.events.emit(TokenMade(ns(began), perf_counter_ns(), report.steps[-1]))
                 yield report.steps[-1]
                 if finish:
                     return
@@ -275,6 +287,8 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, ids: list[int], past: Any, position: int, phase: Phase) -> tuple[Tensor, Any]:
+        if self.events.on:
+            self.events.emit(PassBegan(perf_counter_ns(), phase, position - len(ids) + 1, len(ids)))
         if phase is Phase.PREFILL:
             self.runtime.begin_prefill()
         else:

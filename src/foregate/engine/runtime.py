@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from time import perf_counter
+from time import perf_counter, perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from foregate.engine.signals import ModelSignals
+from foregate.events import ControllerDecided, Part, TimeSpent, ns
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, expert_forward
 from foregate.interfaces import Predictor, RoutingObserver
@@ -59,6 +60,8 @@ class ExpertRuntime:
         self._cache = cache
         self._pipeline = pipeline
         self._prefetcher = prefetcher
+        self._events = prefetcher.events
+        self._since = 0
         self._signals = signals
         self._views = views
         self._layouts = layouts
@@ -86,6 +89,10 @@ class ExpertRuntime:
         controller = self._prefetcher.controller
         controller.begin_step()
         self._cache.set_staging(self._decode_staging if controller.speculating else 0)
+        if self._events.on:
+            decided, speculating = controller.decision, controller.speculating
+            now = perf_counter_ns()
+            self._events.emit(ControllerDecided(now, decided.enabled, speculating, decided.reason))
 
     def finish(self) -> None:
         """The sequence ended, or broke: nothing stays staged or in flight."""
@@ -114,6 +121,7 @@ class ExpertRuntime:
         return out.view_as(repeated)
 
     def _route(self, layer: int, index: Tensor, weights: Tensor) -> None:
+        self._tell_until_now(Part.ROUTING, layer)
         self._prefetcher.arrived(layer)
         step = RoutingStep(
             layer, self.phase, self.position, index.numpy().astype(np.int64), weights.float().numpy().astype(np.float32)
@@ -154,11 +162,14 @@ class ExpertRuntime:
 
     def _run(self, layer: int, index: Tensor, compute: Compute) -> None:
         needed = self._needed(layer, index)
+        began = perf_counter_ns()
         if _few(index):
             self._pipeline.decode(layer, needed, compute, lambda: self._predict(layer, Moment.AFTER_ROUTING))
         else:
             self._make_staging(layer)
             self._pipeline.stream(layer, needed, compute, self._ahead(layer, len(needed)))
+        if self._events.on:
+            self._events.emit(TimeSpent(began, perf_counter_ns(), Part.EXPERTS, layer))
 
     def _expert(self, layer: int, module: nn.Module, x: Tensor, slot: int) -> Tensor:
         return expert_forward(module, x, self._views.weights(slot, self._layouts[layer]))
@@ -168,6 +179,18 @@ class ExpertRuntime:
         return [e for e in dict.fromkeys(index.flatten().tolist()) if 0 <= e < self._experts[layer]]
 
     def _reached(self, layer: int, moment: Moment) -> None:
+        if moment is Moment.AFTER_ATTENTION:
+            self._tell_until_now(Part.ATTENTION, layer)
+        self._ask_at(layer, moment)
+        self._since = perf_counter_ns()
+
+    def _tell_until_now(self, part: Part, layer: int) -> None:
+        """To listeners: the time since the last hook of this layer went into ``part``."""
+        if self._events.on and self._since:
+            self._events.emit(TimeSpent(self._since, perf_counter_ns(), part, layer))
+        self._since = 0
+
+    def _ask_at(self, layer: int, moment: Moment) -> None:
         if self.predictor.moment is moment:
             self._predict(layer, moment)
 
@@ -182,7 +205,10 @@ class ExpertRuntime:
             self.give_up_predicting(f"predictor {self.predictor.name!r} failed: {type(error).__name__}: {error}")
             return
         self._prefetcher.consider(layer, moment, predictions)
-        self._prefetcher.controller.saw_prediction(perf_counter() - began, self._prefetcher.stats.issued - before)
+        ended = perf_counter()
+        self._prefetcher.controller.saw_prediction(ended - began, self._prefetcher.stats.issued - before)
+        if self._events.on:
+            self._events.emit(TimeSpent(ns(began), ns(ended), Part.PREDICT, layer))
 
     def give_up_predicting(self, reason: str) -> None:
         """No speculation from now on, and say why, once."""

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping
 from enum import Enum
+from time import perf_counter_ns
 
 from foregate.errors import BudgetError, IntegrityError
+from foregate.events import SILENCE, EventHub, ExpertMoved, Move
 from foregate.experts.slots import SlotPool
 from foregate.interfaces import EvictionPolicy
 from foregate.types import ExpertKey
@@ -51,9 +53,10 @@ class ExpertCache:
     IntegrityError: they are bugs of the caller.
     """
 
-    def __init__(self, pool: SlotPool, policy: EvictionPolicy, staging: int = 0) -> None:
+    def __init__(self, pool: SlotPool, policy: EvictionPolicy, staging: int = 0, events: EventHub = SILENCE) -> None:
         self.pool = pool
         self.policy = policy
+        self._events = events
         self.evictions = 0
         self.peak_resident = 0
         self._resident: dict[ExpertKey, int] = {}
@@ -147,41 +150,50 @@ class ExpertCache:
         if not self._make_room(1) or (self.pool.free == 0 and not self._evict()):
             return None
         self.policy.touch(key)
-        return self._take(key, self._loading)
+        slot = self._take(key, self._loading)
+        self._tell(key, Move.LOADING)
+        return slot
 
     def commit(self, key: ExpertKey) -> int:
         """The demand load of ``key`` is complete: it becomes resident. Its slot."""
         self._make_room(0)
         slot = self._leave(key, self._loading)
-        self._settle(key, slot)
+        self._settle(key, slot, Move.RESIDENT)
         return slot
 
     def abort(self, key: ExpertKey) -> None:
         """The demand load of ``key`` failed and nobody writes to its slot any more: the slot is free."""
         self.pool.give(self._leave(key, self._loading))
         self.policy.forget(key)
+        self._tell(key, Move.ABORTED)
 
     def stage(self, key: ExpertKey) -> int | None:
         """A slot for a speculative load of ``key``; None when staging is full. Evicts only excess over the quota."""
         self._expect_absent(key)
         self._make_room(0)
-        return self._take(key, self._staged) if self.staging_room else None
+        if not self.staging_room:
+            return None
+        slot = self._take(key, self._staged)
+        self._tell(key, Move.STAGED)
+        return slot
 
     def adopt(self, key: ExpertKey) -> int:
         """A staged expert, completely read, is used: it becomes resident. Its slot."""
         slot = self._enter_quota(key)
-        self._settle(key, slot)
+        self._settle(key, slot, Move.ADOPTED)
         return slot
 
     def promote(self, key: ExpertKey) -> int:
         """A staged expert is needed while still being read: a demand load from now on. Its slot; then ``commit``."""
         slot = self._enter_quota(key)
         self._loading[key] = slot
+        self._tell(key, Move.PROMOTED)
         return slot
 
     def drop(self, key: ExpertKey) -> None:
         """A staged expert expired and nobody writes to its slot any more: the slot is free."""
         self.pool.give(self._leave(key, self._staged))
+        self._tell(key, Move.DROPPED)
 
     def set_staging(self, staging: int) -> None:
         """Change the reserve, evicting residents to make room. Staged experts above a smaller reserve stay until used
@@ -198,6 +210,7 @@ class ExpertCache:
         for key in list(self._resident):
             self.pool.give(self._leave(key, self._resident))
             self.policy.forget(key)
+            self._tell(key, Move.EVICTED)
 
     def check_integrity(self, *, idle: bool = False) -> None:
         """Raises IntegrityError on any inconsistency; ``idle``: also when a pin or a demand load is left over."""
@@ -238,6 +251,7 @@ class ExpertCache:
         self.pool.give(self._leave(key, self._resident))
         self.policy.forget(key)
         self.evictions += 1
+        self._tell(key, Move.EVICTED)
         return True
 
     def _enter_quota(self, key: ExpertKey) -> int:
@@ -247,9 +261,14 @@ class ExpertCache:
         self.policy.touch(key)
         return slot
 
-    def _settle(self, key: ExpertKey, slot: int) -> None:
+    def _settle(self, key: ExpertKey, slot: int, move: Move) -> None:
         self._resident[key] = slot
         self.peak_resident = max(self.peak_resident, len(self._resident))
+        self._tell(key, move)
+
+    def _tell(self, key: ExpertKey, move: Move) -> None:
+        if self._events.on:
+            self._events.emit(ExpertMoved(perf_counter_ns(), key, move))
 
     def _take(self, key: ExpertKey, held: dict[ExpertKey, int]) -> int:
         slot = self.pool.take()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from foregate.errors import ExpertReadError, TransferError
+from foregate.events import ReadSpan, ns
 from foregate.experts.attempt import begin, chunk_bytes, finish, read_chunk
 from foregate.experts.counters import ReadCounters, TransferStats
 from foregate.experts.slots import SlotPool
@@ -101,7 +102,9 @@ class SyncTransfer:
         for index in range(read.chunks):
             began = self._counters.begin()
             retries, failure = read_chunk(read, index, self._retries)
-            self._counters.end(began, 0 if failure else chunk_bytes(read, index), speculative=ticket.speculative)
+            nbytes = 0 if failure else chunk_bytes(read, index)
+            ended = self._counters.end(began, nbytes, speculative=ticket.speculative)
+            ticket.spans.append(ReadSpan(0, ns(began), ns(ended), nbytes))
             self._counters.stats.retries += retries
             if failure:
                 return failure

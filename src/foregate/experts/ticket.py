@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from foregate.errors import TransferError
+from foregate.events import ReadSpan
 from foregate.interfaces import ExpertRead, Ticket
 from foregate.types import ExpertKey
 
 
 @dataclass(slots=True, eq=False)
 class ExpertTicket:
-    """Owners read ``key``, ``slot``, ``speculative``, ``done``, ``ok`` and ``error``; the rest belongs to the transfer.
+    """Owners read ``key``, ``slot``, ``speculative``, ``done``, ``ok``, ``error``, ``spans``; the rest is not theirs.
 
     ``done``: nothing writes to the slot any more (complete, failed or cancelled). ``speculative`` is how the ticket
     was issued and stays as it is; ``urgent`` is its priority now.
@@ -33,6 +34,7 @@ class ExpertTicket:
     finished: int = 0
     rereads: int = 0
     progress_at: float = 0.0
+    spans: list[ReadSpan] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:

@@ -13,6 +13,7 @@ from itertools import count
 from time import perf_counter
 
 from foregate.errors import ExpertReadError, TransferError
+from foregate.events import ReadSpan, ns
 from foregate.experts.attempt import begin, chunk_bytes, finish, read_chunk
 from foregate.experts.counters import ReadCounters, TransferStats
 from foregate.experts.slots import SlotPool
@@ -47,7 +48,8 @@ class ThreadedTransfer:
         self._work = threading.Condition(lock)
         self._ended = threading.Condition(lock)
         self._threads = [
-            threading.Thread(target=self._worker, name=f"foregate-read-{i}", daemon=True) for i in range(threads)
+            threading.Thread(target=self._worker, args=(i,), name=f"foregate-read-{i}", daemon=True)
+            for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -165,9 +167,9 @@ class ThreadedTransfer:
 
     # Working
 
-    def _worker(self) -> None:
+    def _worker(self, reader: int) -> None:
         while (task := self._take()) is not None:
-            self._read(*task)
+            self._read(reader, *task)
 
     def _take(self) -> tuple[ExpertTicket, int, float] | None:
         """The next chunk to read and the time of its start; None when closed."""
@@ -195,13 +197,14 @@ class ThreadedTransfer:
         ticket.next_chunk += 1
         return ticket, ticket.next_chunk - 1, ticket.progress_at
 
-    def _read(self, ticket: ExpertTicket, index: int, began: float) -> None:
+    def _read(self, reader: int, ticket: ExpertTicket, index: int, began: float) -> None:
         read = ticket.read
         assert read is not None
         retries, failure = read_chunk(read, index, self._retries)
         with self._work:
             nbytes = 0 if failure else chunk_bytes(read, index)
             self._progress_at = ticket.progress_at = self._counters.end(began, nbytes, speculative=ticket.speculative)
+            ticket.spans.append(ReadSpan(reader, ns(began), ns(ticket.progress_at), nbytes))
             self._counters.stats.retries += retries
             if failure:
                 self._fail(ticket, failure)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from time import perf_counter, sleep
+from time import perf_counter, perf_counter_ns, sleep
 
 from foregate.errors import IntegrityError
+from foregate.events import ExpertUsed, Part, ReadSubmitted, TimeSpent, Use, ns
 from foregate.experts.cache import ExpertCache, SlotState
 from foregate.interfaces import Ticket, Transfer
 from foregate.prefetch.prefetcher import SETTLE_S, Prefetcher
@@ -27,6 +28,7 @@ class Pipeline:
         self._cache = cache
         self._transfer = transfer
         self._prefetcher = prefetcher
+        self._events = prefetcher.events
         self._late: set[ExpertKey] = set()
 
     def decode(self, layer: int, needed: Sequence[int], compute: Compute, predict: Callable[[], None]) -> None:
@@ -107,6 +109,7 @@ class Pipeline:
         if self._cache.state(key) is SlotState.RESIDENT:
             self._cache.touch(key)
             self.stats.hits += 1
+            self._tell_use(key, Use.HIT)
             return True
         ticket = self._prefetcher.claim(key)
         if ticket is None:
@@ -114,6 +117,7 @@ class Pipeline:
         if ticket.ok:
             self._cache.adopt(key)
             self.stats.hits += 1
+            self._tell_use(key, Use.STAGED_HIT)
             return True
         self._cache.promote(key)
         self._transfer.promote(ticket)
@@ -121,6 +125,7 @@ class Pipeline:
         self._late.add(key)
         self.stats.misses += 1
         self.stats.late += 1
+        self._tell_use(key, Use.LATE)
         return True
 
     def _request(self, missing: deque[ExpertKey], flight: dict[ExpertKey, Ticket]) -> None:
@@ -144,7 +149,14 @@ class Pipeline:
 
     def _read(self, key: ExpertKey, slot: int, flight: dict[ExpertKey, Ticket]) -> None:
         self.stats.misses += 1
+        self._tell_use(key, Use.MISS)
         flight[key] = self._transfer.submit(key, slot, speculative=False)
+        if self._events.on:
+            self._events.emit(ReadSubmitted(perf_counter_ns(), key, False))
+
+    def _tell_use(self, key: ExpertKey, how: Use) -> None:
+        if self._events.on:
+            self._events.emit(ExpertUsed(perf_counter_ns(), key, how))
 
     # Waiting
 
@@ -166,13 +178,17 @@ class Pipeline:
         try:
             self._transfer.wait(flight[key])
         finally:
-            self._count_stall(key, perf_counter() - started)
-        del flight[key]
+            self._count_stall(key, started, perf_counter())
+        self._prefetcher.tell_end(flight.pop(key))
         self._cache.commit(key)
         self._late.discard(key)
 
-    def _count_stall(self, key: ExpertKey, seconds: float) -> None:
+    def _count_stall(self, key: ExpertKey, began: float, ended: float) -> None:
+        seconds = ended - began
         self.stats.stall_s += seconds
+        if self._events.on:
+            late = key in self._late
+            self._events.emit(TimeSpent(ns(began), ns(ended), Part.WAIT, key.layer, key.expert, late))
         if key in self._late:
             self.stats.late_stall_s += seconds
         else:
@@ -184,7 +200,10 @@ class Pipeline:
         slot = self._cache.lookup(key)
         if slot is None:
             raise IntegrityError(f"{key} is to be computed but not resident")
+        began = perf_counter_ns()
         compute(key.expert, slot)
+        if self._events.on:
+            self._events.emit(TimeSpent(began, perf_counter_ns(), Part.EXPERT, key.layer, key.expert))
         pinned.discard(key)
         self._cache.unpin([key])
 
@@ -201,5 +220,6 @@ class Pipeline:
         for key, ticket in flight.items():
             if ticket.done:
                 self._cache.abort(key)
+                self._prefetcher.tell_end(ticket)
         flight.clear()
         self._late.clear()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from time import perf_counter, sleep
+from time import perf_counter, perf_counter_ns, sleep
 
 import numpy as np
 
+from foregate.events import SILENCE, EventHub, Fate, PredictionMade, ReadEnded, ReadSubmitted, SpeculationEnded
 from foregate.experts.cache import ExpertCache
 from foregate.interfaces import Ticket, Transfer
 from foregate.prefetch.controller import Controller
@@ -32,7 +33,9 @@ class Prefetcher:
         experts: Sequence[int],
         top_k: int,
         may_stream: bool = True,
+        events: EventHub = SILENCE,
     ) -> None:
+        self.events = events
         self.may_stream = may_stream
         self.controller = controller
         self.stats = StepStats()
@@ -67,6 +70,7 @@ class Prefetcher:
         """
         self._reap()
         now = perf_counter()
+        self._tell_predictions(layer, moment, predictions)
         width = self.controller.fixed or self._top_k
         first = layer + (moment is Moment.AFTER_ROUTING)
         for prediction in sorted(predictions, key=lambda p: p.layer):
@@ -94,10 +98,15 @@ class Prefetcher:
         ticket = self._tickets.pop(key, None)
         if ticket is None:
             ticket = self._dying.pop(key, None)
-            self.stats.cancelled -= ticket is not None
+            if ticket is not None:
+                self.stats.cancelled -= 1
+                self._tell_fate(key, Fate.REVIVED)
         if ticket is not None:
             self.stats.used += 1
             self._judge(used=True)
+            self._tell_fate(key, Fate.USED)
+            if ticket.ok:
+                self.tell_end(ticket)
         return ticket
 
     def expire(self, layer: int | None = None) -> None:
@@ -125,6 +134,8 @@ class Prefetcher:
             if slot is None:
                 return
             self._tickets[key] = self._transfer.submit(key, slot, speculative=True)
+            if self.events.on:
+                self.events.emit(ReadSubmitted(perf_counter_ns(), key, True))
             self.stats.issued += 1
             allowed -= 1
 
@@ -132,11 +143,13 @@ class Prefetcher:
         self._judge(used=False)
         if ticket.done:
             self.stats.wasted += 1
-            self._cache.drop(key)
+            self._tell_fate(key, Fate.WASTED)
+            self._let_go(key, ticket)
             return
         self.stats.cancelled += 1
+        self._tell_fate(key, Fate.CANCELLED)
         if self._transfer.cancel(ticket):
-            self._cache.drop(key)
+            self._let_go(key, ticket)
         else:
             self._dying[key] = ticket
 
@@ -146,8 +159,28 @@ class Prefetcher:
 
     def _reap(self) -> None:
         for key in [k for k, ticket in self._dying.items() if ticket.done]:
-            del self._dying[key]
-            self._cache.drop(key)
+            self._let_go(key, self._dying.pop(key))
+
+    def _let_go(self, key: ExpertKey, ticket: Ticket) -> None:
+        self._cache.drop(key)
+        self.tell_end(ticket)
+
+    # Telling
+
+    def tell_end(self, ticket: Ticket) -> None:
+        """To listeners: the read of ``ticket`` has ended, well or not."""
+        if self.events.on:
+            now = perf_counter_ns()
+            self.events.emit(ReadEnded(now, ticket.key, ticket.speculative, ticket.ok, tuple(ticket.spans)))
+
+    def _tell_fate(self, key: ExpertKey, fate: Fate) -> None:
+        if self.events.on:
+            self.events.emit(SpeculationEnded(perf_counter_ns(), key, fate))
+
+    def _tell_predictions(self, layer: int, moment: Moment, predictions: Sequence[Prediction]) -> None:
+        if self.events.on:
+            for p in predictions:
+                self.events.emit(PredictionMade(perf_counter_ns(), layer, moment, p.layer, tuple(p.experts)))
 
 
 def _is_expert(value: object, experts: int) -> bool:
