@@ -72,13 +72,16 @@ def parse_prefetch(text: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """How to run a model. ``threads`` are compute threads (None: torch's own choice); the readers come on top."""
+    """How to run a model. ``threads`` are compute threads (None: torch's own choice); the readers come on top.
+
+    ``predictor`` is a name or a predictor file; ``lookahead`` None is what it was made for.
+    """
 
     model: str = "reference"
     memory_budget: str = "25%"
     predictor: str = "next-gate"
     prefetch: str = "auto"
-    lookahead: int = 1
+    lookahead: int | None = None
     cache_policy: str = "lfru"
     reader_threads: int = 4
     threads: int | None = None
@@ -87,8 +90,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         parse_budget(self.memory_budget)
         parse_prefetch(self.prefetch)
-        _at_least("lookahead", self.lookahead, 1)
-        if self.predictor == "none" and (parse_prefetch(self.prefetch) or self.lookahead != 1):
+        if self.lookahead is not None:
+            _at_least("lookahead", self.lookahead, 0)
+        if self.predictor == "none" and (parse_prefetch(self.prefetch) or self.lookahead is not None):
             raise ConfigError(
                 f"predictor none predicts nothing: prefetch {self.prefetch} and lookahead {self.lookahead} have no use"
             )

@@ -43,5 +43,9 @@ class TraceError(ForegateError):
     """A routing trace that is corrupted, truncated, of an unknown version or of another model."""
 
 
+class PredictorError(ForegateError):
+    """A predictor file that is missing, damaged, of an unknown version or made for another model."""
+
+
 class IntegrityError(ForegateError, AssertionError):
     """An internal invariant does not hold (see ``check_integrity``)."""

@@ -169,7 +169,8 @@ class Predictor(Protocol):
     """Scores experts of later layers. Asked once per MoE layer of every decode step, at its ``moment``.
 
     Registered in ``predictors.PREDICTORS`` as ``module:Class`` (or through the entry point group
-    ``foregate.predictors``) and made as ``Class(lookahead=N)``; ``predictors.base.BasePredictor`` has the defaults.
+    ``foregate.predictors``) and made as ``Class(lookahead=N)``, or, where it must be fitted first (``needs_file``), as
+    ``Class.from_file(artifact, lookahead)``; ``predictors.base.BasePredictor`` has the defaults.
     Whatever it says or raises changes no token: experts that do not exist are dropped, and an exception switches
     speculation off.
     """

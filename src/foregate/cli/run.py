@@ -16,7 +16,7 @@ from foregate.cli.output import console, print_json, size, two_columns
 from foregate.config import RunConfig, SamplingConfig
 from foregate.errors import ConfigError, PromptError
 from foregate.experts.policy import POLICIES
-from foregate.predictors import PREDICTORS
+from foregate.predictors import PREDICTORS, choice
 
 _RUN = RunConfig()
 _SAMPLING = SamplingConfig()
@@ -35,10 +35,13 @@ def run(
         str,
         typer.Option("--memory-budget", "--budget", "--ram", help="Bytes (8GB, 512MiB), 25% of the experts, or auto."),
     ] = _RUN.memory_budget,
-    predictor: Annotated[str, typer.Option(help=f"One of: {', '.join(PREDICTORS.names)}.")] = _RUN.predictor,
+    predictor: Annotated[
+        str, typer.Option(help=f"A predictor file, or one of: {', '.join(PREDICTORS.own_names)}.")
+    ] = _RUN.predictor,
     prefetch: Annotated[str, typer.Option(help="auto, off, or N experts a layer at most.")] = _RUN.prefetch,
     lookahead: Annotated[
-        int, typer.Option(help="Layers between the signal and the layer it predicts.")
+        int | None,
+        typer.Option(help="Layers from signal to farthest prediction; else the predictor's own."),
     ] = _RUN.lookahead,
     cache_policy: Annotated[str, typer.Option(help=f"One of: {', '.join(POLICIES.names)}.")] = _RUN.cache_policy,
     reader_threads: Annotated[int, typer.Option(help="Threads that read experts.")] = _RUN.reader_threads,
@@ -57,7 +60,7 @@ def run(
     config = RunConfig(
         model=model,
         memory_budget=memory_budget,
-        predictor=PREDICTORS.check(predictor),
+        predictor=choice.check(predictor),
         prefetch=prefetch,
         lookahead=lookahead,
         cache_policy=POLICIES.check(cache_policy),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
+from foregate.checkpoint.origin import original_fingerprint
 from foregate.config import RunConfig, SamplingConfig, parse_prefetch
 from foregate.engine.memory import SlotPlan, overhead, plan_slots, rss_peak
 from foregate.engine.meter import Meter
@@ -33,7 +34,8 @@ from foregate.experts.slots import SlotPool
 from foregate.experts.store import CHUNK_BYTES, open_store
 from foregate.experts.transfer import ThreadedTransfer
 from foregate.interfaces import ExpertStore, Predictor, RoutingObserver
-from foregate.predictors import PREDICTORS
+from foregate.predictors import PREDICTORS, choice
+from foregate.predictors.file import ModelIdentity
 from foregate.predictors.oracle import Oracle, RouteRecorder
 from foregate.prefetch.controller import Controller
 from foregate.prefetch.pipeline import Pipeline
@@ -50,7 +52,7 @@ class Engine:
     def __init__(self, config: RunConfig, *, wrap_store: Callable[[ExpertStore], ExpertStore] | None = None) -> None:
         began = perf_counter()
         POLICIES.check(config.cache_policy)
-        PREDICTORS.check(config.predictor)
+        choice.check(config.predictor)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
@@ -58,7 +60,7 @@ class Engine:
         self.checkpoint: Checkpoint = open_checkpoint(locate(config.model))
         self.spec = self.checkpoint.spec
         deepest = max(1, self.spec.layers - 1)
-        if config.lookahead > deepest:
+        if config.lookahead is not None and config.lookahead > deepest:
             raise ConfigError(f"lookahead {config.lookahead}: at most {deepest} with {self.spec.layers} MoE layers")
         self.plan = self._plan()
         self.tokenizer = load_tokenizer(self.checkpoint.directory)
@@ -137,6 +139,16 @@ class Engine:
             overhead_bytes=self._overhead(),
         )
 
+    def _identity(self) -> ModelIdentity:
+        return ModelIdentity(
+            name=self.config.model,
+            fingerprint=self.checkpoint.fingerprint,
+            experts=self.spec.experts_per_layer,
+            top_k=self.spec.top_k,
+            hidden_size=self.spec.hidden_size,
+            original=original_fingerprint(self.checkpoint.directory),
+        )
+
     def _overhead(self) -> int:
         return overhead(
             slot_bytes=self.spec.expert_slot_bytes,
@@ -154,7 +166,7 @@ class Engine:
         self.transfer = ThreadedTransfer(
             self.store, self.pool, threads=config.reader_threads, timeout_s=config.read_timeout_s
         )
-        self.predictor: Predictor = PREDICTORS.load(config.predictor)(lookahead=config.lookahead)
+        self.predictor: Predictor = choice.make_predictor(config.predictor, config.lookahead, self._identity)
         self._views = SlotViews(self.pool)
         self._modules = modules
         self._assemble()
@@ -203,7 +215,7 @@ class Engine:
             return 0, "prefetch is off"
         if self.plan.slots >= self.spec.experts:
             return 0, "all experts fit in the budget"
-        wanted = (limit or self.spec.top_k) * self.config.lookahead
+        wanted = (limit or self.spec.top_k) * choice.reach(self.predictor)
         staging = min(wanted, self.plan.slots // 4, self.plan.slots - self.spec.top_k)
         if staging < 1:
             return 0, f"a budget of {self.plan.slots} slots leaves none for staging"
@@ -215,7 +227,7 @@ class Engine:
         """Run once without speculation to learn the routing, then forget everything that this has cached."""
         recorder, listeners, plain = RouteRecorder(), self.runtime.observers, self.config
         self.predictor = PREDICTORS.load("none")()
-        self.config = replace(plain, predictor="none", prefetch="auto", lookahead=1)
+        self.config = replace(plain, predictor="none", prefetch="auto", lookahead=None)
         try:
             self._renew([recorder])
             with self.events.muted():
@@ -324,7 +336,7 @@ class Engine:
             model=self.config.model,
             predictor=self.config.predictor,
             prefetch=self.config.prefetch,
-            lookahead=self.config.lookahead,
+            lookahead=self.predictor.lookahead,
             cache_policy=self.config.cache_policy,
             store="packed" if self.checkpoint.packed else "direct",
             direct_io=self.store.direct_io,

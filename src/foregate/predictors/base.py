@@ -15,6 +15,11 @@ class BasePredictor:
     signal = "nothing"
     moment = Moment.AFTER_ROUTING
     asks_routers = False
+    source = ""
+    """Where the method was published, for tables."""
+    needs_file = False
+    """Whether it must be fitted first; then ``from_file`` makes it, and its constructor is its own affair."""
+    default_lookahead = 1
 
     def __init__(self, lookahead: int = 1) -> None:
         self.lookahead = lookahead

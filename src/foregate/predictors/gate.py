@@ -1,4 +1,4 @@
-"""Training-free: the router of a later layer, applied to what this layer knows already."""
+"""Training-free: the router of a layer, applied to what is known before that router runs."""
 
 from __future__ import annotations
 
@@ -6,31 +6,37 @@ from collections.abc import Sequence
 
 from foregate.interfaces import Signals
 from foregate.predictors.base import BasePredictor
-from foregate.types import Prediction
+from foregate.predictors.targets import targets
+from foregate.types import Moment, Prediction
 
 
-class _LaterRouter(BasePredictor):
-    """Ranks layers l+1 … l+lookahead by their own routers, fed with ``signal`` of layer l."""
+class _Router(BasePredictor):
+    """Ranks every layer from this one (or, after its routing, the next) to l+lookahead by its own router.
+
+    The routers are fed with ``signal`` of layer l. The next token's layers are not asked: their input depends on a
+    token that has not been chosen.
+    """
 
     asks_routers = True
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        last = min(signals.layer + self.lookahead, signals.layers - 1)
-        return [self._rank(signals, target) for target in range(signals.layer + 1, last + 1)]
+        ahead = targets(self, signals.layer, signals.layers)
+        return [self._rank(signals, target) for target in ahead if target < signals.layers]
 
     def _rank(self, signals: Signals, target: int) -> Prediction:
         experts, scores = signals.rank(target, self.signal)
         return Prediction(target, tuple(experts.tolist()), tuple(scores.tolist()))
 
 
-class StaleGate(_LaterRouter):
+class StaleGate(_Router):
     """The next router on this layer's router input, as FATE, mixtral-offloading, AdapMoE and HOBBIT do."""
 
     name = "stale-gate"
     signal = "router_input"
+    source = "FATE, mixtral-offloading, AdapMoE, HOBBIT"
 
 
-class NextGate(_LaterRouter):
+class NextGate(_Router):
     """The next router on Norm_{l+1}(r_l), the residual after attention through the *next* layer's norm.
 
     The plain signal s_l of "speculating experts" (quasi-hidden state without default vectors).
@@ -38,3 +44,27 @@ class NextGate(_LaterRouter):
 
     name = "next-gate"
     signal = "residual"
+    source = "speculating experts, plain signal"
+
+
+class PreAttentionGate(_Router):
+    """This layer's router on the input of this layer's attention: covers layer 0, and the window is the attention.
+
+    The training-free form of pre-attention prediction; a lookahead of 1 and more asks later routers the same.
+    """
+
+    name = "pre-attention-gate"
+    signal = "pre_attention"
+    moment = Moment.BEFORE_ATTENTION
+    default_lookahead = 0
+    source = "pre-attention prediction, without training"
+
+
+class FreshGate(_Router):
+    """Control: this layer's router on its own input, moments before it runs. Must name exactly what is chosen."""
+
+    name = "fresh-gate"
+    signal = "router_input"
+    moment = Moment.AFTER_ATTENTION
+    default_lookahead = 0
+    source = "control: 100 %"

@@ -9,3 +9,4 @@ class NonePredictor(BasePredictor):
     """Never predicts."""
 
     name = "none"
+    source = "control: no prediction"

@@ -29,6 +29,7 @@ class Oracle(BasePredictor):
 
     name = "oracle"
     signal = "a recording of the same run"
+    source = "control: perfect"
 
     def __init__(self, lookahead: int = 1) -> None:
         super().__init__(lookahead)

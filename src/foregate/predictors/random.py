@@ -16,6 +16,7 @@ class RandomExperts(BasePredictor):
 
     name = "random"
     signal = "a random generator"
+    source = "control: garbage"
 
     def __init__(self, lookahead: int = 1, seed: int = 0) -> None:
         super().__init__(lookahead)

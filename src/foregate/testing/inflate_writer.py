@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from foregate.checkpoint.origin import INFLATION_FILE
 from foregate.checkpoint.source_reader import SourceReader
 from foregate.errors import CheckpointError
 from foregate.testing.inflate_fill import blocks
@@ -17,7 +18,7 @@ from foregate.testing.inflate_rules import Planned
 Progress = Callable[[int, int], None]
 """Told (bytes written, bytes in all) after every tensor."""
 
-NAME = "inflation.json"
+NAME = INFLATION_FILE
 """In the output: of what it was made, and how."""
 
 COPIED = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_config", "chat_template")
