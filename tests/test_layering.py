@@ -14,7 +14,7 @@ RANKS = {
     "types": 0, "errors": 0, "events": 0,
     "config": 1, "interfaces": 1, "registry": 1,
     "checkpoint": 2, "trace": 2, "datasets": 2, "native": 2,
-    "experts": 3, "predictors": 3, "analysis": 3,
+    "experts": 3, "predictors": 3, "analysis": 3, "timeline": 3,
     "training": 4, "prefetch": 4, "testing": 4, "reference": 4,
     "engine": 5, "sim": 5,
     "bench": 6, "server": 6,
@@ -22,7 +22,7 @@ RANKS = {
 }  # fmt: skip
 STRANGERS = [("experts", "predictors"), ("predictors", "experts"), ("engine", "training"), ("engine", "analysis")]
 TORCH_FREE = ["types", "errors", "events", "config", "interfaces", "registry", "prefetch", "experts/cache",
-              "experts/policy", "experts/slots", "experts/transfer", "predictors", "analysis"]  # fmt: skip
+              "experts/policy", "experts/slots", "experts/transfer", "predictors", "analysis", "timeline"]  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

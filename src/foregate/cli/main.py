@@ -17,6 +17,7 @@ from foregate.cli.pack import pack
 from foregate.cli.predictor import app as predictor
 from foregate.cli.reference import app as reference
 from foregate.cli.run import run
+from foregate.cli.timeline import timeline
 from foregate.cli.trace import app as trace
 from foregate.errors import ForegateError
 
@@ -37,6 +38,7 @@ app.command()(inspect)
 app.command()(pack)
 app.command()(doctor)
 app.command()(analyze)
+app.command()(timeline)
 app.add_typer(trace, name="trace")
 app.add_typer(predictor, name="predictor", help="Predictors: which there are, what a file holds.")
 app.add_typer(reference, name="reference", help="The built-in reference model: train it, judge it.")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -17,6 +17,10 @@ from foregate.config import RunConfig, SamplingConfig
 from foregate.errors import ConfigError, PromptError
 from foregate.experts.policy import POLICIES
 from foregate.predictors import PREDICTORS, choice
+
+if TYPE_CHECKING:
+    from foregate.engine.engine import Engine
+    from foregate.timeline.recorder import TimelineRecorder
 
 _RUN = RunConfig()
 _SAMPLING = SamplingConfig()
@@ -53,6 +57,9 @@ def run(
     chat_template: Annotated[
         ChatTemplate, typer.Option(help="Use the model's chat template if it has one.")
     ] = ChatTemplate.auto,
+    trace_events: Annotated[
+        Path | None, typer.Option(help="Write the run as a timeline for Perfetto and foregate timeline (JSON).")
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="A table of figures on stderr at the end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of the text.")] = False,
 ) -> None:
@@ -73,19 +80,36 @@ def run(
 
     with console().status("loading") if console().is_terminal else nullcontext():
         engine = Engine(config)
-    with engine:
+    with engine, ExitStack() as stack:
+        timeline = None if trace_events is None else stack.enter_context(record_timeline(engine, trace_events))
         for step in engine.stream(engine.encode(text, chat_template.value), sampling):
             if not as_json:
                 sys.stdout.write(step.text)
                 sys.stdout.flush()
         assert engine.report is not None
         report = engine.report.as_dict()
+        if timeline is not None:
+            timeline.about["report"] = report
     if as_json:
         print_json(report)
     else:
         sys.stdout.write("\n")
     if stats:
         console().print(stats_table(report))
+
+
+@contextmanager
+def record_timeline(engine: Engine, path: Path) -> Iterator[TimelineRecorder]:
+    """Write what ``engine`` does to ``path`` until the end."""
+    from foregate.timeline.recorder import TimelineRecorder
+
+    about = {"model": engine.config.model, "layers": engine.spec.layers, "budget_bytes": engine.plan.budget_bytes}
+    with TimelineRecorder(path, slot_bytes=engine.plan.slot_bytes, about=about) as timeline:
+        stop = engine.listen(timeline)
+        try:
+            yield timeline
+        finally:
+            stop()
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
