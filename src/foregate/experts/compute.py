@@ -1,5 +1,8 @@
 """One expert's matmuls, on weights that lie in a slot. The only kernel path: every budget and predictor shares it.
 
+Few tokens go through the compiled kernels where module, dtype and machine allow; many tokens, and everything unusual,
+through torch. The choice depends on the module and on the number of tokens alone, never on residency.
+
 Shapes: T tokens, D hidden, F expert hidden, S slots.
 """
 
@@ -10,13 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import _default_apply_gate
 
+from foregate.checkpoint.quantise import SCALE, dequantised
 from foregate.errors import UnsupportedModelError
+from foregate.experts import kernels
 from foregate.experts.slots import SlotPool
 from foregate.types import ExpertLayout
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
 KNOWN_PARAMS = {"gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"}
+FUSED_PARAMS = {"gate_up_proj", "down_proj"}
+
+
+class Weights:
+    """The parameters of one expert: tensors by name, without copies, and the kernel over them once it is asked for."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self._fused: kernels.FusedExpert | None = None
+
+    def fused(self, hidden: int) -> kernels.FusedExpert:
+        """The compiled expert over these tensors."""
+        if self._fused is None:
+            t = self.tensors
+            scales = t.get("gate_up_proj" + SCALE), t.get("down_proj" + SCALE)
+            self._fused = kernels.FusedExpert(t["gate_up_proj"], scales[0], t["down_proj"], scales[1], hidden)
+        return self._fused
 
 
 class SlotViews:
@@ -24,14 +48,14 @@ class SlotViews:
 
     def __init__(self, pool: SlotPool) -> None:
         self._pool = pool
-        self._views: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._views: dict[tuple[int, int], Weights] = {}
 
-    def weights(self, slot: int, layout: ExpertLayout) -> dict[str, Tensor]:
-        """Parameter name → tensor of its layout's shape, over the bytes of ``slot``."""
+    def weights(self, slot: int, layout: ExpertLayout) -> Weights:
+        """The parameters of ``layout``, over the bytes of ``slot``."""
         key = (slot, id(layout))
         found = self._views.get(key)
         if found is None:
-            found = self._views[key] = self._build(slot, layout)
+            found = self._views[key] = Weights(self._build(slot, layout))
         return found
 
     def clear(self) -> None:
@@ -45,24 +69,83 @@ class SlotViews:
 
 def check_supported(module: nn.Module, layout: ExpertLayout, family: str) -> None:
     """Raises UnsupportedModelError, naming the family, for parameters that ``expert_forward`` does not know."""
-    unknown = {p.name for p in layout.params} - KNOWN_PARAMS
+    unknown = {p.name.removesuffix(SCALE) for p in layout.params} - KNOWN_PARAMS
     if unknown:
         raise UnsupportedModelError(
             f"{family}: {type(module).__name__} has parameters that Foregate cannot run: {', '.join(sorted(unknown))}"
         )
 
 
-def expert_forward(module: Any, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def expert_forward(module: Any, x: Tensor, weights: Weights) -> Tensor:
     """Output [T, D] of one expert for ``x`` [T, D], with the flags and the activation of its transformers module."""
+    if len(x) <= kernels.MOST_TOKENS and runs_fused(module, x, weights):
+        return weights.fused(module.down_proj.shape[-1])(x)
+    return torch_forward(module, x, weights.tensors)
+
+
+def runs_fused(module: Any, x: Tensor, weights: Weights) -> bool:
+    """Whether the compiled expert computes what this module does, for weights and inputs of these dtypes."""
+    known: bool | None = module.__dict__.get("_foregate_fused")
+    if known is None:
+        known = module.__dict__["_foregate_fused"] = _is_plain(module) and _fits(weights.tensors)
+    return known and x.dtype in kernels.ACTIVATIONS
+
+
+def _is_plain(module: Any) -> bool:
+    """Gate and up halves one after the other, SiLU, no bias, no norm: what most families are."""
+    return (
+        getattr(module, "has_gate", False)
+        and getattr(module, "is_concatenated", False)
+        and not module.is_transposed
+        and not module.has_bias
+        and not getattr(module, "has_post_expert_norm", False)
+        and type(module)._apply_gate is _default_apply_gate
+        and type(module.act_fn) in (nn.SiLU, SiLUActivation)
+    )
+
+
+def _fits(tensors: dict[str, Tensor]) -> bool:
+    names = {name.removesuffix(SCALE) for name in tensors}
+    if kernels.library() is None or names != FUSED_PARAMS:
+        return False
+    kinds = {tensors[name].dtype for name in names}
+    widest = max(tensors[name].numel() // len(tensors[name]) for name in names)
+    return kinds <= {torch.bfloat16, torch.int8, torch.uint8} and widest <= kernels.MOST_COLUMNS
+
+
+def torch_forward(module: Any, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """The reference, and the path of many tokens and of everything unusual."""
     gated = getattr(module, "has_gate", True)
     transposed = getattr(module, "is_transposed", False)
     first = "gate_up_proj" if gated else "up_proj"
+    weights = {name: _plain(module, name, tensors) for name in tensors if not name.endswith(SCALE)}
     hidden = _linear(x.to(weights[first].dtype), weights[first], weights.get(f"{first}_bias"), transposed)
     hidden = module._apply_gate(hidden) if gated else module.act_fn(hidden)
     out = _linear(hidden, weights["down_proj"], weights.get("down_proj_bias"), transposed)
     if getattr(module, "has_post_expert_norm", False):
         out = module.post_expert_norm(out)
     return out
+
+
+def _plain(module: Any, name: str, tensors: dict[str, Tensor]) -> Tensor:
+    """The parameter in the model's own dtype and shape; a quantised one is taken apart, for this call only."""
+    scales = tensors.get(name + SCALE)
+    if scales is None:
+        return tensors[name]
+    meta = getattr(module, name)
+    return expanded(
+        name, tensors[name], scales, tuple(meta.shape[1:]), meta.dtype, getattr(module, "is_transposed", False)
+    )
+
+
+def expanded(
+    name: str, values: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype, transposed: bool = False
+) -> Tensor:
+    """A quantised matrix in ``dtype``: the same numbers with and without the compiled kernels."""
+    padded = values.dtype is torch.uint8 and values.shape[0] * 16 != shape[0]
+    if kernels.library() is None or dtype is not torch.bfloat16 or transposed or padded:
+        return dequantised(name, values, scales, shape, transposed).to(dtype)
+    return kernels.expand(kernels.matrix(values, scales), torch.empty(shape, dtype=dtype))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

@@ -1,0 +1,168 @@
+/* A small pool of compute threads that share the chunks of one job at a time. No OpenMP: its threads spin.
+ *
+ * Every thread owns a range of chunks, so that it reads memory forwards, and takes from the far end of another's
+ * range when its own is used up: a thread that the system has taken off its core holds up one chunk, not half of the
+ * job. Who computes a chunk never reaches the arithmetic. */
+#ifndef FOREGATE_POOL_H
+#define FOREGATE_POOL_H
+
+#define MAX_THREADS 64
+
+typedef void (*chunk_fn)(void *context, int chunk);
+
+/* Run fn(context, 0 ... chunks-1) on up to `threads` threads, the caller's included; returns when all have run. */
+static void pool_run(chunk_fn fn, void *context, int chunks, int threads);
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define SPINS 1500 /* about 40 us: longer than the gap between two experts of a layer, shorter than an attention */
+
+typedef struct {
+    _Alignas(64) _Atomic uint64_t range; /* next << 32 | end */
+} span;
+
+static struct {
+    pthread_mutex_t lock; /* held by the caller of the running job */
+    int workers;
+    chunk_fn fn;
+    void *context;
+    _Alignas(64) _Atomic uint32_t generation; /* of jobs; what idle workers sleep on */
+    _Atomic int threads;                      /* taking part in the running job */
+    _Atomic int sleepers;
+    _Alignas(64) _Atomic int pending; /* chunks that have not ended */
+    span spans[MAX_THREADS];
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static inline void pause_cpu(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static int take_from(int owner, int front) {
+    _Atomic uint64_t *range = &pool.spans[owner].range;
+    uint64_t seen = atomic_load_explicit(range, memory_order_acquire);
+    for (;;) {
+        uint32_t next = (uint32_t)(seen >> 32), end = (uint32_t)seen;
+        if (next >= end)
+            return -1;
+        uint64_t left = front ? (uint64_t)(next + 1) << 32 | end : (uint64_t)next << 32 | (end - 1);
+        if (atomic_compare_exchange_weak_explicit(range, &seen, left, memory_order_acq_rel, memory_order_acquire))
+            return (int)(front ? next : end - 1);
+    }
+}
+
+static int take(int me, int threads) {
+    int chunk = take_from(me, 1);
+    for (int i = 1; chunk < 0 && i < threads; i++)
+        chunk = take_from((me + i) % threads, 0);
+    return chunk;
+}
+
+/* A chunk that has been taken keeps its job's fn and context in place until it is counted off. */
+static void work(int me, int threads) {
+    for (int chunk; (chunk = take(me, threads)) >= 0;) {
+        pool.fn(pool.context, chunk);
+        atomic_fetch_sub_explicit(&pool.pending, 1, memory_order_release);
+    }
+}
+
+static void *worker(void *argument) {
+    int me = (int)(intptr_t)argument;
+    uint32_t seen = 0;
+    for (;;) {
+        for (int i = 0; i < SPINS && atomic_load_explicit(&pool.generation, memory_order_acquire) == seen; i++)
+            pause_cpu();
+        if (atomic_load(&pool.generation) == seen) {
+            atomic_fetch_add(&pool.sleepers, 1);
+            syscall(SYS_futex, &pool.generation, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+            atomic_fetch_sub(&pool.sleepers, 1);
+            continue;
+        }
+        seen = atomic_load(&pool.generation);
+        int threads = atomic_load(&pool.threads);
+        if (me < threads)
+            work(me, threads);
+    }
+    return NULL;
+}
+
+static void in_forked_child(void) { /* no worker came along, and nobody holds the lock */
+    pthread_mutex_init(&pool.lock, NULL);
+    pool.workers = 0;
+    atomic_store(&pool.sleepers, 0);
+    atomic_store(&pool.pending, 0);
+}
+
+static void watch_forks(void) { pthread_atfork(NULL, NULL, in_forked_child); }
+
+/* Threads that can take part, after starting those that are missing. Signals stay with the program's own threads. */
+static int hire(int threads) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, watch_forks);
+    if (threads - 1 <= pool.workers)
+        return threads;
+    sigset_t all, before;
+    pthread_attr_t attributes;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attributes, 512 << 10);
+    while (pool.workers < threads - 1) {
+        pthread_t thread;
+        if (pthread_create(&thread, &attributes, worker, (void *)(intptr_t)(pool.workers + 1)))
+            break;
+        pool.workers++;
+    }
+    pthread_attr_destroy(&attributes);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return pool.workers + 1 < threads ? pool.workers + 1 : threads;
+}
+
+static void wait_for_others(void) {
+    for (int i = 0; atomic_load_explicit(&pool.pending, memory_order_acquire) > 0; i++) {
+        if (i < 4 * SPINS)
+            pause_cpu();
+        else
+            sched_yield(); /* whoever has the last chunk may wait for this core */
+    }
+}
+
+static void pool_run(chunk_fn fn, void *context, int chunks, int threads) {
+    if (threads > MAX_THREADS)
+        threads = MAX_THREADS;
+    if (threads > chunks)
+        threads = chunks;
+    if (threads <= 1 || pthread_mutex_trylock(&pool.lock)) { /* in use by another thread: alone, same result */
+        for (int chunk = 0; chunk < chunks; chunk++)
+            fn(context, chunk);
+        return;
+    }
+    threads = hire(threads);
+    pool.fn = fn;
+    pool.context = context;
+    atomic_store(&pool.pending, chunks);
+    atomic_store(&pool.threads, threads);
+    for (int i = 0; i < threads; i++) {
+        uint64_t begin = (uint64_t)chunks * i / threads, end = (uint64_t)chunks * (i + 1) / threads;
+        atomic_store_explicit(&pool.spans[i].range, begin << 32 | end, memory_order_release);
+    }
+    atomic_fetch_add(&pool.generation, 1);
+    if (atomic_load(&pool.sleepers))
+        syscall(SYS_futex, &pool.generation, FUTEX_WAKE_PRIVATE, pool.workers, NULL, NULL, 0);
+    work(0, threads);
+    wait_for_others();
+    pthread_mutex_unlock(&pool.lock);
+}
+
+#endif
