@@ -7,11 +7,13 @@ import random
 import pytest
 
 from foregate.experts.cache import ExpertCache, SlotState
+from foregate.experts.native_transfer import available
 from foregate.experts.policy import POLICIES
 from foregate.experts.slots import SlotPool
-from foregate.experts.ticket import ExpertTicket
 from foregate.experts.transfer import ThreadedTransfer
+from foregate.interfaces import Ticket
 from foregate.testing.faults import Fault, FaultyStore, Kind
+from foregate.testing.native import native_over
 from foregate.testing.stores import MemoryStore
 from foregate.types import ExpertKey
 
@@ -22,16 +24,17 @@ LAYERS, EXPERTS, CHOSEN = 3, 16, 4
 class Driver:
     """A small engine: random routing, random speculation, late promotion, cancellation, waves when room is short."""
 
-    def __init__(self, seed: int, policy: str, slots: int, staging: int, threads: int) -> None:
+    def __init__(self, seed: int, policy: str, slots: int, staging: int, threads: int, native: bool) -> None:
         self.rng = random.Random(seed)
         self.good = MemoryStore(SLOT)
         plan = [Fault(Kind.EIO, rate=0.05), Fault(Kind.CORRUPT, rate=0.01), Fault(Kind.SLOW, rate=0.02, seconds=1e-3)]
         self.pool = SlotPool(slots, SLOT)
         self.cache = ExpertCache(self.pool, POLICIES.load(policy)(), staging)
         store = FaultyStore(MemoryStore(SLOT, chunks=2), plan, seed=seed)
-        self.transfer = ThreadedTransfer(store, self.pool, threads=threads, retries=6, timeout_s=20)
-        self.tickets: dict[ExpertKey, ExpertTicket] = {}
-        self.dying: dict[ExpertKey, ExpertTicket] = {}
+        make = native_over if native else ThreadedTransfer
+        self.transfer = make(store, self.pool, threads=threads, retries=6, timeout_s=20)
+        self.tickets: dict[ExpertKey, Ticket] = {}
+        self.dying: dict[ExpertKey, Ticket] = {}
 
     def step(self, layer: int) -> None:
         self.speculate((layer + 1) % LAYERS)
@@ -105,12 +108,15 @@ class Driver:
                 self.cache.drop(key)
 
 
+@pytest.mark.parametrize("native", [False, True], ids=["python", "native"])
 @pytest.mark.parametrize("policy", POLICIES.names)
 @pytest.mark.parametrize(("slots", "staging", "threads"), [(2, 1, 1), (5, 2, 4), (12, 4, 2), (48, 8, 4)])
 def test_used_experts_are_exact_under_faults_speculation_and_pressure(
-    policy: str, slots: int, staging: int, threads: int
+    policy: str, slots: int, staging: int, threads: int, native: bool
 ) -> None:
-    driver = Driver(seed=slots, policy=policy, slots=slots, staging=staging, threads=threads)
+    if native and not available():
+        pytest.skip("the compiled reader was not built")
+    driver = Driver(seed=slots, policy=policy, slots=slots, staging=staging, threads=threads, native=native)
     with driver.transfer:
         for turn in range(120):
             if turn % 40 == 20:

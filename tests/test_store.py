@@ -15,8 +15,9 @@ import pytest
 
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.checkpoint.pack import pack
+from foregate.checkpoint.readplan import CHUNK_BYTES
 from foregate.errors import CheckpointError, ExpertReadError
-from foregate.experts.store import CHUNK_BYTES, IDLE_BUFFERS, DirectStore, PackedStore, _DirectRead, open_store
+from foregate.experts.store import IDLE_BUFFERS, DirectStore, PackedStore, _DirectRead, open_store
 from foregate.types import ExpertKey
 from test_checkpoint_support import keys, read_slot, slots, tiny
 

@@ -10,9 +10,11 @@ from time import perf_counter, sleep
 import pytest
 
 from foregate.errors import TransferError
+from foregate.experts.native_transfer import NativeTransfer, available
 from foregate.experts.slots import SlotPool
 from foregate.experts.sync_transfer import SyncTransfer
 from foregate.experts.transfer import ThreadedTransfer
+from foregate.testing.native import native_over
 from foregate.testing.stores import MemoryStore
 from foregate.types import ExpertKey
 
@@ -20,19 +22,32 @@ SLOT = 16384
 A, B, C = (ExpertKey(0, expert) for expert in range(3))
 PATIENCE_S = 20.0
 
-AnyTransfer = ThreadedTransfer | SyncTransfer
+AnyTransfer = ThreadedTransfer | NativeTransfer | SyncTransfer
 Make = Callable[..., AnyTransfer]
-EVERY_KIND = {
+IN_PYTHON = {
     "1 thread": lambda store, pool, **k: ThreadedTransfer(store, pool, threads=1, **k),
     "4 threads": lambda store, pool, **k: ThreadedTransfer(store, pool, threads=4, **k),
     "sync": SyncTransfer,
     "lazy": lambda store, pool, **k: SyncTransfer(store, pool, lazy=True, **k),
 }
+IN_C = {
+    "1 native thread": lambda store, pool, **k: native_over(store, pool, threads=1, **k),
+    "4 native threads": lambda store, pool, **k: native_over(store, pool, threads=4, **k),
+}
+EVERY_KIND = IN_PYTHON | IN_C
+built = pytest.mark.skipif(not available(), reason="the compiled reader was not built")
 
 
-@pytest.fixture(params=EVERY_KIND.values(), ids=EVERY_KIND.keys())
-def make(request: pytest.FixtureRequest) -> Make:
+@pytest.fixture(params=[ThreadedTransfer, pytest.param(native_over, marks=built)], ids=["python", "native"])
+def threaded(request: pytest.FixtureRequest) -> Make:
+    """Transfers with threads of their own, as many as asked for."""
     made: Make = request.param
+    return made
+
+
+@pytest.fixture(params=[*IN_PYTHON, *(pytest.param(kind, marks=built) for kind in IN_C)])
+def make(request: pytest.FixtureRequest) -> Make:
+    made: Make = EVERY_KIND[request.param]
     return made
 
 
@@ -76,7 +91,7 @@ def all_chunks(key: ExpertKey, first: int = 0, chunks: int = 4) -> list[tuple[Ex
 
 def test_bytes_are_exact_for_random_keys(make: Make) -> None:
     rng = random.Random(3)
-    store, pool = MemoryStore(SLOT, chunks=3), SlotPool(8, SLOT)
+    store, pool = MemoryStore(SLOT, chunks=4), SlotPool(8, SLOT)
     with make(store, pool) as transfer:
         for _ in range(30):
             keys = [ExpertKey(rng.randrange(10), rng.randrange(64)) for _ in range(8)]
@@ -91,15 +106,15 @@ def test_bytes_are_exact_for_random_keys(make: Make) -> None:
                 assert ticket.ok
                 assert pool.view(ticket.slot) == store.expert_bytes(ticket.key)
         stats = transfer.stats()
-    assert sum(store.reads.values()) == stats.chunks == 30 * 8 * 3
+    assert sum(store.reads.values()) == stats.chunks == 30 * 8 * 4
     assert stats.demand_bytes + stats.prefetch_bytes == 30 * 8 * SLOT
     assert (stats.retries, stats.rereads, stats.failed, stats.cancelled) == (0, 0, 0, 0)
     assert 0 < stats.active_s <= stats.busy_s or 0 < stats.busy_s <= stats.active_s
 
 
-def test_chunks_of_one_expert_are_read_in_parallel() -> None:
+def test_chunks_of_one_expert_are_read_in_parallel(threaded: Make) -> None:
     store = GatedStore(chunks=4)
-    with ThreadedTransfer(store, SlotPool(2, SLOT), threads=4) as transfer:
+    with threaded(store, SlotPool(2, SLOT), threads=4) as transfer:
         first = transfer.submit(A, 0, speculative=False)
         transfer.submit(B, 1, speculative=False)
         store.until_started(4)
@@ -108,9 +123,9 @@ def test_chunks_of_one_expert_are_read_in_parallel() -> None:
         transfer.wait(first)
 
 
-def test_demand_overtakes_what_is_unread_of_a_speculation() -> None:
+def test_demand_overtakes_what_is_unread_of_a_speculation(threaded: Make) -> None:
     store = GatedStore(chunks=4)
-    with ThreadedTransfer(store, SlotPool(3, SLOT), threads=1) as transfer:
+    with threaded(store, SlotPool(3, SLOT), threads=1) as transfer:
         speculations = [transfer.submit(key, slot, speculative=True) for slot, key in enumerate((A, B))]
         store.until_started(1)
         demand = transfer.submit(C, 2, speculative=False)
@@ -121,10 +136,10 @@ def test_demand_overtakes_what_is_unread_of_a_speculation() -> None:
     assert store.started == [(A, 0), *all_chunks(C), *all_chunks(A, 1), *all_chunks(B)]
 
 
-def test_each_class_is_served_in_order_of_submission() -> None:
+def test_each_class_is_served_in_order_of_submission(threaded: Make) -> None:
     store = GatedStore(chunks=1)
     keys = [ExpertKey(1, expert) for expert in range(8)]
-    with ThreadedTransfer(store, SlotPool(9, SLOT), threads=1) as transfer:
+    with threaded(store, SlotPool(9, SLOT), threads=1) as transfer:
         blocker = transfer.submit(A, 8, speculative=False)
         store.until_started(1)
         tickets = [transfer.submit(key, slot, speculative=slot % 2 == 0) for slot, key in enumerate(keys)]
@@ -134,9 +149,9 @@ def test_each_class_is_served_in_order_of_submission() -> None:
     assert [key for key, _ in store.started] == [A, *keys[1::2], *keys[::2]]
 
 
-def test_a_late_prefetch_is_promoted_and_read_once() -> None:
+def test_a_late_prefetch_is_promoted_and_read_once(threaded: Make) -> None:
     store, pool = GatedStore(chunks=4), SlotPool(3, SLOT)
-    with ThreadedTransfer(store, pool, threads=1) as transfer:
+    with threaded(store, pool, threads=1) as transfer:
         first, late = (transfer.submit(key, slot, speculative=True) for slot, key in enumerate((A, B)))
         store.until_started(1)
         transfer.promote(late)
@@ -151,9 +166,9 @@ def test_a_late_prefetch_is_promoted_and_read_once() -> None:
     assert late.speculative
 
 
-def test_waiting_promotes() -> None:
+def test_waiting_promotes(threaded: Make) -> None:
     store = GatedStore(chunks=2)
-    with ThreadedTransfer(store, SlotPool(2, SLOT), threads=1) as transfer:
+    with threaded(store, SlotPool(2, SLOT), threads=1) as transfer:
         first, late = (transfer.submit(key, slot, speculative=True) for slot, key in enumerate((A, B)))
         store.until_started(1)
         threading.Timer(0.05, store.allow).start()
@@ -162,9 +177,9 @@ def test_waiting_promotes() -> None:
     assert store.started == [(A, 0), (B, 0), (B, 1), (A, 1)]
 
 
-def test_wait_any_returns_what_has_ended() -> None:
+def test_wait_any_returns_what_has_ended(threaded: Make) -> None:
     store = GatedStore(chunks=1)
-    with ThreadedTransfer(store, SlotPool(2, SLOT), threads=1) as transfer:
+    with threaded(store, SlotPool(2, SLOT), threads=1) as transfer:
         tickets = [transfer.submit(key, slot, speculative=False) for slot, key in enumerate((A, B))]
         store.allow(1)
         assert transfer.wait_any(tickets[::-1]) is tickets[0]
@@ -172,9 +187,9 @@ def test_wait_any_returns_what_has_ended() -> None:
         assert transfer.wait_any(tickets[1:]) is tickets[1]
 
 
-def test_cancelling_what_is_queued_frees_the_slot_at_once_and_reads_nothing() -> None:
+def test_cancelling_what_is_queued_frees_the_slot_at_once_and_reads_nothing(threaded: Make) -> None:
     store = GatedStore(chunks=4)
-    with ThreadedTransfer(store, SlotPool(2, SLOT), threads=1) as transfer:
+    with threaded(store, SlotPool(2, SLOT), threads=1) as transfer:
         running, queued = (transfer.submit(key, slot, speculative=True) for slot, key in enumerate((A, B)))
         store.until_started(1)
         assert transfer.cancel(queued)
@@ -189,9 +204,9 @@ def test_cancelling_what_is_queued_frees_the_slot_at_once_and_reads_nothing() ->
     assert store.started == all_chunks(A)
 
 
-def test_cancelling_what_is_being_read_frees_the_slot_when_the_chunk_ends() -> None:
+def test_cancelling_what_is_being_read_frees_the_slot_when_the_chunk_ends(threaded: Make) -> None:
     store = GatedStore(chunks=4)
-    with ThreadedTransfer(store, SlotPool(2, SLOT), threads=1) as transfer:
+    with threaded(store, SlotPool(2, SLOT), threads=1) as transfer:
         ticket = transfer.submit(A, 0, speculative=True)
         store.until_started(1)
         assert not transfer.cancel(ticket)
@@ -213,9 +228,9 @@ def test_cancelling_what_is_complete_keeps_it_complete(make: Make) -> None:
         assert transfer.stats().cancelled == 0
 
 
-def test_a_demand_can_be_cancelled_too() -> None:
+def test_a_demand_can_be_cancelled_too(threaded: Make) -> None:
     store = GatedStore(chunks=4)
-    with ThreadedTransfer(store, SlotPool(2, SLOT), threads=1) as transfer:
+    with threaded(store, SlotPool(2, SLOT), threads=1) as transfer:
         blocker, ticket = (transfer.submit(key, slot, speculative=False) for slot, key in enumerate((A, B)))
         store.until_started(1)
         assert transfer.cancel(ticket)
@@ -226,9 +241,9 @@ def test_a_demand_can_be_cancelled_too() -> None:
 
 @pytest.mark.parametrize("drained", [False, True])
 @pytest.mark.parametrize("read_before", [1, 4])
-def test_a_cancelled_transfer_is_revived_without_reading_twice(drained: bool, read_before: int) -> None:
+def test_a_cancelled_transfer_is_revived_without_reading_twice(drained: bool, read_before: int, threaded: Make) -> None:
     store, pool = GatedStore(chunks=4), SlotPool(1, SLOT)
-    with ThreadedTransfer(store, pool, threads=1) as transfer:
+    with threaded(store, pool, threads=1) as transfer:
         ticket = transfer.submit(A, 0, speculative=True)
         store.allow(read_before - 1)
         store.until_started(read_before)
@@ -259,9 +274,9 @@ def test_a_cancelled_lazy_read_can_be_revived() -> None:
     assert pool.view(0) == store.expert_bytes(A)
 
 
-def test_close_drops_the_queue_ends_the_threads_and_refuses_more() -> None:
+def test_close_drops_the_queue_ends_the_threads_and_refuses_more(threaded: Make) -> None:
     store = GatedStore(chunks=2)
-    transfer = ThreadedTransfer(store, SlotPool(2, SLOT), threads=1)
+    transfer = threaded(store, SlotPool(2, SLOT), threads=1)
     running, queued = (transfer.submit(key, slot, speculative=False) for slot, key in enumerate((A, B)))
     store.until_started(1)
     threading.Timer(0.05, store.allow).start()
@@ -275,21 +290,22 @@ def test_close_drops_the_queue_ends_the_threads_and_refuses_more() -> None:
         transfer.submit(C, 0, speculative=False)
 
 
-def test_close_does_not_wait_for_ever_for_a_hanging_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_does_not_wait_for_ever_for_a_hanging_read(monkeypatch: pytest.MonkeyPatch, threaded: Make) -> None:
     monkeypatch.setattr("foregate.experts.transfer.JOIN_S", 0.05)
+    monkeypatch.setattr("foregate.experts.native_transfer.JOIN_S", 0.05)
     store = GatedStore(chunks=1)
-    transfer = ThreadedTransfer(store, SlotPool(1, SLOT), threads=2)
+    transfer = threaded(store, SlotPool(1, SLOT), threads=2)
     transfer.submit(A, 0, speculative=False)
     store.until_started(1)
     transfer.close()
     store.allow()
 
 
-def test_no_slot_is_written_after_done_under_random_promotion_and_cancellation() -> None:
+def test_no_slot_is_written_after_done_under_random_promotion_and_cancellation(threaded: Make) -> None:
     rng = random.Random(5)
     store, pool = MemoryStore(SLOT, chunks=4), SlotPool(16, SLOT)
     marks: dict[int, bytes] = {}
-    with ThreadedTransfer(store, pool, threads=4) as transfer:
+    with threaded(store, pool, threads=4) as transfer:
         for turn in range(150):
             tickets = [transfer.submit(ExpertKey(turn % 7, slot), slot, speculative=slot > 2) for slot in range(16)]
             for ticket in rng.sample(tickets[3:], 8):

@@ -11,11 +11,13 @@ from time import perf_counter, sleep
 import pytest
 
 from foregate.errors import CheckpointError, ExpertReadError, PackError, TransferError
+from foregate.experts.native_transfer import NativeTransfer, available
 from foregate.experts.slots import SlotPool
 from foregate.experts.sync_transfer import SyncTransfer
 from foregate.experts.transfer import ThreadedTransfer
 from foregate.interfaces import ExpertRead
 from foregate.testing.faults import Fault, FaultyStore, Kind
+from foregate.testing.native import native_over
 from foregate.testing.stores import MemoryRead, MemoryStore
 from foregate.types import ExpertKey
 
@@ -23,23 +25,43 @@ SLOT = 16384
 A, B = ExpertKey(0, 0), ExpertKey(3, 17)
 PATIENCE_S = 20.0
 
-AnyTransfer = ThreadedTransfer | SyncTransfer
+AnyTransfer = ThreadedTransfer | NativeTransfer | SyncTransfer
 Make = Callable[..., AnyTransfer]
-EVERY_KIND = {
+IN_PYTHON = {
     "1 thread": lambda store, pool, **k: ThreadedTransfer(store, pool, threads=1, **k),
     "4 threads": lambda store, pool, **k: ThreadedTransfer(store, pool, threads=4, **k),
     "sync": SyncTransfer,
     "lazy": lambda store, pool, **k: SyncTransfer(store, pool, lazy=True, **k),
 }
+IN_C = {
+    "1 native thread": lambda store, pool, **k: native_over(store, pool, threads=1, **k),
+    "4 native threads": lambda store, pool, **k: native_over(store, pool, threads=4, **k),
+}
+EVERY_KIND = IN_PYTHON | IN_C
+built = pytest.mark.skipif(not available(), reason="the compiled reader was not built")
 
 
-@pytest.fixture(params=EVERY_KIND.values(), ids=EVERY_KIND.keys())
-def make(request: pytest.FixtureRequest) -> Make:
+@pytest.fixture(params=[ThreadedTransfer, pytest.param(native_over, marks=built)], ids=["python", "native"])
+def threaded(request: pytest.FixtureRequest) -> Make:
+    """Transfers with threads of their own, as many as asked for."""
     made: Make = request.param
     return made
 
 
-@pytest.fixture(params=["1 thread", "4 threads", "sync"])
+@pytest.fixture(params=[*IN_PYTHON, *(pytest.param(kind, marks=built) for kind in IN_C)])
+def make(request: pytest.FixtureRequest) -> Make:
+    made: Make = EVERY_KIND[request.param]
+    return made
+
+
+@pytest.fixture(params=IN_PYTHON.values(), ids=IN_PYTHON.keys())
+def of_python(request: pytest.FixtureRequest) -> Make:
+    """Transfers that let the store verify."""
+    made: Make = request.param
+    return made
+
+
+@pytest.fixture(params=["1 thread", "4 threads", "sync", pytest.param("4 native threads", marks=built)])
 def eager(request: pytest.FixtureRequest) -> Make:
     """Transfers that read a speculation before anybody waits for it."""
     made: Make = EVERY_KIND[request.param]
@@ -63,6 +85,11 @@ def faulty(*plan: Fault, chunks: int = 4, verify: bool = True, seed: int = 0) ->
     return FaultyStore(MemoryStore(SLOT, chunks=chunks, verify=verify), plan, seed=seed)
 
 
+def skip_unverified(make: Make, verify: bool) -> None:
+    if not verify and make in IN_C.values():
+        pytest.skip("the native transfer takes only experts with a checksum")
+
+
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_bytes_are_exact_under_every_recoverable_fault(make: Make, seed: int, verify: bool) -> None:
@@ -73,6 +100,7 @@ def test_bytes_are_exact_under_every_recoverable_fault(make: Make, seed: int, ve
         Fault(Kind.CORRUPT, rate=0.05),
         Fault(Kind.SLOW, rate=0.05, seconds=1e-3),
     ]
+    skip_unverified(make, verify)
     store, pool = faulty(*plan, verify=verify, seed=seed), SlotPool(8, SLOT)
     good = MemoryStore(SLOT)
     with make(store, pool, retries=9) as transfer:
@@ -113,9 +141,9 @@ def test_a_permanent_error_is_raised_once_waited_for_and_names_file_offset_and_e
     assert store.injected[Kind.EIO] == 4
 
 
-def test_a_read_of_no_chunks_is_an_error_at_once(make: Make) -> None:
+def test_a_read_of_no_chunks_is_an_error_at_once(of_python: Make) -> None:
     """Nobody would take its last chunk: the wait had no end."""
-    with make(MemoryStore(SLOT, chunks=0), SlotPool(1, SLOT)) as transfer:
+    with of_python(MemoryStore(SLOT, chunks=0), SlotPool(1, SLOT)) as transfer:
         for speculative in (True, False):
             ticket = transfer.submit(B, 0, speculative=speculative)
             assert ticket.done
@@ -134,6 +162,7 @@ def test_a_bad_checksum_reads_the_whole_expert_again(make: Make) -> None:
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_bytes_that_never_match_are_an_error_never_wrong_bytes(make: Make, verify: bool) -> None:
+    skip_unverified(make, verify)
     store = faulty(Fault(Kind.CORRUPT, keys=[B]), verify=verify)
     with make(store, SlotPool(1, SLOT)) as transfer:
         with pytest.raises(ExpertReadError, match=r"memory, offset 0, expert 3\.17"):
@@ -175,11 +204,11 @@ def test_a_speculation_that_fails_for_good_surfaces_only_at_its_wait(eager: Make
     assert (stats.failed, stats.failed_prefetch) == (2, 1)
 
 
-def test_a_failed_expert_is_not_done_while_another_chunk_of_it_is_still_written() -> None:
+def test_a_failed_expert_is_not_done_while_another_chunk_of_it_is_still_written(threaded: Make) -> None:
     store = faulty(Fault(Kind.HANG, chunks=[0]), Fault(Kind.EIO, chunks=[1]))
-    with ThreadedTransfer(store, SlotPool(1, SLOT), threads=2) as transfer:
+    with threaded(store, SlotPool(1, SLOT), threads=2) as transfer:
         ticket = transfer.submit(A, 0, speculative=False)
-        until(lambda: ticket.error is not None)
+        until(lambda: transfer.stats().failed == 1)
         assert not ticket.done
         assert not transfer.cancel(ticket)
         store.release()
@@ -189,20 +218,20 @@ def test_a_failed_expert_is_not_done_while_another_chunk_of_it_is_still_written(
     assert store.injected[Kind.HANG] == 1
 
 
-def test_a_speculation_promoted_while_it_fails_starts_again_when_its_last_chunk_has_ended() -> None:
+def test_a_speculation_promoted_while_it_fails_starts_again_when_its_last_chunk_has_ended(threaded: Make) -> None:
     store, pool = faulty(Fault(Kind.HANG, chunks=[0]), Fault(Kind.EIO, chunks=[1], first=4)), SlotPool(1, SLOT)
-    with ThreadedTransfer(store, pool, threads=2) as transfer:
+    with threaded(store, pool, threads=2) as transfer:
         ticket = transfer.submit(A, 0, speculative=True)
-        until(lambda: ticket.error is not None)
+        until(lambda: transfer.stats().failed == 1)
         transfer.promote(ticket)
         store.release()
         transfer.wait(ticket)
     assert pool.view(0) == MemoryStore(SLOT).expert_bytes(A)
 
 
-def test_a_hanging_read_is_a_time_out_that_names_the_expert_and_keeps_its_slot() -> None:
+def test_a_hanging_read_is_a_time_out_that_names_the_expert_and_keeps_its_slot(threaded: Make) -> None:
     store = faulty(Fault(Kind.HANG, keys=[B]))
-    with ThreadedTransfer(store, SlotPool(2, SLOT), threads=1, timeout_s=0.05) as transfer:
+    with threaded(store, SlotPool(2, SLOT), threads=1, timeout_s=0.05) as transfer:
         hanging, queued = (transfer.submit(key, slot, speculative=False) for slot, key in enumerate((B, A)))
         for _ in range(2):
             with pytest.raises(TransferError, match=r"memory, offset 0, expert 3\.17: no data for 0\.05 s"):
@@ -215,9 +244,9 @@ def test_a_hanging_read_is_a_time_out_that_names_the_expert_and_keeps_its_slot()
         until(lambda: hanging.done)
 
 
-def test_wait_any_gives_back_what_timed_out() -> None:
+def test_wait_any_gives_back_what_timed_out(threaded: Make) -> None:
     store = faulty(Fault(Kind.HANG))
-    with ThreadedTransfer(store, SlotPool(1, SLOT), threads=1, timeout_s=0.05) as transfer:
+    with threaded(store, SlotPool(1, SLOT), threads=1, timeout_s=0.05) as transfer:
         ticket = transfer.submit(A, 0, speculative=False)
         assert transfer.wait_any([ticket]) is ticket
         with pytest.raises(TransferError, match="no data"):
@@ -225,9 +254,9 @@ def test_wait_any_gives_back_what_timed_out() -> None:
         store.release()
 
 
-def test_slow_is_not_hanging() -> None:
+def test_slow_is_not_hanging(threaded: Make) -> None:
     store = faulty(Fault(Kind.SLOW, seconds=0.2), chunks=4)
-    with ThreadedTransfer(store, SlotPool(1, SLOT), threads=1, timeout_s=0.6) as transfer:
+    with threaded(store, SlotPool(1, SLOT), threads=1, timeout_s=0.6) as transfer:
         transfer.wait(transfer.submit(A, 0, speculative=False))
 
 
@@ -262,10 +291,10 @@ class Broken(MemoryStore):
     ],
 )
 def test_whatever_a_store_raises_surfaces_at_the_wait_and_the_workers_live_on(
-    make: Make, place: str, error: Exception, raised: type[Exception], message: str
+    of_python: Make, place: str, error: Exception, raised: type[Exception], message: str
 ) -> None:
     store = Broken(place, error)
-    with make(store, SlotPool(1, SLOT)) as transfer:
+    with of_python(store, SlotPool(1, SLOT)) as transfer:
         ticket = transfer.submit(B, 0, speculative=False)
         with pytest.raises(raised, match=re.escape(message)) as got:
             transfer.wait(ticket)

@@ -15,6 +15,11 @@ UNITS = {
 
 _MOST = 2**60
 
+DEFAULT_READERS = 4
+"""Reader threads where nothing was measured."""
+
+MOST_READERS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -70,11 +75,22 @@ def parse_prefetch(text: str) -> int | None:
     raise ConfigError(f"prefetch {text!r} is not auto, off or a whole number of experts per layer")
 
 
+def parse_readers(text: str | int) -> int | None:
+    """``auto`` → None (measured at the start), else a number of reader threads. Raises ConfigError otherwise."""
+    value = str(text).strip().lower()
+    if value == "auto":
+        return None
+    if re.fullmatch(r"[0-9]{1,3}", value) and 1 <= int(value) <= MOST_READERS:
+        return int(value)
+    raise ConfigError(f"reader threads {text!r} is not auto or a number from 1 to {MOST_READERS}")
+
+
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """How to run a model. ``threads`` are compute threads (None: torch's own choice); the readers come on top.
 
     ``predictor`` is a name or a predictor file; ``lookahead`` None is what it was made for.
+    ``reader_threads``: a number, or "auto" to measure what the disk of a pack needs.
     """
 
     model: str = "reference"
@@ -83,7 +99,7 @@ class RunConfig:
     prefetch: str = "auto"
     lookahead: int | None = None
     cache_policy: str = "lfru"
-    reader_threads: int = 4
+    reader_threads: str | int = "auto"
     threads: int | None = None
     read_timeout_s: float = 120.0
 
@@ -96,7 +112,7 @@ class RunConfig:
             raise ConfigError(
                 f"predictor none predicts nothing: prefetch {self.prefetch} and lookahead {self.lookahead} have no use"
             )
-        _at_least("reader threads", self.reader_threads, 1)
+        parse_readers(self.reader_threads)
         if self.threads is not None:
             _at_least("threads", self.threads, 1)
         if not self.read_timeout_s > 0:

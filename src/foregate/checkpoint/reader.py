@@ -76,7 +76,7 @@ class WeightFiles:
             except OSError as error:
                 if error.errno not in REFUSALS:
                     raise
-            handle = self._fall_back(path)
+            handle = self.fall_back(path)
         count = os.preadv(handle.fd, [into], offset)
         # the budget must not be exceeded in the page cache
         os.posix_fadvise(handle.fd, offset, count, os.POSIX_FADV_DONTNEED)
@@ -102,7 +102,8 @@ class WeightFiles:
             self._say_buffered(path)
         return _Handle(os.open(path, flags), False)
 
-    def _fall_back(self, path: str) -> _Handle:
+    def fall_back(self, path: str) -> _Handle:
+        """Read ``path`` through the page cache from now on."""
         with self._lock:
             handle = self._handles[path]
             if handle.direct:

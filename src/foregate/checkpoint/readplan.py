@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from foregate.checkpoint.naming import LayerSources
 from foregate.types import ALIGNMENT, Segment, align_up
 
+CHUNK_BYTES = 1 << 20
+"""Default size of one read: a demand read waits behind at most this much of every speculative one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

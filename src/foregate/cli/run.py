@@ -48,7 +48,9 @@ def run(
         typer.Option(help="Layers from signal to farthest prediction; else the predictor's own."),
     ] = _RUN.lookahead,
     cache_policy: Annotated[str, typer.Option(help=f"One of: {', '.join(POLICIES.names)}.")] = _RUN.cache_policy,
-    reader_threads: Annotated[int, typer.Option(help="Threads that read experts.")] = _RUN.reader_threads,
+    reader_threads: Annotated[str, typer.Option(help="Threads that read experts, or auto: as measured.")] = str(
+        _RUN.reader_threads
+    ),
     threads: Annotated[int | None, typer.Option(help="Compute threads; torch's choice if not given.")] = _RUN.threads,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = _SAMPLING.max_new_tokens,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _SAMPLING.temperature,

@@ -16,7 +16,8 @@ from torch import Tensor
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.checkpoint.origin import original_fingerprint
-from foregate.config import RunConfig, SamplingConfig, parse_prefetch
+from foregate.checkpoint.readplan import CHUNK_BYTES
+from foregate.config import DEFAULT_READERS, RunConfig, SamplingConfig, parse_prefetch, parse_readers
 from foregate.engine.memory import SlotPlan, overhead, plan_slots, rss_peak
 from foregate.engine.meter import Meter
 from foregate.engine.model import load_model, load_tokenizer
@@ -30,9 +31,9 @@ from foregate.events import EventHub, EventListener, PassBegan, TokenMade, ns
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, check_supported
 from foregate.experts.policy import POLICIES
+from foregate.experts.readers import choose, open_transfer
 from foregate.experts.slots import SlotPool
-from foregate.experts.store import CHUNK_BYTES, open_store
-from foregate.experts.transfer import ThreadedTransfer
+from foregate.experts.store import open_store
 from foregate.interfaces import ExpertStore, Predictor, RoutingObserver
 from foregate.predictors import PREDICTORS, choice
 from foregate.predictors.file import ModelIdentity
@@ -152,7 +153,7 @@ class Engine:
     def _overhead(self) -> int:
         return overhead(
             slot_bytes=self.spec.expert_slot_bytes,
-            readers=self.config.reader_threads,
+            readers=parse_readers(self.config.reader_threads) or DEFAULT_READERS,
             packed=self.checkpoint.packed,
         )
 
@@ -163,8 +164,9 @@ class Engine:
             check_supported(module, layout, spec.model_type)
         self.pool = SlotPool(self.plan.slots, self.plan.slot_bytes)
         self.signals = ModelSignals(self.model, spec.module_paths, spec.experts_per_layer, spec.top_k, spec.model_type)
-        self.transfer = ThreadedTransfer(
-            self.store, self.pool, threads=config.reader_threads, timeout_s=config.read_timeout_s
+        self.readers = choose(parse_readers(config.reader_threads), self.store, self.pool, spec.experts_per_layer)
+        self.transfer = open_transfer(
+            self.store, self.pool, threads=self.readers.threads, timeout_s=config.read_timeout_s
         )
         self.predictor: Predictor = choice.make_predictor(config.predictor, config.lookahead, self._identity)
         self._views = SlotViews(self.pool)
@@ -349,6 +351,7 @@ class Engine:
             load_s=self.load_s,
             staging_slots=self._staging()[0],
             overhead_bytes=self._overhead(),
+            readers=self.readers.as_dict(),
         )
 
     def _close_report(self, report: RunReport) -> None:

@@ -31,6 +31,7 @@ class RunReport:
     staging_slots: int = 0
     overhead_bytes: int = 0
     controller: dict[str, Any] = field(default_factory=dict)
+    readers: dict[str, Any] = field(default_factory=dict)
     steps: list[GenerationStep] = field(default_factory=list)
     resident_bytes_peak: int = 0
     rss_peak_bytes: int = 0
@@ -91,6 +92,7 @@ class RunReport:
             "cache_policy": self.cache_policy,
             "controller": self.controller,
             "store": self.store,
+            "readers": self.readers,
             "direct_io": self.direct_io,
             "cold": self.cold,
         }

@@ -12,14 +12,11 @@ from foregate.checkpoint.assemble import assemble
 from foregate.checkpoint.manifest import EXPERTS_FILE, PackedExpert
 from foregate.checkpoint.opening import Checkpoint
 from foregate.checkpoint.reader import WeightFiles
-from foregate.checkpoint.readplan import Chunk, ReadPlan, plan_reads, scratch_bytes, split
+from foregate.checkpoint.readplan import CHUNK_BYTES, Chunk, ReadPlan, plan_reads, scratch_bytes, split
 from foregate.errors import CheckpointError, ExpertReadError
+from foregate.experts.native_transfer import Place
 from foregate.interfaces import ExpertRead, ExpertStore
 from foregate.types import ALIGNMENT, ExpertKey, ExpertLayout
-
-CHUNK_BYTES = 1 << 20
-"""Default size of one read: a demand read waits behind at most this much of every speculative one."""
-
 
 IDLE_BUFFERS = 8
 """Scratch buffers kept for the next reads: twice the usual four reader threads."""
@@ -191,14 +188,27 @@ class PackedStore(_Store):
         if checkpoint.manifest is None:
             raise CheckpointError(f"{checkpoint.directory} is not a pack")
         self._manifest = checkpoint.manifest
-        self._path = str(checkpoint.directory / EXPERTS_FILE)
-        super().__init__(checkpoint, [self._path], chunk_bytes)
+        self.path = str(checkpoint.directory / EXPERTS_FILE)
+        super().__init__(checkpoint, [self.path], chunk_bytes)
 
     def begin(self, key: ExpertKey, into: memoryview) -> ExpertRead:
         """Plan a read of ``key`` into ``into``. Reads nothing yet."""
         expert = self._manifest.find(key)
-        chunks = split(self._path, expert.offset, expert.nbytes, 0, expert.nbytes, self._chunk_bytes)
+        chunks = split(self.path, expert.offset, expert.nbytes, 0, expert.nbytes, self._chunk_bytes)
         return _PackedRead(self._files, key, chunks, expert, into)
+
+    def place(self, key: ExpertKey) -> Place:
+        """Where ``key`` lies in the file ``path``. Raises IndexError for a key that the model does not have."""
+        expert = self._manifest.find(key)
+        return Place(expert.offset, expert.nbytes, expert.checksum)
+
+    def where(self, key: ExpertKey, at: int) -> str:
+        """File, offset and expert of the byte ``at`` of ``key``."""
+        return f"{self.path} at byte {self._manifest.find(key).offset + at}, {name_of(key)}"
+
+    def refuse_direct(self) -> None:
+        """The file system has refused a direct read to somebody else: read through the page cache from now on."""
+        self._files.fall_back(self.path)
 
 
 class _PackedRead(_Read):

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from foregate.checkpoint.opening import open_checkpoint
-from foregate.config import RunConfig
+from foregate.config import DEFAULT_READERS
 from foregate.engine.memory import overhead
 from foregate.errors import ForegateError
 from foregate.testing.cgroup import run_limited
@@ -29,7 +29,7 @@ def main() -> int:
     model = _packed(source) if options.packed else source
     spec = open_checkpoint(model).spec
     budget = spec.total_expert_bytes // options.times
-    beside = overhead(slot_bytes=spec.expert_slot_bytes, readers=RunConfig().reader_threads, packed=options.packed)
+    beside = overhead(slot_bytes=spec.expert_slot_bytes, readers=DEFAULT_READERS, packed=options.packed)
     limit = spec.dense_bytes + budget + beside
     command = [sys.executable, "-m", "foregate", "run", str(model), "--memory-budget", str(budget), "--json"]
     command += ["--max-new-tokens", str(options.tokens), "-p", options.prompt, "--predictor", options.predictor]

@@ -64,7 +64,7 @@ class FaultyStore:
     def __init__(self, inner: ExpertStore, plan: Sequence[Fault], *, seed: int = 0) -> None:
         self.slot_bytes = inner.slot_bytes
         self.injected: Counter[Kind] = Counter()
-        self._inner = inner
+        self.inner = inner
         self._plan = tuple(plan)
         self._seed = seed
         self._attempts: Counter[tuple[ExpertKey, int]] = Counter()
@@ -74,14 +74,14 @@ class FaultyStore:
 
     @property
     def direct_io(self) -> bool:
-        return self._inner.direct_io
+        return self.inner.direct_io
 
     def layout(self, layer: int) -> ExpertLayout:
-        return self._inner.layout(layer)
+        return self.inner.layout(layer)
 
     def begin(self, key: ExpertKey, into: memoryview) -> FaultyRead:
         """Plan a read; the faults strike when chunks are read."""
-        return FaultyRead(self, self._inner.begin(key, into), key, into)
+        return FaultyRead(self, self.inner.begin(key, into), key, into)
 
     def strike(self, key: ExpertKey, index: int) -> list[Fault]:
         """The faults of the next read of this chunk, counted."""
@@ -111,11 +111,11 @@ class FaultyStore:
         """End every hang with an error and close the inner store."""
         self._closed = True
         self._released.set()
-        self._inner.close()
+        self.inner.close()
 
 
 class FaultyRead:
-    """One read through a FaultyStore."""
+    """One read through a FaultyStore. ``corrupt``: the chunks read last whose bytes are to be wrong."""
 
     def __init__(self, store: FaultyStore, inner: ExpertRead, key: ExpertKey, into: memoryview) -> None:
         self.chunks = inner.chunks
@@ -124,24 +124,24 @@ class FaultyRead:
         self._inner = inner
         self._key = key
         self._into = into
-        self._corrupt: set[int] = set()
+        self.corrupt: set[int] = set()
 
     def read(self, index: int) -> None:
         """Read chunk ``index`` after what the plan does to it. Raises OSError for EIO, SHORT and a closed HANG."""
-        self._corrupt.discard(index)
+        self.corrupt.discard(index)
         for fault in self._store.strike(self._key, index):
             self._apply(fault, index)
         self._inner.read(index)
 
     def finish(self) -> None:
         """Verify. Raises ExpertReadError if a chunk was corrupted, from the inner store if it notices."""
-        if not self._corrupt:
+        if not self.corrupt:
             self._inner.finish()
             return
         self._into[0] ^= 1
         self._inner.finish()
         # The store did not notice: it has no checksum, or assembled the slot from a buffer of its own.
-        raise ExpertReadError(f"{self.where(min(self._corrupt))}: corrupt bytes (injected)")
+        raise ExpertReadError(f"{self.where(min(self.corrupt))}: corrupt bytes (injected)")
 
     def where(self, index: int) -> str:
         return self._inner.where(index)
@@ -156,4 +156,4 @@ class FaultyRead:
         elif fault.kind is Kind.HANG:
             self._store.hang()
         else:
-            self._corrupt.add(index)
+            self.corrupt.add(index)
