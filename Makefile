@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: demo test fast slow vllm-test cgroup traces reference clean
+.PHONY: demo test fast slow vllm-test rivals rivals-test cgroup traces reference clean
 
 demo: $(VENV)/.installed  ## The main job: the built-in model under a quarter of its expert bytes.
 	$(BIN)/foregate run reference --memory-budget 25% --max-new-tokens 96 --stats \
@@ -30,6 +30,17 @@ reference: $(VENV)/.installed  ## Train the reference model on (hours; resumes).
 
 vllm-test: $(VENV)/.installed .venv-vllm/.installed  ## Real vLLM against transformers (minutes, 2 GB).
 	$(BIN)/pytest -m vllm tests/test_vllm.py
+
+rivals: .venv-rivals/.installed  ## llama.cpp (compiled here: ten minutes a core) and accelerate, for bench.
+
+rivals-test: $(VENV)/.installed rivals  ## What the rivals compute against transformers (minutes).
+	$(BIN)/pytest -m rivals tests/test_rivals.py
+
+.venv-rivals/.installed: rivals-constraints.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-rivals
+	CMAKE_ARGS="-DGGML_NATIVE=ON" .venv-rivals/bin/pip install -q --disable-pip-version-check \
+	  -c constraints.txt -r rivals-constraints.txt -e ".[rivals]"
+	touch $@
 
 .venv-vllm/.installed: vllm-constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv-vllm

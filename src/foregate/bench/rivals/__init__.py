@@ -1,0 +1,11 @@
+"""Other systems on the same model, the same tokens and under the same memory limit. docs/rivals.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from foregate.bench.rivals import disk_offload, llama
+from foregate.bench.rivals.rival import Rival
+
+RIVALS: Mapping[str, Rival] = {"llama.cpp": llama, "accelerate": disk_offload}
+"""Name in the table → the module that prepares and starts it."""
