@@ -4,5 +4,14 @@ from __future__ import annotations
 
 from foregate.registry import Registry
 
-TRAINERS = Registry("trainer", {})
+TRAINERS = Registry(
+    "trainer",
+    {
+        "popularity": "foregate.training.counting:POPULARITY",
+        "markov": "foregate.training.counting:MARKOV",
+        "eam": "foregate.training.library:EAM",
+        "expert-map": "foregate.training.library:EXPERT_MAP",
+        "quasi-hidden": "foregate.training.calibration:QUASI_HIDDEN",
+    },
+)
 """Name of a predictor → ``module:TRAINER``, a ``training.trainer.Trainer``."""

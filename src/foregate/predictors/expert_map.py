@@ -1,0 +1,94 @@
+"""Stored router probabilities of single tokens, matched by the input first and by the routing then (fMoE, FineMoE).
+
+Shapes: M stored maps, L MoE layers, E experts, D hidden, k experts chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from foregate.interfaces import Signals
+from foregate.predictors.file import Artifact
+from foregate.predictors.fitted import FittedPredictor, last_token
+from foregate.predictors.targets import targets
+from foregate.types import Prediction, PredictorCost, RoutingStep
+
+
+class ExpertMap(FittedPredictor):
+    """Arrays ``maps`` [M, L, E], router probabilities of stored tokens, and ``inputs`` [M, D], what entered their
+    first attention. Option ``semantic_layers``: layers up to which the input decides, not the routing observed.
+
+    The routing observed is this token's chosen experts with their weights, not the whole distribution, which costs
+    nothing to know. Of the match, experts are kept until their probabilities sum to 1 - score (the cosine of the
+    match), and at least k.
+    """
+
+    name = "expert-map"
+    signal = "pre_attention of the first layer, then routing of this token"
+    source = "fMoE, FineMoE"
+
+    def __init__(self, artifact: Artifact, lookahead: int) -> None:
+        super().__init__(artifact, lookahead)
+        layers, hidden = self.model.layers, self.model.hidden_size
+        maps = np.asarray(artifact.array("maps", (None, layers, self.width)), np.float32)
+        inputs = np.asarray(artifact.array("inputs", (len(maps), hidden)), np.float32)
+        self._semantic = artifact.option("semantic_layers", int)
+        self._inputs = inputs / np.maximum(np.linalg.norm(inputs, axis=1, keepdims=True), 1e-12)
+        # [L, E, M]: an observation adds k contiguous rows of M numbers
+        self._columns = np.ascontiguousarray(np.transpose(maps, (1, 2, 0)))
+        self._lengths = np.sqrt(np.maximum(np.cumsum((maps**2).sum(axis=2), axis=1), 1e-12)).T.copy()
+        order = np.argsort(-maps, axis=2, kind="stable")
+        self._order, self._sorted = order, np.take_along_axis(maps, order, axis=2)
+        self._sums = np.cumsum(self._sorted, axis=2)
+        self._dots = np.zeros(len(maps), np.float32)
+        self._square = 0.0
+        self._seen = -1
+        self._by_input: tuple[int, float] | None = None
+
+    def cost(self) -> PredictorCost:
+        numbers = self._dots.size * (self.model.top_k + 2)
+        return PredictorCost(numbers, 4 * numbers, self.parameters)
+
+    def reset(self) -> None:
+        self._seen = -1
+
+    def observe(self, step: RoutingStep) -> None:
+        layer = step.layer
+        if layer <= self._seen or self._seen < 0:
+            self._dots[:] = 0
+            self._square, self._by_input = 0.0, None
+        self._seen = layer
+        chosen, weights = last_token(step, self.model.experts[layer])
+        self._dots += weights @ self._columns[layer][chosen]
+        self._square += float(weights @ weights)
+
+    def predict(self, signals: Signals) -> Sequence[Prediction]:
+        match, score = self._match(signals)
+        return [self._kept(match, score, target) for target in targets(self, signals.layer, signals.layers)]
+
+    def _match(self, signals: Signals) -> tuple[int, float]:
+        """The stored token that is nearest, and the cosine to it."""
+        if signals.layer < self._semantic:
+            if self._by_input is None:
+                self._by_input = self._nearest_input(signals)
+            return self._by_input
+        cosines = self._dots / self._lengths[signals.layer]
+        match = int(cosines.argmax())
+        return match, float(cosines[match]) / max(self._square**0.5, 1e-12)
+
+    def _nearest_input(self, signals: Signals) -> tuple[int, float]:
+        # an inflated model's vectors begin with the original's
+        value = signals.hidden("pre_attention")[: self.model.hidden_size]
+        cosines = self._inputs @ value
+        match = int(cosines.argmax())
+        return match, float(cosines[match]) / max(float(np.linalg.norm(value)), 1e-12)
+
+    def _kept(self, match: int, score: float, target: int) -> Prediction:
+        there = target % self.model.layers
+        wanted = 1 - min(max(score, 0.0), 1.0)
+        count = int(np.searchsorted(self._sums[match, there], wanted)) + 1
+        count = min(max(count, self.model.top_k), self.model.experts[there])
+        order = tuple(self._order[match, there, :count].tolist())
+        return Prediction(target, order, tuple(self._sorted[match, there, :count].tolist()))

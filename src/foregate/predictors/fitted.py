@@ -1,0 +1,63 @@
+"""What every predictor that is read from a file shares. No torch.
+
+Shapes: L MoE layers, E experts of a layer (arrays are padded to the widest), k experts chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foregate.predictors.base import BasePredictor
+from foregate.predictors.file import Artifact
+from foregate.types import Prediction, RoutingStep
+
+P = TypeVar("P", bound="FittedPredictor")
+
+
+class FittedPredictor(BasePredictor):
+    """Made by ``from_file``; subclasses take their arrays from ``artifact`` and know their own ``parameters``."""
+
+    needs_file = True
+
+    def __init__(self, artifact: Artifact, lookahead: int) -> None:
+        """Raises PredictorError where an array or an option is not what the method needs."""
+        super().__init__(lookahead)
+        self.model = artifact.model
+        self.width = max(artifact.model.experts)
+        self.parameters = sum(array.size for array in artifact.arrays.values())
+
+    @classmethod
+    def from_file(cls: type[P], artifact: Artifact, lookahead: int) -> P:
+        """The predictor in ``artifact``. Raises PredictorError."""
+        return cls(artifact, lookahead)
+
+    def rank_all(self, layers: Sequence[int], scores: NDArray[np.float32]) -> list[Prediction]:
+        """Experts of each of ``layers`` by its row of ``scores`` [len(layers), E], no padded one above a real one."""
+        order = np.argsort(-scores, axis=1, kind="stable")
+        rows = zip(layers, order.tolist(), np.take_along_axis(scores, order, axis=1).tolist(), strict=True)
+        made = []
+        for layer, experts, values in rows:
+            there = self.model.experts[layer % self.model.layers]
+            made.append(Prediction(layer, tuple(experts[:there]), tuple(values[:there])))
+        return made
+
+    def rank(self, layer: int, scores: NDArray[np.float32]) -> Prediction:
+        """Experts of ``layer`` (L and more: the next token's) by ``scores`` [E]."""
+        return ranked(layer, scores[: self.model.experts[layer % self.model.layers]])
+
+
+def ranked(layer: int, scores: NDArray[np.float32]) -> Prediction:
+    """All experts of ``layer`` by ``scores`` [E], largest first; the lower number where they tie."""
+    order = np.argsort(-scores, kind="stable")
+    return Prediction(layer, tuple(order.tolist()), tuple(scores[order].tolist()))
+
+
+def last_token(step: RoutingStep, experts: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Experts that the last token of ``step`` goes to, of ``experts`` there are, and their weights."""
+    chosen, weights = step.experts[-1], step.weights[-1]
+    real = (chosen >= 0) & (chosen < experts)
+    return (chosen, weights) if real.all() else (chosen[real], weights[real])
