@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 SIZE = (5.2, 3.4)
 """Inches: one column and a half of a two-column paper."""
 DPI = 150
+KINDS = ("svg", "png")
 
 
 def check_matplotlib() -> None:
@@ -28,7 +30,7 @@ def check_matplotlib() -> None:
         )
 
 
-def draw(chart: Chart, directory: Path) -> list[str]:
+def draw(chart: Chart, directory: Path, *, kinds: Sequence[str] = KINDS, dpi: int = DPI) -> list[str]:
     """Write ``chart`` as .svg and .png; returns the file names, none for what only the report can show."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -49,9 +51,10 @@ def draw(chart: Chart, directory: Path) -> list[str]:
             _heat(axes, chart, figure)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once, not again for every format
-        figure.savefig(directory / f"{chart.name}.svg", metadata={"Date": None})
-        figure.savefig(directory / f"{chart.name}.png", dpi=DPI, metadata={"Software": None})
-    return [f"{chart.name}.svg", f"{chart.name}.png"]
+        for kind in kinds:
+            where = directory / f"{chart.name}.{kind}"
+            figure.savefig(where, dpi=dpi, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return [f"{chart.name}.{kind}" for kind in kinds]
 
 
 def _lines(axes: Axes, chart: Lines) -> None:

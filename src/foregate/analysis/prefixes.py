@@ -19,7 +19,7 @@ FOLLOWERS = 4
 """Most frequent experts of a later layer."""
 TOKENS = 5
 """Prefixes of fewer tokens are left out: nearly all of their probabilities are 0 or 1."""
-COLUMNS = ("layer", "rank", "prefix", "tokens", "later", "hop", "expert", "probability", "followers")
+COLUMNS = ("layer", "rank", "prefix", "tokens", "later", "hop", "place", "expert", "probability", "followers")
 Array = NDArray[Any]
 
 
@@ -43,8 +43,8 @@ def prefix_rows(paths: Array, counts: Array) -> Iterator[dict[str, Any]]:
 def _followers(paths: Array, counts: Array, layer: int) -> Iterator[dict[str, Any]]:
     for later in range(layer + 1, paths.shape[1]):
         seen = np.bincount(paths[:, later], weights=counts)
-        for expert in np.argsort(-seen, kind="stable")[:FOLLOWERS]:
+        for place, expert in enumerate(np.argsort(-seen, kind="stable")[:FOLLOWERS], 1):
             if seen[expert]:
                 share = float(seen[expert] / counts.sum())
-                row = {"later": later, "hop": later - layer, "expert": int(expert), "probability": share}
-                yield row | {"followers": int((seen > 0).sum())}
+                row = {"later": later, "hop": later - layer, "place": place, "expert": int(expert)}
+                yield row | {"probability": share, "followers": int((seen > 0).sum())}
