@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: demo test fast slow vllm-test rivals rivals-test cgroup traces reference clean
+.PHONY: demo test fast slow vllm-test rivals rivals-test cgroup traces sample notebook gallery reference clean
 
 demo: $(VENV)/.installed  ## The main job: the built-in model under a quarter of its expert bytes.
 	$(BIN)/foregate run reference --memory-budget 25% --max-new-tokens 96 --stats \
@@ -24,6 +24,15 @@ cgroup: $(VENV)/.installed  ## Several gigabytes of experts, four times the budg
 
 traces: $(VENV)/.installed  ## Traces of the reference model, five domains (an hour; resumes). DATA=directory with gsm8k_test.jsonl, mmlu/
 	$(BIN)/python -m foregate.trace.make_traces --data-dir $(DATA) --out $(OUT)/traces
+
+sample: $(VENV)/.installed  ## The trace that ships, with timings (minutes; a quiet machine). Then: make notebook gallery. DATA as above
+	$(BIN)/python -m foregate.trace.make_traces --sample --data-dir $(DATA) --out $(OUT)/sample-traces
+
+notebook: $(VENV)/.installed  ## Run notebooks/routing_predictability.ipynb on the shipped trace and store its output.
+	$(BIN)/python -m foregate.analysis.notebook notebooks/routing_predictability.ipynb
+
+gallery: $(VENV)/.installed  ## The figures of docs/gallery.md, from the reference model. STEPS="name …" for some of them
+	$(BIN)/python scripts/gallery.py $(STEPS)
 
 reference: $(VENV)/.installed  ## Train the reference model on (hours; resumes). DATA=directory with gsm8k_train.jsonl
 	$(BIN)/foregate reference train --resume --data-dir $(DATA)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from foregate.errors import TraceError
-from foregate.trace.sample import SAMPLE, locate
+from foregate.trace.sample import SAMPLE, locate, spoken
 from foregate.trace.writer import TraceWriter
 from test_analysis_output import run
 from test_analysis_traces import Chain, Independent, header, write_trace
@@ -89,3 +89,4 @@ def test_the_shipped_trace_has_a_name(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "sample").mkdir()
     assert locate(Path("sample")) == Path("sample")  # a trace of one's own comes first
     assert locate(Path("other")) == Path("other")
+    assert spoken(SAMPLE) == "sample"  # no path of this machine in a report that is handed on

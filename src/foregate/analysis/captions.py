@@ -82,19 +82,22 @@ def _conditional(chart: Chart, numbers: dict[str, Any]) -> str:
 
 def _entropy(chart: Chart, numbers: dict[str, Any]) -> str:
     found = numbers["usage"]
+    by_layer, pooled = found["entropy_by_layer"], found["entropy_ids_pooled"]
+    if not np.isfinite(by_layer):
+        return "Layers with one expert leave no choice, and have no entropy."
     return (
-        f"Normalised entropy is {found['entropy_by_layer']:.3f} by layer and {found['entropy_ids_pooled']:.3f} with ids "
-        f"pooled over layers (published for other models: 0.976, near uniform), but {found['entropy_within_prompt']:.3f} "
-        "within a prompt."
+        f"Normalised entropy is {by_layer:.3f} by layer and {pooled:.3f} with ids pooled over layers (published for "
+        f"other models: 0.976, near uniform), but {found['entropy_within_prompt']:.3f} within a prompt."
     )
 
 
 def _paths(chart: Chart, numbers: dict[str, Any]) -> str:
     first, whole = (numbers["paths"][kind] for kind in ("first expert", "whole set"))
+    covered = f"{first['top100_share']:.1%} and {whole['top100_share']:.1%}"
     return (
         f"{first['tokens']:,} tokens took {first['distinct']:,.0f} different paths of first experts and "
         f"{whole['distinct']:,.0f} of whole sets; {first['once']:.1%} and {whole['once']:.1%} of the paths were taken "
-        f"once, and the 100 most frequent cover {first['top100_share']:.1%} and {whole['top100_share']:.1%} of the tokens."
+        f"once, and the 100 most frequent cover {covered} of the tokens."
     )
 
 
@@ -110,19 +113,21 @@ def _overlap(chart: Chart, numbers: dict[str, Any]) -> str:
 def _hits(chart: Chart, numbers: dict[str, Any]) -> str:
     assert isinstance(chart, Lines)
     rates = {series.name: dict(zip(series.x, series.y, strict=True)) for series in chart.series}
+    if not rates["lru"]:
+        return "At no residency would the cache hold what one layer chooses."
     residency = min(rates["lru"], key=lambda share: abs(share - 25))
     causal = {name: values[residency] for name, values in rates.items() if name != "belady"}
     best = max(causal, key=lambda name: causal[name] or 0)
     return (
-        f"Over {_events(chart, numbers):,} events at {residency:.0f} % residency the best causal policy is {best} with a hit rate of {causal[best]:.3f}; Belady, "
-        f"which knows the future, has {rates['belady'][residency]:.3f}."
+        f"Over {_events(chart, numbers):,} events at {residency:.0f} % residency the best causal policy is {best} with "
+        f"a hit rate of {causal[best]:.3f}; Belady, which knows the future, has {rates['belady'][residency]:.3f}."
     )
 
 
 def _events(chart: Chart, numbers: dict[str, Any]) -> int:
     """Events of this arm; where large ones were cut to fit a small cache there are more, so the least number."""
     arm = chart.name.removeprefix("hit_curve_").replace("_", " ")
-    return min(row["events"] for row in numbers["cache"]["hit_rate"] if row["arm"] == arm)
+    return min(int(row["events"]) for row in numbers["cache"]["hit_rate"] if row["arm"] == arm)
 
 
 def _domains(chart: Chart, numbers: dict[str, Any]) -> str:

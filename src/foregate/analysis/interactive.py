@@ -36,7 +36,7 @@ class Shown:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         found: dict[str, Any] = {PLOTLY: figure(self.chart), "text/plain": self.chart.title}
         with TemporaryDirectory() as directory:
-            names = draw(_flat(self.chart), Path(directory), kinds=("png",), dpi=PICTURE_DPI)
+            names = draw(flat(self.chart), Path(directory), kinds=("png",), dpi=PICTURE_DPI)
             found["image/png"] = b64encode(_small(Path(directory) / names[0])).decode()
         return found
 
@@ -91,7 +91,7 @@ def _cells(chart: Any, values: Any, label: str) -> dict[str, Any]:
 
 
 def _pages(made: Any, chart: Matrices) -> None:
-    """One matrix at a time, of neighbouring layers, chosen from a list: all pairs would make a notebook of megabytes."""
+    """One matrix at a time, of neighbouring layers, chosen from a list: all pairs would be megabytes."""
     import plotly.graph_objects as go
 
     pairs = _neighbours(chart)
@@ -119,7 +119,7 @@ def _neighbours(chart: Matrices) -> list[str]:
     return sorted(pairs, key=lambda key: int(key.split(",")[0])) or list(chart.cells)[:1]
 
 
-def _flat(chart: Chart) -> Lines | Heat:
+def flat(chart: Chart) -> Lines | Heat:
     """What the picture shows: of many matrices the first."""
     if not isinstance(chart, Matrices):
         return chart

@@ -1,7 +1,7 @@
 """Runs a notebook from top to bottom and stores it with its output. Extra ``foregate[notebook]``.
 
-``python -m foregate.analysis.notebook NOTEBOOK [TRACE...] [--out FILE]``: without traces the notebook reads the one that
-ships with Foregate. The cell tagged ``parameters`` is where they go, as papermill has it.
+``python -m foregate.analysis.notebook NOTEBOOK [TRACE...] [--out FILE]``: without traces the notebook reads the one
+that ships with Foregate. The cell tagged ``parameters`` is where they go, as papermill has it.
 """
 
 from __future__ import annotations

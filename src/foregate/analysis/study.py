@@ -21,6 +21,7 @@ from foregate.analysis.source import Source
 from foregate.analysis.timings import Timings
 from foregate.analysis.usage import Usage
 from foregate.errors import TraceError
+from foregate.trace.sample import spoken
 
 
 class Progress(Protocol):
@@ -108,7 +109,7 @@ def _facts(source: Source, settings: Settings, tokens: dict[str, int], memory: i
     model = source.model
     total = sum(tokens.values())
     return {
-        "traces": [str(reader.path) for reader in source.readers],
+        "traces": [spoken(reader.path) for reader in source.readers],
         "complete": all(reader.complete for reader in source.readers),
         "sources": sorted({run.source for reader in source.readers for run in reader.header.runs}),
         "model": model.name,

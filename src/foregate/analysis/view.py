@@ -12,6 +12,20 @@ from foregate.analysis.interactive import Shown
 from foregate.analysis.section import Section
 from foregate.analysis.study import Study
 
+SUMMARY = (
+    "affinity",
+    "top1_by_hop_decode",
+    "recall_k_by_hop_decode",
+    "recall_k_on_lru_misses_at_25",
+    "entropy",
+    "path_coverage",
+    "overlap",
+    "hit_curve_decode",
+    "domain_matrix",
+    "timing_decode",
+)
+"""Beginnings of the names of the charts whose sentences make the summary."""
+
 
 class StudyView:
     """Every method displays something. What a trace does not give is said, with the section's own reason."""
@@ -61,9 +75,7 @@ class StudyView:
 
     def summary(self) -> None:
         """What was seen, once more, in one list."""
-        order = ("affinity", "top1_by_hop_decode", "recall_k_by_hop_decode", "recall_k_on_lru_misses_at_25", "entropy")
-        order += ("path_coverage", "overlap", "hit_curve_decode", "domain_matrix", "timing_decode")
-        told = [text for start in order for name, text in self.captions.items() if name.startswith(start)]
+        told = [text for start in SUMMARY for name, text in self.captions.items() if name.startswith(start)]
         _markdown("\n".join(f"- {text}" for text in told))
 
 

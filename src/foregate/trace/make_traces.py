@@ -17,7 +17,7 @@ from foregate.errors import TraceError
 from foregate.trace.reader import TraceReader
 from foregate.trace.sample import SAMPLE
 
-SAMPLE_LIMIT = 1_500_000
+SAMPLE_LIMIT = 2_300_000
 """Bytes that the shipped trace may take."""
 
 DOMAINS: dict[str, tuple[Sequence[str], int, int]] = {
@@ -33,14 +33,14 @@ SAMPLE_PROMPTS, SAMPLE_TOKENS = 14, 32
 
 
 def commands(model: str, out: Path, data: Path, *, sample: bool) -> list[list[str]]:
-    """Arguments of ``foregate`` for every domain. The sample keeps the choice alone, the rest scores and timings."""
+    """Arguments of ``foregate`` for every domain. The sample keeps the choice and the timings, the rest scores too."""
     found = []
     for domain, (dataset, prompts, tokens) in DOMAINS.items():
         options = [option.format(data=data) for option in dataset]
         limits = (SAMPLE_PROMPTS, SAMPLE_TOKENS) if sample else (prompts, tokens)
         found.append(["trace", model, "--dataset", *options, "--out", str(out / domain), "--resume"])
         found[-1] += ["--limit", str(limits[0]), "--max-new-tokens", str(limits[1]), "--threads", "1"]
-        found[-1] += [] if sample else ["--scores", "--timings"]
+        found[-1] += ["--timings"] if sample else ["--scores", "--timings"]
     return found
 
 

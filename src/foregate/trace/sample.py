@@ -17,6 +17,11 @@ def locate(trace: Path) -> Path:
     return SAMPLE if str(trace) == NAME and not trace.exists() else trace
 
 
+def spoken(trace: Path) -> str:
+    """How a report names ``trace``: the shipped one by its name, wherever the package is installed."""
+    return NAME if trace == SAMPLE else str(trace)
+
+
 def open_sample() -> TraceReader:
     """Open it. Raises TraceError where this installation has none."""
     if not SAMPLE.is_dir():
