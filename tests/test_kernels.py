@@ -15,9 +15,9 @@ from transformers.integrations.moe import _default_apply_gate
 
 from foregate.checkpoint.quantise import SCALE, Scheme, dequantised, parse_scheme, quantised, scheme_of, stored
 from foregate.errors import ConfigError
-from foregate.experts import kernels
 from foregate.experts.compute import Weights, expanded, expert_forward, runs_fused, torch_forward
 from foregate.experts.kernel_speed import KINDS, kernel_speed
+from foregate.native import kernels
 from foregate.types import ParamLayout
 
 FORMATS = ("bf16", "int8", "int4/32", "int4/64", "int4/128")
@@ -209,7 +209,7 @@ def test_calls_from_several_threads_do_not_meet() -> None:
 
 IDLE_AND_FORK = """
 import os, time, torch
-from foregate.experts import kernels
+from foregate.native import kernels
 torch.set_num_threads(3)
 weights = torch.ones(256, 512, dtype=torch.bfloat16)
 matrix, x = kernels.matrix(weights, None), torch.ones(1, 512)
@@ -233,7 +233,7 @@ def test_threads_sleep_when_idle_and_a_forked_child_gets_its_own() -> None:
 
 
 def test_without_kernels_torch_computes() -> None:
-    code = "from foregate.experts import kernels; assert kernels.library() is None; print(kernels.instructions())"
+    code = "from foregate.native import kernels; assert kernels.library() is None; print(kernels.instructions())"
     env = {**os.environ, "FOREGATE_NATIVE": "off"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
     assert (done.returncode, done.stdout.strip()) == (0, "torch"), done.stderr

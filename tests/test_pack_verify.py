@@ -119,7 +119,7 @@ def test_files_of_the_wrong_size_are_seen_when_opening(packed: Path, name: str, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 99}, "pack version 99; this Foregate reads version 1"),
+        ({"version": 99}, "pack version 99; this Foregate reads versions 1 and 2"),
         ({"format": "zip"}, "not the manifest of a pack"),
         ({"layers": None}, "damaged"),
         ({"layers": [{"path": "x"}]}, "damaged"),

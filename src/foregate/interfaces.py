@@ -42,7 +42,7 @@ class ExpertStore(Protocol):
         ...
 
     def layout(self, layer: int) -> ExpertLayout:
-        """Layout of every expert of MoE layer ``layer``."""
+        """Layout of every expert of MoE layer ``layer``, but for those that a pack keeps finer than the others."""
         ...
 
     def begin(self, key: ExpertKey, into: memoryview) -> ExpertRead:

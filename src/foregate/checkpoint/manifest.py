@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from foregate.checkpoint.jsonfile import parse
+from foregate.checkpoint.precision import AS_SOURCE, Precision
 from foregate.errors import PackError
 from foregate.types import ExpertKey, ExpertLayout, ParamLayout
 
@@ -18,7 +19,8 @@ NAME = "foregate.json"
 EXPERTS_FILE = "experts.safetensors"
 DENSE_FILE = "model.safetensors"
 FORMAT = "foregate-pack"
-VERSION = 1
+PLAIN_VERSION, VERSION = 1, 2
+"""1: every weight as the source has it. 2: with ``precision``. A plain pack is still written as 1."""
 CHECKSUM = "xxh3_128"
 """Key of the checksum over all other keys."""
 
@@ -34,11 +36,16 @@ class PackedExpert:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """One MoE layer: its module path, the slot layout of its experts, and the experts in order."""
+    """One MoE layer: its module path, the slot layout of its experts, and the experts in order.
+
+    Experts in ``kept`` have ``kept_layout``, which is ``layout`` where there are none in the whole pack.
+    """
 
     path: str
     layout: ExpertLayout
     experts: tuple[PackedExpert, ...]
+    kept_layout: ExpertLayout
+    kept: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,12 @@ class Manifest:
     layers: tuple[PackedLayer, ...]
     foregate_version: str
     transformers_version: str
+    precision: Precision = AS_SOURCE
+
+    def layout_of(self, key: ExpertKey) -> ExpertLayout:
+        """The slot layout of ``key``."""
+        layer = self.layers[key.layer]
+        return layer.kept_layout if key in self.precision.kept_experts else layer.layout
 
     def find(self, key: ExpertKey) -> PackedExpert:
         """Where ``key`` lies. Raises IndexError for a key that the model does not have."""
@@ -75,14 +88,17 @@ class Manifest:
                 "slot_bytes": layer.layout.nbytes,
                 "params": [asdict(param) for param in layer.layout.params],
                 "experts": [[e.offset, e.nbytes, e.checksum] for e in layer.experts],
+                **self._kept(layer),
             }
             for layer in self.layers
         ]
+        precision = {} if self.precision.plain else {"precision": self.precision.to_json()}
         content = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if precision else PLAIN_VERSION,
             "fingerprint": self.fingerprint,
             "dtype": self.dtype,
+            **precision,
             "experts": {"file": EXPERTS_FILE, "nbytes": self.experts_nbytes, "checksum": "xxh3_128, each expert"},
             "dense": {"file": DENSE_FILE, "nbytes": self.dense_nbytes, "xxh3_128": self.dense_checksum},
             "foregate_version": self.foregate_version,
@@ -90,6 +106,13 @@ class Manifest:
             "layers": layers,
         }
         return signed(content)
+
+    def _kept(self, layer: PackedLayer) -> dict[str, Any]:
+        if not self.precision.kept_experts:
+            return {}
+        layout = layer.kept_layout
+        params = [asdict(param) for param in layout.params]
+        return {"kept": {"slot_bytes": layout.nbytes, "params": params, "experts": list(layer.kept)}}
 
 
 def signed(content: dict[str, Any]) -> str:
@@ -119,8 +142,9 @@ def read_manifest(directory: Path) -> Manifest:
         raise PackError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PackError(f"{path}: not the manifest of a pack")
-    if content.get("version") != VERSION:
-        raise PackError(f"{path}: pack version {content.get('version')}; this Foregate reads version {VERSION}")
+    if content.get("version") not in (PLAIN_VERSION, VERSION):
+        version = content.get("version")
+        raise PackError(f"{path}: pack version {version}; this Foregate reads versions {PLAIN_VERSION} and {VERSION}")
     if content.get(CHECKSUM) != _checksum(content):
         raise PackError(f"{path}: damaged: its content does not match its own checksum; remove the pack and pack again")
     try:
@@ -130,19 +154,31 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _parse(content: dict[str, Any]) -> Manifest:
+    layers = tuple(_layer(layer) for layer in content["layers"])
+    kept = frozenset(ExpertKey(number, expert) for number, layer in enumerate(layers) for expert in layer.kept)
+    plain = content["version"] == PLAIN_VERSION
     return Manifest(
         fingerprint=str(content["fingerprint"]),
         dtype=str(content["dtype"]),
         experts_nbytes=int(content["experts"]["nbytes"]),
         dense_nbytes=int(content["dense"]["nbytes"]),
         dense_checksum=str(content["dense"]["xxh3_128"]),
-        layers=tuple(_layer(layer) for layer in content["layers"]),
+        layers=layers,
         foregate_version=str(content["foregate_version"]),
         transformers_version=str(content["transformers_version"]),
+        precision=AS_SOURCE if plain else Precision.from_json(content["precision"], kept),
     )
 
 
 def _layer(content: dict[str, Any]) -> PackedLayer:
-    params = tuple(ParamLayout(**{**param, "shape": tuple(param["shape"])}) for param in content["params"])
     experts = tuple(PackedExpert(int(offset), int(nbytes), str(sum_)) for offset, nbytes, sum_ in content["experts"])
-    return PackedLayer(str(content["path"]), ExpertLayout(params, int(content["slot_bytes"])), experts)
+    layout, kept = _layout(content), content.get("kept")
+    if kept is None:
+        return PackedLayer(str(content["path"]), layout, experts, layout)
+    numbers = tuple(int(expert) for expert in kept["experts"])
+    return PackedLayer(str(content["path"]), layout, experts, _layout(kept), numbers)
+
+
+def _layout(content: dict[str, Any]) -> ExpertLayout:
+    params = tuple(ParamLayout(**{**param, "shape": tuple(param["shape"])}) for param in content["params"])
+    return ExpertLayout(params, int(content["slot_bytes"]))

@@ -16,19 +16,21 @@ from foregate.checkpoint.manifest import EXPERTS_FILE, NAME, Manifest, is_pack, 
 from foregate.checkpoint.model_config import model_dtype, read_config, text_config
 from foregate.checkpoint.naming import ExpertSources, find_sources, layouts
 from foregate.checkpoint.packplan import ExpertsPlan, plan_experts
+from foregate.checkpoint.precision import AS_SOURCE, Precision
 from foregate.checkpoint.renaming import rename
 from foregate.checkpoint.shards import Shards, read_shards
 from foregate.checkpoint.skeleton import Skeleton, build_skeleton
 from foregate.checkpoint.spec import MoeSpec, make_spec
 from foregate.errors import CheckpointError, PackError
-from foregate.types import ExpertLayout, Segment
+from foregate.types import ExpertKey, ExpertLayout, Segment
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """Everything about a checkpoint but its weights.
 
-    ``layouts`` has one entry a MoE layer. ``dense`` are the tensors outside the experts that the model has parameters
+    ``layouts`` has one entry a MoE layer, ``kept_layouts`` too: for the experts that a pack of mixed precision keeps
+    finer (elsewhere the same objects). ``dense`` are the tensors outside the experts that the model has parameters
     for. An original has ``sources``, a pack has a ``manifest``; the other one is None.
     """
 
@@ -41,6 +43,17 @@ class Checkpoint:
     dense: Mapping[str, Segment]
     sources: ExpertSources | None
     manifest: Manifest | None
+    kept_layouts: tuple[ExpertLayout, ...] = ()
+
+    @property
+    def precision(self) -> Precision:
+        """Everything as the source has it, but in a quantised pack."""
+        return AS_SOURCE if self.manifest is None else self.manifest.precision
+
+    def layout_of(self, key: ExpertKey) -> ExpertLayout:
+        """The slot layout of ``key``."""
+        kept = key in self.precision.kept_experts
+        return self.kept_layouts[key.layer] if kept else self.layouts[key.layer]
 
     @property
     def packed(self) -> bool:
@@ -67,7 +80,7 @@ def _open_original(directory: Path) -> Checkpoint:
     sources = find_sources(skeleton, shards)
     dense = {name: shards.tensors[name] for name in sources.dense}
     found = tuple(layer.layout for layer in sources.layers)
-    spec = make_spec(skeleton, found)
+    spec = make_spec(skeleton, lambda key: found[key.layer])
     return Checkpoint(
         directory=directory,
         spec=spec,
@@ -86,20 +99,20 @@ def _open_pack(directory: Path) -> Checkpoint:
     skeleton = build_skeleton(text_config(directory, read_config(directory)), _dtype(manifest))
     shards = read_shards(directory)
     _check_experts_file(directory, manifest)
-    placed = layouts(skeleton)
-    expected = [(module.path, module.experts, layout) for module, layout in placed]
-    if expected != [(layer.path, len(layer.experts), layer.layout) for layer in manifest.layers]:
+    placed = [(module, *manifest.precision.layouts(module, layout)) for module, layout in layouts(skeleton)]
+    expected = [(module.path, module.experts, *both) for module, *both in placed]
+    if expected != [(x.path, len(x.experts), x.layout, x.kept_layout) for x in manifest.layers]:
         message = f"{directory}: packed with transformers {manifest.transformers_version}, which lays experts out"
         raise PackError(f"{message} differently from the one installed; pack the model again")
     _check_places(directory, manifest)
     check_dense(skeleton.model.state_dict(), rename(skeleton.model, shards.tensors), shards.tensors, shards.tensors)
-    found = tuple(layout for _, layout in placed)
     return Checkpoint(
         directory=directory,
-        spec=make_spec(skeleton, found),
+        spec=make_spec(skeleton, manifest.layout_of),
         fingerprint=manifest.fingerprint,
         skeleton=skeleton,
-        layouts=found,
+        layouts=tuple(ordinary for _, ordinary, _ in placed),
+        kept_layouts=tuple(kept for _, _, kept in placed),
         shards=shards,
         dense=shards.tensors,
         sources=None,
@@ -116,7 +129,7 @@ def _dtype(manifest: Manifest) -> torch.dtype:
 def plan_of(manifest: Manifest) -> ExpertsPlan:
     """The experts file as it must be, from the layouts that ``manifest`` states."""
     layers = manifest.layers
-    return plan_experts([x.path for x in layers], [len(x.experts) for x in layers], [x.layout for x in layers])
+    return plan_experts([x.path for x in layers], [len(x.experts) for x in layers], manifest.layout_of)
 
 
 def _check_places(directory: Path, manifest: Manifest) -> None:

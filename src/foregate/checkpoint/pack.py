@@ -17,6 +17,7 @@ from foregate.checkpoint import journal as journals
 from foregate.checkpoint.manifest import is_pack, read_manifest
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.checkpoint.packwriter import PackWriter
+from foregate.checkpoint.precision import AS_SOURCE, Precision
 from foregate.errors import PackError
 
 NO_ROOM = {
@@ -41,8 +42,13 @@ class PackResult:
     finished_before: bool
 
 
-def pack(source: Path | str, out: Path | str, progress: Progress = lambda done, total: None) -> PackResult:
-    """Pack the checkpoint directory ``source`` into the directory ``out``.
+def pack(
+    source: Path | str,
+    out: Path | str,
+    progress: Progress = lambda done, total: None,
+    precision: Precision = AS_SOURCE,
+) -> PackResult:
+    """Pack the checkpoint directory ``source`` into the directory ``out``, quantised as ``precision`` says.
 
     Raises PackError, in one line, where ``out`` holds something else, cannot be written or the disk is full;
     CheckpointError where ``source`` cannot be read.
@@ -53,15 +59,15 @@ def pack(source: Path | str, out: Path | str, progress: Progress = lambda done, 
     out = Path(out).resolve()
     temporary = out.parent / f".{out.name}.partial"
     try:
-        if _finished(checkpoint, out):
+        if _finished(checkpoint, out, precision):
             return _done_before(checkpoint, out)
         temporary.mkdir(parents=True, exist_ok=True)
-        writer = PackWriter(checkpoint, temporary)
+        writer = PackWriter(checkpoint, temporary, precision)
     except OSError as error:
         raise _explain(error, out, temporary) from error
     # the writer's lock is held until the pack has its name: two packs to one place cannot both rename
     try:
-        if _finished(checkpoint, out):
+        if _finished(checkpoint, out, precision):
             shutil.rmtree(temporary, ignore_errors=True)
             return _done_before(checkpoint, out)
         _check_space(out.parent, writer.remaining_bytes)
@@ -80,7 +86,7 @@ def _done_before(checkpoint: Checkpoint, out: Path) -> PackResult:
     return PackResult(out, checkpoint.spec.experts, _size(out), checkpoint.spec.experts, True)
 
 
-def _finished(checkpoint: Checkpoint, out: Path) -> bool:
+def _finished(checkpoint: Checkpoint, out: Path, precision: Precision) -> bool:
     """Whether ``out`` is the pack that is asked for. Raises PackError if it is anything else but free."""
     if out == checkpoint.directory.resolve():
         raise PackError(f"{out}: the output is the checkpoint itself")
@@ -89,8 +95,12 @@ def _finished(checkpoint: Checkpoint, out: Path) -> bool:
     if not out.is_dir():
         raise PackError(f"{out} is a file")
     if is_pack(out):
-        if read_manifest(out).fingerprint != checkpoint.fingerprint:
+        manifest = read_manifest(out)
+        if manifest.fingerprint != checkpoint.fingerprint:
             raise PackError(f"{out} is a pack of another model, or of this one as it was; choose another output")
+        if manifest.precision != precision:
+            found = f"{manifest.precision.name}, not {precision.name}"
+            raise PackError(f"{out} is a pack of this model with {found}; choose another output")
         # raises PackError where files are missing, cut or damaged
         open_checkpoint(out)
         # there if the run that finished the pack was killed in its very last step

@@ -7,7 +7,7 @@ one piece in slot layout, and U8 padding tensors in the gaps, because the format
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from foregate.checkpoint.dtypes import BITS
@@ -42,13 +42,16 @@ class DensePlan:
     nbytes: int
 
 
-def plan_experts(paths: Sequence[str], counts: Sequence[int], layouts: Sequence[ExpertLayout]) -> ExpertsPlan:
+def plan_experts(
+    paths: Sequence[str], counts: Sequence[int], layout_of: Callable[[ExpertKey], ExpertLayout]
+) -> ExpertsPlan:
     """Place the experts of every MoE layer (module ``paths``, experts ``counts``), by layer, then by expert."""
     entries: dict[str, dict[str, object]] = {}
     placed: list[tuple[ExpertKey, int, int]] = []
     end = 0
-    for layer, (path, count, layout) in enumerate(zip(paths, counts, layouts, strict=True)):
+    for layer, (path, count) in enumerate(zip(paths, counts, strict=True)):
         for expert in range(count):
+            layout = layout_of(ExpertKey(layer, expert))
             entries.update(_entries(f"{path}.{expert}", layout, end))
             placed.append((ExpertKey(layer, expert), end, layout.nbytes))
             end += layout.nbytes

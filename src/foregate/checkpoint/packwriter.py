@@ -14,13 +14,14 @@ import xxhash
 from foregate import __version__
 from foregate.checkpoint import journal as journals
 from foregate.checkpoint import manifest as manifests
-from foregate.checkpoint.assemble import assemble
 from foregate.checkpoint.journal import Journal
 from foregate.checkpoint.manifest import Manifest, PackedExpert, PackedLayer
 from foregate.checkpoint.opening import Checkpoint
 from foregate.checkpoint.packplan import plan_dense, plan_experts
+from foregate.checkpoint.packslot import make_slot
+from foregate.checkpoint.precision import Precision
 from foregate.checkpoint.source_reader import SourceReader
-from foregate.types import ExpertKey
+from foregate.types import ExpertKey, ExpertLayout
 
 SYNC_BYTES = 64 << 20
 """Bytes between two syncs: what a kill can cost."""
@@ -30,15 +31,20 @@ COPIED_NAMES = ("LICENSE", "NOTICE")
 
 
 class PackWriter:
-    """One run of packing ``checkpoint`` into ``directory``."""
+    """One run of packing ``checkpoint`` into ``directory``, quantising as ``precision`` says."""
 
-    def __init__(self, checkpoint: Checkpoint, directory: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, directory: Path, precision: Precision) -> None:
         assert checkpoint.sources is not None
         self._checkpoint = checkpoint
         self._sources = checkpoint.sources
         self._directory = directory
+        self._precision = precision
+        self._modules = checkpoint.skeleton.moe
+        self._layouts = [
+            precision.layouts(m, plain) for m, plain in zip(self._modules, checkpoint.layouts, strict=True)
+        ]
         layers = checkpoint.sources.layers
-        self._experts = plan_experts([x.path for x in layers], [x.experts for x in layers], checkpoint.layouts)
+        self._experts = plan_experts([x.path for x in layers], [x.experts for x in layers], self._layout_of)
         self._dense = plan_dense(checkpoint.dense.values())
         self._partial = directory / f"{manifests.EXPERTS_FILE}.partial"
         self._journal = Journal(directory, self._plan_hash())
@@ -68,6 +74,9 @@ class PackWriter:
 
     def close(self) -> None:
         self._journal.close()
+
+    def _layout_of(self, key: ExpertKey) -> ExpertLayout:
+        return self._layouts[key.layer][key in self._precision.kept_experts]
 
     def _plan_hash(self) -> str:
         """Changes with anything that would change the bytes, the source files' contents as far as their times tell."""
@@ -119,7 +128,7 @@ class PackWriter:
             waiting: list[str] = []
             unsynced = 0
             for planned in self._experts.experts[self.resumed :]:
-                slot = self._assemble(reader, planned.key, planned.nbytes)
+                slot = self._assemble(reader, planned.key)
                 _write_all(fd, slot, planned.offset)
                 waiting.append(xxhash.xxh3_128(slot).hexdigest())
                 unsynced += planned.nbytes
@@ -137,12 +146,10 @@ class PackWriter:
         _flush(fd)
         self._journal.add(checksums)
 
-    def _assemble(self, reader: SourceReader, key: ExpertKey, nbytes: int) -> bytearray:
+    def _assemble(self, reader: SourceReader, key: ExpertKey) -> bytearray:
         layer = self._sources.layers[key.layer]
         segments = layer.segments(key.expert)
-        slot = bytearray(nbytes)
-        assemble(layer, segments, reader.parts(segments), memoryview(slot))
-        return slot
+        return make_slot(layer, segments, reader.parts(segments), self._modules[key.layer], self._precision, key)
 
     def _copy_small_files(self) -> None:
         for path in sorted(self._checkpoint.directory.iterdir()):
@@ -156,8 +163,10 @@ class PackWriter:
         checksums = iter(self._journal.checksums)
         packed = [PackedExpert(e.offset, e.nbytes, c) for e, c in zip(self._experts.experts, checksums, strict=True)]
         layers = []
-        for layer in self._sources.layers:
-            layers.append(PackedLayer(layer.path, layer.layout, tuple(packed[: layer.experts])))
+        for number, layer in enumerate(self._sources.layers):
+            kept = tuple(e for e in range(layer.experts) if ExpertKey(number, e) in self._precision.kept_experts)
+            ordinary, finer = self._layouts[number]
+            layers.append(PackedLayer(layer.path, ordinary, tuple(packed[: layer.experts]), finer, kept))
             packed = packed[layer.experts :]
         own, others = _versions()
         return Manifest(
@@ -169,6 +178,7 @@ class PackWriter:
             layers=tuple(layers),
             foregate_version=own,
             transformers_version=others,
+            precision=self._precision,
         )
 
 

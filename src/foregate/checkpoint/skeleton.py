@@ -40,6 +40,11 @@ class ExpertsModule:
         """E, from the parameters: configs count experts that have no weights (zero experts, skips) too."""
         return int(next(iter(self.params.values())).shape[0])
 
+    @property
+    def transposed(self) -> bool:
+        """True where matrices are [inputs, outputs]."""
+        return bool(getattr(self.module, "is_transposed", type(self.module).__name__ in EXTRA_CLASSES))
+
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:

@@ -5,14 +5,14 @@ Shapes: E experts of a layer, k chosen per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from foregate.checkpoint.dtypes import spelling
 from foregate.checkpoint.skeleton import Skeleton
 from foregate.errors import CheckpointError, UnsupportedModelError
-from foregate.types import ExpertLayout
+from foregate.types import ExpertKey, ExpertLayout
 
 TOP_K_KEYS = (
     "num_experts_per_tok",
@@ -79,11 +79,11 @@ class MoeSpec:
         return self.top_k * self.expert_slot_bytes
 
 
-def make_spec(skeleton: Skeleton, layouts: Sequence[ExpertLayout]) -> MoeSpec:
-    """The spec of a model whose experts have ``layouts`` (one a MoE layer)."""
+def make_spec(skeleton: Skeleton, layout_of: Callable[[ExpertKey], ExpertLayout]) -> MoeSpec:
+    """The spec of a model whose experts have the layouts that ``layout_of`` tells."""
     config = skeleton.config.get_text_config()
     counts = tuple(module.experts for module in skeleton.moe)
-    pairs = list(zip(counts, layouts, strict=True))
+    layouts = [layout_of(ExpertKey(layer, e)) for layer, count in enumerate(counts) for e in range(count)]
     return MoeSpec(
         model_type=config.model_type,
         architecture=type(skeleton.model).__name__,
@@ -99,7 +99,7 @@ def make_spec(skeleton: Skeleton, layouts: Sequence[ExpertLayout]) -> MoeSpec:
         context_length=_context(config),
         expert_bytes=max(layout.weight_bytes for layout in layouts),
         expert_slot_bytes=max(layout.nbytes for layout in layouts),
-        total_expert_bytes=sum(count * layout.weight_bytes for count, layout in pairs),
+        total_expert_bytes=sum(layout.weight_bytes for layout in layouts),
         dense_bytes=skeleton.dense_bytes,
     )
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from foregate.checkpoint.assemble import assemble
 from foregate.checkpoint.manifest import DENSE_FILE, EXPERTS_FILE, Manifest, read_manifest
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint, plan_of
+from foregate.checkpoint.packslot import make_slot
 from foregate.checkpoint.source_reader import SourceReader
 from foregate.errors import PackError
 from foregate.types import ExpertKey, Segment
@@ -120,8 +120,8 @@ def _verify_expert(
     if original is not None and original.sources is not None:
         layer = original.sources.layers[key.layer]
         segments = original.sources.segments(key)
-        wanted = bytearray(expert.nbytes)
-        assemble(layer, segments, reader.parts(segments), memoryview(wanted))
+        module = original.skeleton.moe[key.layer]
+        wanted = make_slot(layer, segments, reader.parts(segments), module, manifest.precision, key)
         difference = _first_difference(found, memoryview(wanted))
         if difference is not None:
             where = f"{path} at byte {expert.offset + difference}"

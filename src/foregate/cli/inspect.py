@@ -40,6 +40,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "directory": str(checkpoint.directory),
         "packed": checkpoint.packed,
+        "precision": checkpoint.precision.name,
         "fingerprint": checkpoint.fingerprint,
         **asdict(spec),
         "experts": spec.experts,
@@ -70,6 +71,7 @@ def show(checkpoint: Checkpoint) -> None:
     rows = [
         ("directory", f"{checkpoint.directory}{' (packed)' if checkpoint.packed else ''}"),
         ("family", f"{spec.model_type} ({spec.architecture}), {spec.dtype}"),
+        ("expert weights", spec.dtype if checkpoint.precision.plain else checkpoint.precision.name),
         ("layers", f"{spec.decoder_layers}, of which {spec.layers} with experts"),
         ("experts per layer", f"{_range(spec.experts_per_layer)}, {spec.top_k} chosen per token, shared: {shared}"),
         ("hidden size, vocabulary", f"{spec.hidden_size}, {spec.vocab_size}"),

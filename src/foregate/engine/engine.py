@@ -201,7 +201,7 @@ class Engine:
             predictor=self.predictor,
             signals=self.signals,
             views=self._views,
-            layouts=self.checkpoint.layouts,
+            layout_of=self.checkpoint.layout_of,
             experts=spec.experts_per_layer,
             decode_staging=staging,
         )

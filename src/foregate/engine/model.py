@@ -54,8 +54,7 @@ def _without_experts(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     Name and module stay, because transformers looks conversions up by class name.
     """
     base = type(checkpoint.skeleton.model)
-    paths = checkpoint.spec.module_paths
-    hidden = {path: [p.name for p in layout.params] for path, layout in zip(paths, checkpoint.layouts, strict=True)}
+    hidden = {module.path: list(module.params) for module in checkpoint.skeleton.moe}
 
     def initialise(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)

@@ -22,7 +22,7 @@ from foregate.experts.compute import SlotViews, expert_forward
 from foregate.interfaces import Predictor, RoutingObserver
 from foregate.prefetch.pipeline import Compute, Pipeline
 from foregate.prefetch.prefetcher import Prefetcher
-from foregate.types import ExpertLayout, Moment, Phase, RoutingStep
+from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, RoutingStep
 
 IMPLEMENTATION = "foregate"
 """Name under which the function is registered in transformers' ExpertsInterface."""
@@ -49,7 +49,7 @@ class ExpertRuntime:
         predictor: Predictor,
         signals: ModelSignals,
         views: SlotViews,
-        layouts: Sequence[ExpertLayout],
+        layout_of: Callable[[ExpertKey], ExpertLayout],
         experts: Sequence[int],
         decode_staging: int,
     ) -> None:
@@ -64,7 +64,7 @@ class ExpertRuntime:
         self._since = 0
         self._signals = signals
         self._views = views
-        self._layouts = layouts
+        self._layout_of = layout_of
         self._experts = experts
         self._decode_staging = decode_staging
         signals.reached = self._reached
@@ -115,7 +115,7 @@ class ExpertRuntime:
 
         def compute(expert: int, slot: int) -> None:
             token = (index == expert).any(dim=1)
-            out[expert, token] = self._expert(layer, module, rows[expert, token], slot)
+            out[expert, token] = self._expert(ExpertKey(layer, expert), module, rows[expert, token], slot)
 
         self._run(layer, index, compute)
         return out.view_as(repeated)
@@ -136,11 +136,11 @@ class ExpertRuntime:
 
         def compute(expert: int, slot: int) -> None:
             token, rank = torch.where(index == expert)
-            out = self._expert(layer, module, x[token], slot)
+            out = self._expert(ExpertKey(layer, expert), module, x[token], slot)
             parts[token, rank] = (out * weights[token, rank, None]).to(parts.dtype)
 
         def compute_one(expert: int, slot: int) -> None:
-            out = self._expert(layer, module, x, slot)
+            out = self._expert(ExpertKey(layer, expert), module, x, slot)
             for rank, chosen in enumerate(ranks):
                 if chosen == expert:
                     parts[0, rank] = out[0] * weights[0, rank]
@@ -154,7 +154,7 @@ class ExpertRuntime:
 
         def compute(expert: int, slot: int) -> None:
             token, rank = torch.where(index == expert)
-            out = self._expert(layer, module, x[token], slot)
+            out = self._expert(ExpertKey(layer, expert), module, x[token], slot)
             total.index_add_(0, token, (out * weights[token, rank, None]).float())
 
         self._run(layer, index, compute)
@@ -171,8 +171,8 @@ class ExpertRuntime:
         if self._events.on:
             self._events.emit(TimeSpent(began, perf_counter_ns(), Part.EXPERTS, layer))
 
-    def _expert(self, layer: int, module: nn.Module, x: Tensor, slot: int) -> Tensor:
-        return expert_forward(module, x, self._views.weights(slot, self._layouts[layer]))
+    def _expert(self, key: ExpertKey, module: nn.Module, x: Tensor, slot: int) -> Tensor:
+        return expert_forward(module, x, self._views.weights(slot, self._layout_of(key)))
 
     def _needed(self, layer: int, index: Tensor) -> list[int]:
         """Experts to run, each once, in rank order of the first token; sentinels of expert parallelism left out."""

@@ -18,8 +18,8 @@ from transformers.integrations.moe import _default_apply_gate
 
 from foregate.checkpoint.quantise import SCALE, dequantised
 from foregate.errors import UnsupportedModelError
-from foregate.experts import kernels
 from foregate.experts.slots import SlotPool
+from foregate.native import kernels
 from foregate.types import ExpertLayout
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}

@@ -19,9 +19,9 @@ from transformers.integrations.moe import _default_apply_gate
 
 from foregate.checkpoint.layout import lay_out
 from foregate.checkpoint.quantise import PLAIN, parse_scheme, quantised_layout
-from foregate.experts import kernels
 from foregate.experts.compute import SlotViews, expert_forward
 from foregate.experts.slots import SlotPool
+from foregate.native import kernels
 from foregate.types import ExpertLayout
 
 KINDS = ("bf16", "int8", "int4/32", "int4/64")

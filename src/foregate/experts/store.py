@@ -39,7 +39,7 @@ class _Store:
             self._files = WeightFiles(paths)
         except OSError as error:
             raise CheckpointError(f"{paths[0]}: cannot be read: {error.strerror}") from error
-        self.slot_bytes = max(layout.nbytes for layout in checkpoint.layouts)
+        self.slot_bytes = checkpoint.spec.expert_slot_bytes
 
     @property
     def direct_io(self) -> bool:
@@ -47,7 +47,7 @@ class _Store:
         return self._files.direct_io
 
     def layout(self, layer: int) -> ExpertLayout:
-        """Layout of every expert of MoE layer ``layer``."""
+        """Layout of every expert of MoE layer ``layer``, but for those that a pack keeps finer than the others."""
         return self._layouts[layer]
 
     def close(self) -> None:
