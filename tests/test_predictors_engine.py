@@ -1,0 +1,141 @@
+"""Whatever predicts, the tokens are the same; files of other models are refused; the true router knows its own mind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from foregate.checkpoint.locate import locate
+from foregate.checkpoint.opening import open_checkpoint
+from foregate.config import RunConfig, SamplingConfig
+from foregate.engine.engine import Engine
+from foregate.errors import ConfigError, PredictorError
+from foregate.predictors import PREDICTORS
+from foregate.predictors.file import Artifact, ModelIdentity, save
+from foregate.testing.inflate import inflate
+from foregate.testing.tiny import REQUIRED, build
+from foregate.types import Phase, RoutingStep
+
+PROMPT = [5 + (7 * i) % 240 for i in range(20)]
+Tiny = Callable[[str], Path]
+
+DISTRUSTED = {"deepseek_v4"}
+"""See ``test_engine_signals``."""
+
+
+def identity(model: str) -> ModelIdentity:
+    checkpoint = open_checkpoint(locate(model))
+    spec = checkpoint.spec
+    return ModelIdentity(model, checkpoint.fingerprint, spec.experts_per_layer, spec.top_k, spec.hidden_size)
+
+
+def arrays(method: str, model: ModelIdentity) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
+    """Random arrays of the right shapes: what a predictor says must not matter."""
+    rng = np.random.default_rng(5)
+    layers, experts, hidden = model.layers, max(model.experts), model.hidden_size
+
+    def some(*shape: int) -> NDArray[Any]:
+        return rng.random(shape, np.float32)
+
+    return {
+        "popularity": ({"popularity": some(layers, experts)}, {}),
+        "markov": ({"transition": some(2, layers, experts, experts)}, {}),
+        "eam": ({"library": some(6, layers, experts)}, {"scope": "token"}),
+        "expert-map": ({"maps": some(6, layers, experts), "inputs": some(6, hidden)}, {"semantic_layers": 1}),
+        "quasi-hidden": ({"experts": some(layers, experts, hidden), "rest": some(layers, hidden)}, {}),
+    }.get(method)
+
+
+def choice(method: str, model: str, directory: Path) -> str:
+    """What ``--predictor`` takes: the name, or a file made here."""
+    made = arrays(method, identity(model)) if PREDICTORS.load(method).needs_file else None
+    if made is None:
+        return method
+    path = directory / f"{method}.safetensors"
+    save(path, Artifact(method, identity(model), 1, *made))
+    return str(path)
+
+
+def run(model: str, **settings: Any) -> tuple[list[int], dict[str, Any]]:
+    with Engine(RunConfig(model=model, **settings)) as engine:
+        steps = list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=6)))
+        assert engine.report is not None
+        return [step.token_id for step in steps], engine.report.as_dict()
+
+
+def servable(method: str) -> bool:
+    kind = PREDICTORS.load(method)
+    return not kind.needs_file or arrays(method, ModelIdentity("", "", (2,), 1, 1)) is not None
+
+
+METHODS = [name for name in PREDICTORS.own_names if name != "none" and servable(name)]
+
+
+@pytest.mark.parametrize(
+    ("model", "methods"), [("qwen2_moe", METHODS), ("reference", ["quasi-hidden", "eam"])], ids=["tiny", "reference"]
+)
+def test_tokens_are_the_same_under_every_predictor(model: str, methods: list[str], tiny: Tiny, tmp_path: Path) -> None:
+    path = model if model == "reference" else str(tiny(model))
+    expected, _ = run(path, memory_budget="100%", predictor="none")
+    for method in methods:
+        text = choice(method, path, tmp_path)
+        tokens, report = run(path, memory_budget="30%", predictor=text, prefetch="2")
+        assert tokens == expected, method
+        assert report["prefetch"]["issued"] > 0, method
+        assert report["predictor"] == text
+
+
+@pytest.mark.parametrize("family", [f for f in REQUIRED if f not in DISTRUSTED])
+def test_fresh_gate_names_what_is_chosen_an_instant_later(family: str, tiny: Tiny) -> None:
+    config = RunConfig(model=str(tiny(family)), memory_budget="50%", predictor="fresh-gate", prefetch="1")
+    with Engine(config) as engine:
+        said: dict[int, tuple[int, ...]] = {}
+        right = []
+        ask = engine.predictor.predict
+
+        def listen(signals: Any) -> Any:
+            predictions = ask(signals)
+            said.update((prediction.layer, prediction.experts) for prediction in predictions)
+            return predictions
+
+        class Judge:
+            def on_route(self, step: RoutingStep) -> None:
+                if step.phase is Phase.DECODE:
+                    chosen = set(step.experts[-1].tolist())
+                    right.append(set(said.pop(step.layer)[: len(chosen)]) == chosen)
+
+        engine.predictor.predict = listen  # type: ignore[method-assign]
+        engine.observers.append(Judge())
+        list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=5)))
+    assert len(right) == 4 * engine.spec.layers
+    assert all(right)
+
+
+def test_a_file_of_another_model_is_refused_with_both_names(tiny: Tiny, tmp_path: Path) -> None:
+    path = choice("popularity", str(tiny("qwen2_moe")), tmp_path)
+    with pytest.raises(PredictorError, match=r"made for .*qwen2_moe.*not for .*qwen3_moe"):
+        Engine(RunConfig(model=str(tiny("qwen3_moe")), predictor=path))
+
+
+def test_a_file_of_the_original_serves_its_inflated_copy(tmp_path: Path) -> None:
+    plain = build("qwen3_moe", tmp_path / "plain", dtype="bfloat16")
+    large = inflate(plain, tmp_path / "large", hidden_factor=4)
+    for method in ("quasi-hidden", "expert-map"):
+        path = choice(method, str(plain), tmp_path)
+        assert run(str(large), memory_budget="30%", predictor=path, prefetch="2")[1]["prefetch"]["issued"] > 0
+        with pytest.raises(PredictorError, match="made for"):
+            Engine(RunConfig(model=str(plain), predictor=choice(method, str(large), tmp_path)))
+
+
+def test_a_file_of_an_unknown_method_and_one_that_reads_no_file_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    model = str(tiny("qwen3_moe"))
+    for method, words in (("no-such", "unknown predictor 'no-such'"), ("next-gate", "reads no file")):
+        path = tmp_path / f"{method}.safetensors"
+        save(path, Artifact(method, identity(model), 1, {"x": np.zeros(1)}))
+        with pytest.raises(ConfigError, match=words):
+            Engine(RunConfig(model=model, predictor=str(path)))
