@@ -133,6 +133,43 @@ def test_no_slot_is_written_after_done_on_a_real_file(file: OneFile) -> None:
             assert all(pool.view(slot) == mark for slot in range(pool.slots))
 
 
+def test_small_neighbours_are_read_at_once(file: OneFile) -> None:
+    """Eight experts, submitted in any order, in few reads: one for the thread to be busy with, then the others."""
+    pool, order = SlotPool(8, SLOT), random.Random(3).sample(KEYS[2:10], 8)
+    with NativeTransfer(file, pool, threads=1) as transfer:
+        fewest = 8
+        for _ in range(20):
+            tickets = [transfer.submit(key, slot, speculative=False) for slot, key in enumerate(order)]
+            for ticket in tickets:
+                transfer.wait(ticket)
+                assert bytes(pool.view(ticket.slot)) == file.experts[ticket.key]
+            fewest = min(fewest, len({span.began for ticket in tickets for span in ticket.spans}))
+        stats = transfer.stats()
+    assert fewest <= 4
+    assert (stats.demand_bytes, stats.chunks, stats.retries) == (20 * 8 * SLOT, 20 * 8, 0)
+
+
+def test_neighbours_of_a_bad_expert_are_read_all_the_same(file: OneFile) -> None:
+    os.truncate(file.path, 4096 + 5 * SLOT + 5000)
+    with NativeTransfer(file, SlotPool(8, SLOT), threads=1) as transfer:
+        for _ in range(10):
+            tickets = [transfer.submit(key, slot, speculative=False) for slot, key in enumerate(KEYS[:8])]
+            for ticket in tickets[:5]:
+                transfer.wait(ticket)
+            for ticket in tickets[5:]:
+                with pytest.raises(ExpertReadError, match="truncated"):
+                    transfer.wait(ticket)
+
+
+def test_demand_is_not_read_with_a_speculation_beside_it(file: OneFile) -> None:
+    with NativeTransfer(file, SlotPool(8, SLOT), threads=1) as transfer:
+        tickets = [transfer.submit(key, slot, speculative=slot % 2 == 0) for slot, key in enumerate(KEYS[:8])]
+        for ticket in tickets[1::2]:
+            transfer.wait(ticket)
+        until(lambda: all(ticket.done for ticket in tickets))
+        assert len({span.began for ticket in tickets for span in ticket.spans}) == 8
+
+
 def test_a_truncated_file_is_an_error_that_names_the_place(file: OneFile) -> None:
     os.truncate(file.path, 4096 + 3 * SLOT + 5000)
     with opened(file, SlotPool(2, SLOT)) as transfer:

@@ -8,6 +8,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -15,6 +16,9 @@
 
 #define BLOCK 4096 /* a direct read can only be continued from a multiple of this */
 #define BACKOFF_S 0.001
+#define MERGED 16             /* experts that one read may bring */
+#define MERGED_BYTES (1 << 20) /* more gains nothing: see dev/LOG.md */
+#define SEARCHED 64           /* places of a queue that are searched for a neighbour */
 
 /* From DONE on nothing writes to the slot any more. STALLED: timed out, but a chunk may still be being read. */
 enum status { RUNNING, STALLED, DONE, COMPLETE = DONE, FAILED, CANCELLED };
@@ -213,6 +217,20 @@ static error_t_ read_chunk(pool *p, const request *r, int32_t chunk, int *tries)
     }
 }
 
+/* Neighbours in the file, in one read; false if it did not bring them all: then each is read alone. */
+static int read_merged(pool *p, request **group, int count) {
+    struct iovec parts[MERGED];
+    ssize_t wanted = 0;
+    for (int i = 0; i < count; i++) {
+        parts[i] = (struct iovec){group[i]->memory, (size_t)group[i]->nbytes};
+        wanted += group[i]->nbytes;
+    }
+    int direct = p->direct_fd >= 0 && !__atomic_load_n(&p->refused, __ATOMIC_RELAXED);
+    ssize_t found = preadv(direct ? p->direct_fd : p->plain_fd, parts, count, group[0]->offset);
+    if (!direct) posix_fadvise(p->plain_fd, group[0]->offset, wanted, POSIX_FADV_DONTNEED);
+    return found == wanted;
+}
+
 /* Feed the chunks from..to to the digest; true when that was the end and the digest is not the wanted one. */
 static int hash_chunks(const pool *p, request *r, int32_t from, int32_t to) {
     const uint8_t *begin = r->memory + from * r->chunk_bytes;
@@ -266,34 +284,76 @@ static void note(request *r, span read) {
     r->spans[r->span_count++] = read;
 }
 
-static void serve(pool *p, request *r, int32_t reader) {
-    int32_t chunk = r->next++;
-    if (r->next == r->chunks) unlink_request(p, r);
-    r->running++;
-    double began = r->progress_at = now();
-    if (p->reading++ == 0) p->since = began;
-    pthread_mutex_unlock(&p->lock);
+/* `first` and small experts of its queue that lie beside it in the file, in file order: how many. */
+static int gather(const pool *p, request *first, request **group) {
+    int count = 1;
+    group[0] = first;
+    if (first->chunks > 1 || p->source) return count;
+    int64_t begin = first->offset, end = begin + first->nbytes;
+    request *r = p->first[first->urgent];
+    for (int seen = 0; r && seen < SEARCHED && count < MERGED; seen++) {
+        int fits = r != first && r->chunks == 1 && end - begin + r->nbytes <= MERGED_BYTES;
+        if (fits && r->offset == end) {
+            group[count++] = r;
+            end += r->nbytes;
+        } else if (fits && r->offset + r->nbytes == begin) {
+            memmove(group + 1, group, (size_t)count++ * sizeof *group);
+            group[0] = r;
+            begin = r->offset;
+        } else {
+            r = r->after;
+            continue;
+        }
+        r = p->first[first->urgent]; /* its own neighbour may stand before it */
+    }
+    return count;
+}
 
-    int tries;
-    error_t_ error = read_chunk(p, r, chunk, &tries);
-
-    pthread_mutex_lock(&p->lock);
-    double end = p->progress_at = r->progress_at = now();
-    p->stats.busy_s += end - began;
-    if (--p->reading == 0) p->stats.active_s += end - p->since;
-    p->stats.retries += tries;
-    note(r, (span){began, end, error.failure ? 0 : chunk_bytes(r, chunk), reader});
+/* One chunk of `r` has been read, or not: account for it. The lock is held. */
+static void arrived(pool *p, request *r, int32_t chunk, error_t_ error, span read) {
+    r->progress_at = read.ended;
+    read.nbytes = error.failure ? 0 : chunk_bytes(r, chunk);
+    note(r, read);
     if (error.failure) {
         fail(p, r, error);
     } else {
         p->stats.chunks++;
-        *(r->speculative ? &p->stats.prefetch_bytes : &p->stats.demand_bytes) += chunk_bytes(r, chunk);
+        *(r->speculative ? &p->stats.prefetch_bytes : &p->stats.demand_bytes) += read.nbytes;
         r->finished++;
         r->have[chunk] = 1;
         absorb(p, r);
     }
     r->running--;
     settle(p, r);
+}
+
+static void serve(pool *p, request *first, int32_t reader) {
+    request *group[MERGED];
+    int count = gather(p, first, group), merged = count > 1, tries = 0;
+    int32_t chunk = first->next;
+    double began = now();
+    for (int i = 0; i < count; i++) {
+        if (++group[i]->next == group[i]->chunks) unlink_request(p, group[i]);
+        group[i]->running++;
+        group[i]->progress_at = began;
+    }
+    if (p->reading++ == 0) p->since = began;
+    pthread_mutex_unlock(&p->lock);
+
+    if (merged) merged = read_merged(p, group, count);
+    error_t_ errors[MERGED];
+    for (int i = 0; i < count; i++) {
+        int more = 0;
+        errors[i] = merged ? error_at(group[i], 0, NONE) : read_chunk(p, group[i], chunk, &more);
+        tries += more;
+    }
+
+    pthread_mutex_lock(&p->lock);
+    double end = p->progress_at = now();
+    p->stats.busy_s += end - began;
+    if (--p->reading == 0) p->stats.active_s += end - p->since;
+    p->stats.retries += tries;
+    for (int i = 0; i < count; i++) arrived(p, group[i], chunk, errors[i], (span){began, end, 0, reader});
 }
 
 static void *work(void *argument) {
