@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: demo test fast slow vllm-test rivals rivals-test cgroup traces sample notebook gallery reference clean
+.PHONY: demo test fast slow vllm-test rivals rivals-test cgroup traces sample notebook gallery reference frontend clean
 
 demo: $(VENV)/.installed  ## The main job: the built-in model under a quarter of its expert bytes.
 	$(BIN)/foregate run reference --memory-budget 25% --max-new-tokens 96 --stats \
@@ -36,6 +36,9 @@ gallery: $(VENV)/.installed  ## The figures of docs/gallery.md, from the referen
 
 reference: $(VENV)/.installed  ## Train the reference model on (hours; resumes). DATA=directory with gsm8k_train.jsonl
 	$(BIN)/foregate reference train --resume --data-dir $(DATA)
+
+frontend:  ## Build the dashboard's page into the package. Needs Node; users of the package do not.
+	cd frontend && npm ci --no-audit --no-fund && npm run check && npm run build
 
 vllm-test: $(VENV)/.installed .venv-vllm/.installed  ## Real vLLM against transformers (minutes, 2 GB).
 	$(BIN)/pytest -m vllm tests/test_vllm.py

@@ -92,7 +92,7 @@ class ReadSubmitted(NamedTuple):
 
 
 class ReadEnded(NamedTuple):
-    """Exactly one for each submission, but for a read that hangs. ``spans`` is what was read; ``ok``: it arrived."""
+    """One for each submission, but for a read that hangs. ``spans`` is what was read; ``ok``: it arrived."""
 
     at: int
     key: ExpertKey

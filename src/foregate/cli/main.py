@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from foregate import __version__
 from foregate.cli.analyze import analyze
+from foregate.cli.dashboard import dashboard
 from foregate.cli.doctor import doctor
 from foregate.cli.inspect import inspect
 from foregate.cli.pack import pack
@@ -39,6 +40,7 @@ app.command()(pack)
 app.command()(doctor)
 app.command()(analyze)
 app.command()(timeline)
+app.command()(dashboard)
 app.add_typer(trace, name="trace")
 app.add_typer(predictor, name="predictor", help="Predictors: which there are, what a file holds.")
 app.add_typer(reference, name="reference", help="The built-in reference model: train it, judge it.")

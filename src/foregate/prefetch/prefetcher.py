@@ -45,6 +45,7 @@ class Prefetcher:
         self._top_k = top_k
         self._tickets: dict[ExpertKey, Ticket] = {}
         self._dying: dict[ExpertKey, Ticket] = {}
+        self._told: set[ExpertKey] = set()
         self._predicted_at: dict[int, float] = {}
         # True in prefill, whose whole-layer reads say nothing about the predictor.
         self.streaming = False
@@ -158,6 +159,8 @@ class Prefetcher:
             self.controller.judge(used=used)
 
     def _reap(self) -> None:
+        if self.events.on:
+            self._tell_arrivals()
         for key in [k for k, ticket in self._dying.items() if ticket.done]:
             self._let_go(key, self._dying.pop(key))
 
@@ -169,9 +172,18 @@ class Prefetcher:
 
     def tell_end(self, ticket: Ticket) -> None:
         """To listeners: the read of ``ticket`` has ended, well or not."""
-        if self.events.on:
+        if ticket.key in self._told:
+            self._told.remove(ticket.key)
+        elif self.events.on:
             now = perf_counter_ns()
             self.events.emit(ReadEnded(now, ticket.key, ticket.speculative, ticket.ok, tuple(ticket.spans)))
+
+    def _tell_arrivals(self) -> None:
+        """What has been read ahead since the last look."""
+        for key, ticket in self._tickets.items():
+            if key not in self._told and ticket.ok:
+                self.tell_end(ticket)
+                self._told.add(key)
 
     def _tell_fate(self, key: ExpertKey, fate: Fate) -> None:
         if self.events.on:

@@ -53,6 +53,7 @@ class TimelineRecorder:
         self._predicted: list[PredictionMade] = []
         self._state: dict[ExpertKey, str] = {}
         self._fate: dict[ExpertKey, Fate] = {}
+        self._unjudged: dict[ExpertKey, ReadEnded] = {}
         # Of every speculative read that a prediction led to: when it was submitted, and where its reading began.
         self._asked: dict[ExpertKey, int] = {}
         self._reading: dict[ExpertKey, tuple[int, int]] = {}
@@ -77,7 +78,7 @@ class TimelineRecorder:
             case ExpertMoved():
                 self._moved(event)
             case SpeculationEnded():
-                self._fate[event.key] = event.fate
+                self._judged(event)
             case PredictionMade():
                 self._predicted.append(event)
             case ControllerDecided():
@@ -112,11 +113,25 @@ class TimelineRecorder:
     def _submitted(self, event: ReadSubmitted) -> None:
         self._asked.pop(event.key, None)
         self._reading.pop(event.key, None)
+        self._fate.pop(event.key, None)
         # In a prompt whole layers are read ahead: no prediction, no arrow.
         if event.speculative and self._phase is Phase.DECODE:
             self._asked[event.key] = event.at
 
     def _ended(self, event: ReadEnded) -> None:
+        """A read ahead is written once its fate is known, before the arrow to its use."""
+        if event.speculative and event.key not in self._fate:
+            self._unjudged[event.key] = event
+        else:
+            self._read(event)
+
+    def _judged(self, event: SpeculationEnded) -> None:
+        self._fate[event.key] = event.fate
+        ended = self._unjudged.pop(event.key, None)
+        if ended is not None:
+            self._read(ended)
+
+    def _read(self, event: ReadEnded) -> None:
         name = tracks.SPECULATIVE_READ if event.speculative else tracks.DEMAND_READ
         args: dict[str, Any] = {**_expert(*event.key), "ok": event.ok}
         if event.speculative:

@@ -1,0 +1,1 @@
+"""What answers over HTTP. Uses the engine and what it tells listeners, nothing deeper."""
