@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,10 +12,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 import typer
+from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from foregate.analysis import figures
@@ -164,6 +167,25 @@ def test_a_browser_draws_the_report_and_obeys_the_keyboard(full: tuple[Path, dic
     assert re.fullmatch(r"from layer 1, predicted layer 2: recall_k [0-9.]+", cell)
     assert theme in ("light&gt;dark", "dark&gt;light")
     assert (tables, hidden) == ("true", "true")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_report_follows_the_reader_s_choice_of_light_or_dark(
+    full: tuple[Path, dict[str, Any]], tmp_path: Path, dark: bool
+) -> None:
+    """Leaves a picture of it in $OUT/screenshots."""
+    kept = Path(os.environ.get("OUT", "out")) / "screenshots"
+    kept.mkdir(parents=True, exist_ok=True)
+    picture = kept.absolute() / f"report_{'dark' if dark else 'light'}.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--window-size=1180,1600"]
+    flags += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--screenshot={picture}"]
+    page = (full[0] / "report.html").as_uri()
+    subprocess.run(["chromium", *flags, page], capture_output=True, timeout=120, check=True)
+    pixels = imread(picture)[:, :, :3]
+    shades = {"page": pixels[5, 5].mean(), "middle": float(np.median(pixels))}
+    assert all(value < 0.2 if dark else value > 0.9 for value in shades.values()), shades
+    assert pixels.std() > 0.05  # something is drawn on it
 
 
 def test_a_name_in_the_trace_cannot_break_out_of_the_report(tmp_path: Path) -> None:
