@@ -64,13 +64,25 @@ class ModelSignals:
     def rank(self, target: int, source: str) -> Ranking:
         """See ``interfaces.Signals``; of the last token of the pass."""
         self._check_trust()
-        here, there = self._flow.parts[self.layer], self._flow.parts[target]
-        if source == "residual" and (here.residual is None or there.norm is None):
-            source = "router_input"
+        there = self._flow.parts[target]
+        source = self.fed_with(self.layer, target, source)
         value = self._known(source)
         if source == "residual":
             value = self._norm(target, value)
         return _ranking(_route(there, value), there.experts)
+
+    def fed_with(self, layer: int, target: int, source: str) -> str:
+        """What ``rank`` at ``layer`` really feeds to the router of ``target``: without a norm, a router input."""
+        here, there = self._flow.parts[layer], self._flow.parts[target]
+        missing = source == "residual" and (here.residual is None or there.norm is None)
+        return "router_input" if missing else source
+
+    def rank_rows(self, target: int, source: str, rows: NDArray[np.float32]) -> Ranking:
+        """What ``rank`` gives for each of ``rows`` [T, D] of signal ``source``, up to rounding, both [T, E]."""
+        self._check_trust()
+        there = self._flow.parts[target]
+        value = torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(self._dtype)
+        return _rankings(_route(there, self._norm(target, value) if source == "residual" else value), there.experts)
 
     def _at(self, layer: int, moment: Moment) -> None:
         self.layer, self.moment = layer, moment
@@ -147,10 +159,16 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _scores(output: Any, experts: int) -> NDArray[np.float32]:
     """Scores of all experts for the last token, whatever the form of a router's output."""
+    row: NDArray[np.float32] = _all_scores(output, experts)[-1]
+    return row
+
+
+def _all_scores(output: Any, experts: int) -> NDArray[np.float32]:
+    """Scores [T, E] of every token."""
     scored = [t for t in _tensors(output) if t.is_floating_point() and t.shape[-1] >= experts]
     # Llama 4 returns scores (zero where not chosen) before logits: the last is the one that ranks them all.
-    row: NDArray[np.float32] = scored[-1].reshape(-1, scored[-1].shape[-1])[-1].float().numpy()[:experts]
-    return row
+    rows: NDArray[np.float32] = scored[-1].reshape(-1, scored[-1].shape[-1]).float().numpy()[:, :experts]
+    return rows
 
 
 def _ranking(output: Any, experts: int) -> Ranking:
@@ -165,3 +183,20 @@ def _ranking(output: Any, experts: int) -> Ranking:
         others[first] = False
         order = np.concatenate([first, order[others[order]]])
     return order.astype(np.int64), scores[order].astype(np.float32)
+
+
+def _rankings(output: Any, experts: int) -> Ranking:
+    """``_ranking`` of every token, both [T, E]."""
+    chosen = [t for t in _tensors(output) if not t.is_floating_point()]
+    scores = _all_scores(output, experts)
+    key = -scores
+    if chosen:
+        first = chosen[-1].reshape(len(scores), -1).numpy().astype(np.int64)
+        valid = (first >= 0) & (first < experts)
+        places = np.broadcast_to(np.arange(first.shape[1]) - first.shape[1], first.shape)
+        row, column = np.nonzero(valid)
+        # Before every score, in the order of the choice.
+        key = np.argsort(np.argsort(key, axis=1, kind="stable"), axis=1).astype(np.float32)
+        key[row, first[row, column]] = places[row, column]
+    order = np.argsort(key, axis=1, kind="stable")
+    return order.astype(np.int64), np.take_along_axis(scores, order, axis=1)

@@ -1,0 +1,1 @@
+"""Every predictor on the same held-out prompts: accuracy, misses, simulated time; leaderboard and studies."""
