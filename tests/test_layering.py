@@ -17,12 +17,13 @@ RANKS = {
     "experts": 3, "predictors": 3, "analysis": 3, "timeline": 3,
     "training": 4, "prefetch": 4, "testing": 4, "reference": 4,
     "engine": 5, "sim": 5,
-    "bench": 6, "server": 6,
+    "bench": 6, "server": 6, "evaluation": 6,
     "cli": 7, "__main__": 8,
 }  # fmt: skip
 STRANGERS = [("experts", "predictors"), ("predictors", "experts"), ("engine", "training"), ("engine", "analysis")]
 TORCH_FREE = ["types", "errors", "events", "config", "interfaces", "registry", "prefetch", "experts/cache",
-              "experts/policy", "experts/slots", "experts/transfer", "predictors", "analysis", "timeline"]  # fmt: skip
+              "experts/policy", "experts/slots", "experts/transfer", "predictors", "analysis", "timeline",
+              "sim"]  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -49,3 +49,7 @@ class PredictorError(ForegateError):
 
 class IntegrityError(ForegateError, AssertionError):
     """An internal invariant does not hold (see ``check_integrity``)."""
+
+
+class ControlError(ForegateError):
+    """A control of an evaluation did not read what it must: nothing that was measured beside it can be believed."""

@@ -13,6 +13,7 @@ from foregate import __version__
 from foregate.cli.analyze import analyze
 from foregate.cli.dashboard import dashboard
 from foregate.cli.doctor import doctor
+from foregate.cli.evaluate import evaluate
 from foregate.cli.inspect import inspect
 from foregate.cli.pack import pack
 from foregate.cli.predictor import app as predictor
@@ -40,6 +41,7 @@ app.command()(pack)
 app.command()(doctor)
 app.command()(analyze)
 app.command()(timeline)
+app.command()(evaluate)
 app.command()(dashboard)
 app.add_typer(trace, name="trace")
 app.add_typer(predictor, name="predictor", help="Predictors: which there are, what a file holds.")

@@ -1,1 +1,1 @@
-"""The engine's cache, policies, pipeline and prefetcher on a virtual clock: any bandwidth, any device, no model, no torch."""
+"""The engine's cache, policies, pipeline and prefetcher on a virtual clock: any bandwidth, no model, no torch."""

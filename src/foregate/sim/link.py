@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil, inf
 
 from foregate.errors import IntegrityError
+from foregate.events import ReadSpan
 from foregate.interfaces import Ticket
 from foregate.sim.device import Device
 from foregate.types import ExpertKey
@@ -23,17 +24,19 @@ class VirtualClock:
 class SimTicket:
     """A read of which ``left`` seconds of link time remain. It is done once the clock has reached ``done_at``."""
 
-    clock: VirtualClock
+    link: SimTransfer
     key: ExpertKey
     slot: int
     speculative: bool
     left: float
     done_at: float = inf
     cancelled: bool = False
+    spans: tuple[ReadSpan, ...] = ()
+    """Always empty: no reader thread has read anything."""
 
     @property
     def done(self) -> bool:
-        return self.done_at <= self.clock.now
+        return self.done_at <= self.link.now
 
     @property
     def ok(self) -> bool:
@@ -56,10 +59,16 @@ class SimTransfer:
         self._demand: list[SimTicket] = []
         self._ahead: list[SimTicket] = []
 
+    @property
+    def now(self) -> float:
+        """The clock's time, with the link served up to it."""
+        self._catch_up()
+        return self._clock.now
+
     def submit(self, key: ExpertKey, slot: int, *, speculative: bool) -> SimTicket:
         """Queue the read of ``key``."""
         self._catch_up()
-        ticket = SimTicket(self._clock, key, slot, speculative, self._device.read_s)
+        ticket = SimTicket(self, key, slot, speculative, self._device.read_s)
         (self._ahead if speculative else self._demand).append(ticket)
         return ticket
 

@@ -55,7 +55,8 @@ class SimResult:
     """Counts of experts, and seconds of virtual time. Bytes are counts times the device's expert bytes.
 
     ``uses`` = ``hits`` + ``misses``; ``used`` speculative reads were needed, ``late`` of them not yet complete;
-    ``wasted`` were complete and not needed; ``ahead_s``: link seconds of speculative reads that came to nothing.
+    ``wasted`` were complete and not needed, ``cancelled`` were not even complete. ``busy_s``: seconds that the link
+    read; ``wasted_s``, of them, for what was never used.
     """
 
     events: int = 0
@@ -70,6 +71,7 @@ class SimResult:
     stall_s: float = 0.0
     total_s: float = 0.0
     busy_s: float = 0.0
+    wasted_s: float = 0.0
 
     @property
     def absent(self) -> int:
@@ -133,6 +135,7 @@ class Simulation:
             stall_s=self._transfer.stall_s,
             total_s=self._events * self._device.layer_s + self._transfer.stall_s,
             busy_s=self._transfer.busy_s,
+            wasted_s=max(0.0, self._transfer.busy_s - (served.misses - served.late + ahead.used) * self._device.read_s),
         )
 
     def _layer(self, token: int, layer: int, needed: list[int], asked: Mapping[Moment, _Leads]) -> None:
@@ -146,9 +149,7 @@ class Simulation:
         def compute(expert: int, slot: int) -> None:
             self._clock.now += share
 
-        self._pipeline.decode(
-            layer, needed, compute, lambda: self._consider(token, layer, Moment.AFTER_ROUTING, asked)
-        )
+        self._pipeline.decode(layer, needed, compute, lambda: self._consider(token, layer, Moment.AFTER_ROUTING, asked))
 
     def _consider(self, token: int, layer: int, moment: Moment, asked: Mapping[Moment, _Leads]) -> None:
         for lead, ranks in asked.get(moment, ()):

@@ -1,0 +1,114 @@
+"""``foregate evaluate``: every predictor on the same held-out prompts of recorded traces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from foregate.cli.output import console, print_json, result
+
+_BUDGET = "10%,25%,50%"
+
+
+def evaluate(
+    trace: Annotated[list[Path], typer.Option(help="A trace with features (foregate trace); may be given again.")],
+    predictor: Annotated[
+        list[str] | None,
+        typer.Option(help="Name, file, or A+B (combined under one allowance of reads); may be given again."),
+    ] = None,
+    predictors_dir: Annotated[Path | None, typer.Option(help="Every predictor file in this directory.")] = None,
+    all_free: Annotated[
+        bool, typer.Option("--all", help="Every registered method that needs no training, strangers' included.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Where the traced model lies, for its routers; as the trace says if not given.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Shares of all experts that the simulated cache holds.")] = _BUDGET,
+    policies: Annotated[str, typer.Option(help="Cache policies that are simulated.")] = "lru,lfru,belady",
+    lookahead: Annotated[
+        int | None, typer.Option(help="Layers that predictors look ahead; each one's own if not given.", min=0)
+    ] = None,
+    reads: Annotated[
+        int | None, typer.Option(help="Speculative reads for one layer of one token; k if not given.", min=1)
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Held-out decode tokens that are scored at most.", min=1)] = 10_000,
+    sim_tokens: Annotated[int, typer.Option(help="Of them, simulated in time.", min=1)] = 800,
+    bandwidth: Annotated[float, typer.Option(help="Of the simulated link, GB/s.")] = 3.0,
+    expert_mb: Annotated[float, typer.Option(help="Bytes of a simulated expert, MB.")] = 9.437184,
+    layer_ms: Annotated[float, typer.Option(help="Simulated layer, ms; a third is before its routing.")] = 6.3,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.", min=0)] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes; each holds the traces' test prompts.", min=1)] = 1,
+    out: Annotated[Path | None, typer.Option(help="Directory for result.json, table.md and figures.")] = None,
+    no_figures: Annotated[bool, typer.Option("--no-figures", help="No SVG and PNG: needs no matplotlib.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout.")] = False,
+) -> None:
+    """Accuracy, recall on misses, and simulated time of predictors, on prompts that none was trained on."""
+    from foregate.evaluation.candidates import candidates, trainable_free
+    from foregate.evaluation.judge import Bench
+    from foregate.evaluation.output import check_out, write
+    from foregate.evaluation.result import result as assemble
+    from foregate.evaluation.run import judge_all
+    from foregate.evaluation.settings import Settings, parse_budgets
+    from foregate.evaluation.table import terminal
+    from foregate.sim.device import Device
+
+    if out is not None:
+        check_out(out, figures=not no_figures)
+    seconds = layer_ms / 1e3
+    settings = Settings(
+        traces=tuple(trace),
+        model=model,
+        residencies=parse_budgets(budget),
+        policies=tuple(name.strip() for name in policies.split(",")),
+        lookahead=lookahead,
+        reads=reads,
+        tokens=tokens,
+        sim_tokens=sim_tokens,
+        device=Device(bandwidth * 1e9, round(expert_mb * 1e6), seconds / 3, 2 * seconds / 3),
+        seed=seed,
+    )
+    free = trainable_free() if all_free else []
+    chosen = candidates([*(predictor or []), *free], predictors_dir)
+    with _bar(len(chosen)) as advance:
+        bench = Bench(settings)
+        judged, left_out = judge_all(bench, chosen, jobs, advance)
+        found = assemble(bench, judged, left_out)
+    if out is not None:
+        write(found, out, figures=not no_figures)
+    for name, why in left_out.items():
+        console().print(f"left out: {name}: {why}", markup=False, soft_wrap=True)
+    if as_json:
+        print_json(found)
+    else:
+        shown = result()
+        shown.print(terminal(found), width=max(shown.width, 160))
+        for line in found["about"]["controls"]:
+            shown.print(f"control {line}", markup=False, soft_wrap=True)
+        shown.print(f"held out: {found['about']['held_out']}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[_Advance]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    output = console()
+    with Progress(
+        *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=output,
+        disable=not output.is_terminal, transient=True,
+    ) as progress:  # fmt: skip
+        yield _Advance(progress, total)
+
+
+class _Advance:
+    """Called with the name of every predictor that has been judged."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("reading traces", total=total)
+
+    def __call__(self, name: str) -> None:
+        self._progress.update(self._task, advance=1, description=name)

@@ -1,0 +1,73 @@
+"""Which predictors are evaluated: names, files, and combinations of several under one allowance of reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foregate.errors import ConfigError
+from foregate.evaluation.settings import CONTROLS
+from foregate.predictors import PREDICTORS
+from foregate.predictors.choice import SUFFIX, check, is_file
+from foregate.predictors.file import load
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """``name`` in results; ``members`` as ``--predictor`` takes them, several where they are combined."""
+
+    name: str
+    members: tuple[str, ...]
+
+    @property
+    def control(self) -> bool:
+        return self.name in CONTROLS
+
+
+def candidates(given: Sequence[str], directory: Path | None) -> list[Candidate]:
+    """The controls first, then ``given`` (``A+B`` is a combination), then every file in ``directory``.
+
+    Raises ConfigError for an unknown name, a name that is there twice, and an empty directory; PredictorError for a
+    file that cannot be used.
+    """
+    texts = [*CONTROLS, *(text for text in given if text not in CONTROLS)]
+    if directory is not None:
+        found = sorted(str(path) for path in directory.glob(f"*{SUFFIX}"))
+        if not found:
+            raise ConfigError(f"{directory}: no predictor files (*{SUFFIX})")
+        texts += [text for text in found if text not in texts]
+    out: dict[str, Candidate] = {}
+    for text in texts:
+        members = (text,) if Path(text).is_file() else tuple(text.split("+"))
+        for member in members:
+            check(member)
+        name = "+".join(_label(member) for member in members)
+        if name in out:
+            raise ConfigError(f"two predictors are called {name!r}: {out[name].members[0]} and {text}")
+        out[name] = Candidate(name, members)
+    return list(out.values())
+
+
+def trainable_free() -> list[str]:
+    """Every registered method, strangers' included, that needs no file and is not a control."""
+    names = [name for name in PREDICTORS.names if name not in CONTROLS]
+    return [name for name in names if not getattr(PREDICTORS.load(name), "needs_file", False)]
+
+
+def provenance(candidate: Candidate) -> dict[str, Any]:
+    """What its files say about their training: traces, hash of the training data, seed, features."""
+    files = [load(Path(member).expanduser()) for member in candidate.members if is_file(member)]
+    if not files:
+        return {}
+    return {
+        "trained_on": sorted({name for file in files for name in file.traces}),
+        "trace_hash": [file.trace_hash for file in files],
+        "seed": [file.seed for file in files],
+        "features": sorted({name for file in files for name in file.features}),
+    }
+
+
+def _label(member: str) -> str:
+    return Path(member).name.removesuffix(SUFFIX) if is_file(member) else member
