@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from foregate.checkpoint.anatomy import FlowWatcher, MoeAnatomy
+from foregate.engine.plain_gate import PlainGate, order
 from foregate.errors import ConfigError
 from foregate.types import Moment, RoutingStep
 
@@ -42,6 +43,7 @@ class ModelSignals:
         self._family = family
         self._dtype = next(model.parameters()).dtype
         self._flow = FlowWatcher(model, paths, experts, self._at)
+        self._plain = [PlainGate(part.router, part.experts) for part in self._flow.parts]
 
     def close(self) -> None:
         """Remove every hook; the model is as it was."""
@@ -58,8 +60,11 @@ class ModelSignals:
     def scores(self, target: int, router_input: NDArray[np.float32]) -> NDArray[np.float32]:
         """See ``interfaces.Signals``."""
         self._check_trust()
-        there = self._flow.parts[target]
-        return _scores(_route(there, self._tensor(router_input)), there.experts)
+        there, plain, x = self._flow.parts[target], self._plain[target], self._tensor(router_input)
+        if plain.trusted:
+            logits: NDArray[np.float32] = plain.logits(x).float().numpy()
+            return logits
+        return _scores(_route(there, x), there.experts)
 
     def rank(self, target: int, source: str) -> Ranking:
         """See ``interfaces.Signals``; of the last token of the pass."""
@@ -69,6 +74,9 @@ class ModelSignals:
         value = self._known(source)
         if source == "residual":
             value = self._norm(target, value)
+        plain = self._plain[target]
+        if plain.trusted:
+            return order(plain.logits(value), self.top_k)
         return _ranking(_route(there, value), there.experts)
 
     def fed_with(self, layer: int, target: int, source: str) -> str:
@@ -117,9 +125,13 @@ class ModelSignals:
         return _route(part, part.router_input)
 
     def on_route(self, step: RoutingStep) -> None:
-        """In the first pass: check that a replayed router chooses what the model chose."""
+        """In the first pass: check that a replayed router chooses what the model chose. Until it is clear: whether its
+        matrix alone does."""
         if self._flow.learning and not self.distrust:
             self.distrust = self._mismatch(step)
+        plain, given = self._plain[step.layer], self._flow.parts[step.layer].router_input
+        if plain.open and given is not None and len(given) == len(step.experts):
+            plain.see(given, step.experts)
 
     def stop_learning(self) -> None:
         """After the first pass."""
