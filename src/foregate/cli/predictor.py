@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from foregate.cli.output import print_json, result, two_columns
+from foregate.cli.output import console, print_json, result, size, two_columns
+from foregate.config import RunConfig
 from foregate.errors import ConfigError
-from foregate.predictors import PREDICTORS
+from foregate.predictors import PREDICTORS, choice
 from foregate.predictors.file import load
+
+_RUN = RunConfig()
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -65,6 +69,44 @@ def info(
         ("made by", f"foregate {artifact.version}, licence {artifact.licence}"),
     ]
     result().print(two_columns(str(file), rows))
+
+
+@app.command()
+def cost(
+    predictor: Annotated[str, typer.Argument(help="A name of 'predictor list', or a predictor file.")],
+    model: Annotated[str, typer.Option(help="Directory, hub id, pack, or 'reference'.")] = _RUN.model,
+    lookahead: Annotated[int | None, typer.Option(help="As of foregate run.")] = _RUN.lookahead,
+    memory_budget: Annotated[str, typer.Option("--memory-budget", "--budget", help="As of foregate run.")] = "50%",
+    threads: Annotated[int | None, typer.Option(help="Compute threads; torch's choice if not given.")] = _RUN.threads,
+    tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=1)] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """What one prediction takes in the engine, in microseconds, and which share of a layer's time that is."""
+    config = RunConfig(
+        model=model,
+        memory_budget=memory_budget,
+        predictor=choice.check(predictor),
+        prefetch="1",
+        lookahead=lookahead,
+        threads=threads,
+    )
+    from foregate.bench.predictor_cost import measure  # torch takes seconds to import
+
+    with console().status("measuring") if console().is_terminal else nullcontext():
+        found = measure(config, tokens)
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        ("prediction", f"{found['predict_us']:.1f} µs, observing {found['observe_us']:.1f} µs (medians)"),
+        (
+            "token",
+            f"{found['us_per_token']:.0f} µs in {found['layers']} layers ({found['cpu_us_per_token']:.0f} µs CPU)",
+        ),
+        ("layer", f"{found['layer_us']:.0f} µs without waiting for reads; the predictor is {found['share']:.1%} of it"),
+        ("operations", f"{found['flops']:,} FLOPs, {size(found['bytes'])} read, {found['parameters']:,} parameters"),
+    ]
+    result().print(two_columns(f"{predictor}, lookahead {found['lookahead']}, on {model}", rows))
 
 
 def _row(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from foregate.interfaces import Signals
 from foregate.predictors.base import BasePredictor
 from foregate.predictors.targets import targets
-from foregate.types import Moment, Prediction
+from foregate.types import Moment, Prediction, PredictorCost
 
 
 class _Router(BasePredictor):
@@ -19,9 +19,21 @@ class _Router(BasePredictor):
 
     asks_routers = True
 
+    def __init__(self, lookahead: int = 1) -> None:
+        super().__init__(lookahead)
+        self._cost = PredictorCost()
+
+    def cost(self) -> PredictorCost:
+        """Known once it has been asked; bytes as if the routers were in float32. It has no parameters of its own."""
+        return self._cost
+
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        ahead = targets(self, signals.layer, signals.layers)
-        return [self._rank(signals, target) for target in ahead if target < signals.layers]
+        ahead = [target for target in targets(self, signals.layer, signals.layers) if target < signals.layers]
+        predictions = [self._rank(signals, target) for target in ahead]
+        if not self._cost.flops and ahead:
+            numbers = len(signals.hidden(self.signal)) * sum(signals.experts[target] for target in ahead)
+            self._cost = PredictorCost(2 * numbers, 4 * numbers)
+        return predictions
 
     def _rank(self, signals: Signals, target: int) -> Prediction:
         experts, scores = signals.rank(target, self.signal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from time import perf_counter, perf_counter_ns, sleep
 
 import numpy as np
@@ -78,8 +79,9 @@ class Prefetcher:
             if first <= prediction.layer < first + len(self._experts):
                 target = prediction.layer % len(self._experts)
                 self._predicted_at.setdefault(target, now)
-                ranked = [int(e) for e in prediction.experts if _is_expert(e, self._experts[target])]
-                self._submit(target, ranked[:width], self.controller.allowance(self._top_k))
+                there = self._experts[target]
+                real = (int(e) for e in prediction.experts if _is_expert(e, there))
+                self._submit(target, list(islice(real, width)), self.controller.allowance(self._top_k))
 
     def stream_ahead(self, layer: int) -> None:
         """Prefill: read the whole of ``layer`` ahead, as far as staging has room."""
