@@ -1,13 +1,14 @@
-"""Run a command under a hard memory limit: cgroup v1, cgroup v2, or systemd-run for those who are not root."""
+"""Run a command under a hard memory limit, and with a slower disk: cgroup v1, v2, or systemd-run for non-roots."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from time import sleep
 
@@ -15,6 +16,7 @@ from foregate.errors import ConfigError, ForegateError
 
 ROOT = Path("/sys/fs/cgroup")
 KINDS = ("auto", "v1", "v2", "systemd-run")
+_NUMBERS = count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,52 +43,137 @@ def run_limited(command: Sequence[str], limit_bytes: int, kind: str = "auto") ->
 
     Raises ConfigError for an unknown kind, ForegateError where no memory limit can be set.
     """
+    with confined(Limits(limit_bytes), kind) as box:
+        done = subprocess.run(box.command(command), capture_output=True, text=True, preexec_fn=box.join)
+        return Limited(done.returncode, done.stdout, done.stderr, box.peak_bytes())
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a confined process may use: bytes of memory, and bytes a second read from the disk that holds ``path``."""
+
+    memory_bytes: int
+    read_bps: int | None = None
+    path: Path | None = None
+
+
+class Box:
+    """Where confined processes go: wrap the command in ``command`` and pass ``join`` as ``preexec_fn``."""
+
+    def __init__(self, groups: Sequence[Path], prefix: Sequence[str] = ()) -> None:
+        self._groups = groups
+        self._prefix = prefix
+
+    def command(self, command: Sequence[str]) -> list[str]:
+        return [*self._prefix, *command]
+
+    def join(self) -> None:
+        """Called in the child, before it becomes the command."""
+        for group in self._groups:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    def peak_bytes(self) -> int | None:
+        """Most memory used, page cache included; None where the kernel does not tell."""
+        peaks = [_peak(group) for group in self._groups]
+        return next((peak for peak in peaks if peak is not None), None)
+
+
+@contextmanager
+def confined(limits: Limits, kind: str = "auto") -> Iterator[Box]:
+    """A box with ``limits``, gone afterwards.
+
+    Raises ConfigError for an unknown kind, ForegateError where memory cannot be limited here, or reads cannot be
+    throttled.
+    """
     if kind not in KINDS:
         raise ConfigError(f"cgroup kind {kind!r} is not one of: {', '.join(KINDS)}")
     chosen = available() if kind == "auto" else kind
     if chosen is None:
         raise ForegateError("no way to limit memory here: neither a writable cgroup nor systemd-run")
     if chosen == "systemd-run":
-        return _systemd(command, limit_bytes)
-    with _group(chosen, limit_bytes) as group:
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: _join(group))
-        return Limited(done.returncode, done.stdout, done.stderr, _peak(group))
+        yield Box((), _systemd(limits))
+        return
+    with _group(chosen, "memory", lambda group: _limit_memory(group, chosen, limits.memory_bytes)) as memory:
+        if limits.read_bps is None:
+            yield Box([memory])
+        elif chosen == "v2":
+            _throttle(memory, "v2", limits)
+            yield Box([memory])
+        else:
+            with _group("v1", "blkio", lambda group: _throttle(group, "v1", limits)) as blkio:
+                yield Box([memory, blkio])
 
 
-def _systemd(command: Sequence[str], limit_bytes: int) -> Limited:
+def _systemd(limits: Limits) -> list[str]:
     user = [] if os.geteuid() == 0 else ["--user"]
-    properties = ["-p", f"MemoryMax={limit_bytes}", "-p", "MemorySwapMax=0"]
-    done = subprocess.run(
-        ["systemd-run", *user, "--scope", "--quiet", "--collect", *properties, "--", *command],
-        capture_output=True,
-        text=True,
-    )
-    return Limited(done.returncode, done.stdout, done.stderr, None)
+    properties = ["-p", f"MemoryMax={limits.memory_bytes}", "-p", "MemorySwapMax=0"]
+    if limits.read_bps is not None:
+        properties += ["-p", f"IOReadBandwidthMax={_throttled_path(limits)} {limits.read_bps}"]
+    return ["systemd-run", *user, "--scope", "--quiet", "--collect", *properties, "--"]
 
 
 @contextmanager
-def _group(kind: str, limit_bytes: int) -> Iterator[Path]:
-    group = (ROOT / "memory" if kind == "v1" else ROOT) / f"foregate-{os.getpid()}"
+def _group(kind: str, controller: str, limit: Callable[[Path], None]) -> Iterator[Path]:
+    group = (ROOT / controller if kind == "v1" else ROOT) / f"foregate-{os.getpid()}-{next(_NUMBERS)}"
     try:
         group.mkdir()
     except OSError as error:
         raise ForegateError(f"cannot make the cgroup {group}: {error.strerror}") from error
     try:
-        (group / ("memory.limit_in_bytes" if kind == "v1" else "memory.max")).write_text(str(limit_bytes))
-        _without_swap(group, kind, limit_bytes)
+        limit(group)
         yield group
     finally:
         _remove(group)
 
 
-def _without_swap(group: Path, kind: str, limit_bytes: int) -> None:
+def _limit_memory(group: Path, kind: str, limit_bytes: int) -> None:
+    (group / ("memory.limit_in_bytes" if kind == "v1" else "memory.max")).write_text(str(limit_bytes))
     file = group / ("memory.memsw.limit_in_bytes" if kind == "v1" else "memory.swap.max")
     if file.exists():
         file.write_text(str(limit_bytes if kind == "v1" else 0))
 
 
-def _join(group: Path) -> None:
-    (group / "cgroup.procs").write_text(str(os.getpid()))
+def _throttle(group: Path, kind: str, limits: Limits) -> None:
+    """Limit what is read from the block device below ``limits.path``: whole disks only, so a partition's disk."""
+    device = _throttled_path(limits).stat().st_dev
+    number = _disk_of(os.major(device), os.minor(device))
+    name, line = (
+        ("blkio.throttle.read_bps_device", f"{number} {limits.read_bps}")
+        if kind == "v1"
+        else ("io.max", f"{number} rbps={limits.read_bps}")
+    )
+    try:
+        (group / name).write_text(line)
+    except OSError as error:
+        raise ForegateError(f"reads cannot be throttled: {group / name}: {error.strerror}") from error
+
+
+def _throttled_path(limits: Limits) -> Path:
+    assert limits.path is not None, "a throttle needs a path on the disk that is throttled"
+    return limits.path
+
+
+def _disk_of(major: int, minor: int) -> str:
+    """major:minor of the whole disk of a block device. Raises ForegateError where there is none (tmpfs, overlay)."""
+    here = Path(f"/sys/dev/block/{major}:{minor}")
+    if here.exists():
+        disk = here.resolve().parent if (here / "partition").exists() else here.resolve()
+        return (disk / "dev").read_text().strip()
+    # A file system may number itself (btrfs, some virtual machines): the mount table names its device.
+    source = _mounted_device(major, minor)
+    if source is None:
+        raise ForegateError(f"reads cannot be throttled: device {major}:{minor} is no block device")
+    return _disk_of(os.major(source), os.minor(source))
+
+
+def _mounted_device(major: int, minor: int) -> int | None:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        device = Path(fields[fields.index("-") + 2])
+        if fields[2] == f"{major}:{minor}" and device.is_block_device():
+            found = device.stat().st_rdev
+            return None if found == os.makedev(major, minor) else found
+    return None
 
 
 def _peak(group: Path) -> int | None:
