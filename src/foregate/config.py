@@ -76,13 +76,13 @@ def parse_prefetch(text: str) -> int | None:
 
 
 def parse_readers(text: str | int) -> int | None:
-    """``auto`` → None (measured at the start), else a number of reader threads. Raises ConfigError otherwise."""
+    """``auto`` → None (measured at the start), else a number of reader threads (0: none). Raises ConfigError."""
     value = str(text).strip().lower()
     if value == "auto":
         return None
-    if re.fullmatch(r"[0-9]{1,3}", value) and 1 <= int(value) <= MOST_READERS:
+    if re.fullmatch(r"[0-9]{1,3}", value) and int(value) <= MOST_READERS:
         return int(value)
-    raise ConfigError(f"reader threads {text!r} is not auto or a number from 1 to {MOST_READERS}")
+    raise ConfigError(f"reader threads {text!r} is not auto or a number from 0 to {MOST_READERS}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,8 @@ class RunConfig:
     """How to run a model. ``threads`` are compute threads (None: torch's own choice); the readers come on top.
 
     ``predictor`` is a name or a predictor file; ``lookahead`` None is what it was made for.
-    ``reader_threads``: a number, or "auto" to measure what the disk of a pack needs.
+    ``reader_threads``: a number, or "auto" to measure what the disk of a pack needs. 0 reads each expert when it is
+    waited for, on the compute thread: a naive offloader, for comparison; nothing is read ahead then.
     """
 
     model: str = "reference"
@@ -112,7 +113,9 @@ class RunConfig:
             raise ConfigError(
                 f"predictor none predicts nothing: prefetch {self.prefetch} and lookahead {self.lookahead} have no use"
             )
-        parse_readers(self.reader_threads)
+        readers = parse_readers(self.reader_threads)
+        if readers == 0 and (self.predictor != "none" or parse_prefetch(self.prefetch) != 0):
+            raise ConfigError("reader threads 0 read nothing ahead: give predictor none and prefetch off with it")
         if self.threads is not None:
             _at_least("threads", self.threads, 1)
         if not self.read_timeout_s > 0:

@@ -134,6 +134,8 @@ class StepStats:
     demand_stall_s: float = 0.0
     late_stall_s: float = 0.0
     io_s: float = 0.0
+    compute_s: float = 0.0
+    predict_s: float = 0.0
     wall_s: float = 0.0
 
     def add(self, other: StepStats) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from foregate.errors import ConfigError
 from foregate.experts.policy import POLICIES
 from foregate.predictors import PREDICTORS
 
-NO_CACHE = "no cache"
 RESIDENT = "all-resident"
 BASELINE = "cache-only"
 
@@ -24,18 +24,17 @@ class Arm:
     slots_of_top_k: int | None = None
     whole: bool = False
     """All experts resident: runs in a process of its own, outside the budget."""
-    exact: bool = True
 
 
-def _arm(name: str, slots_of_top_k: int | None = None, **settings: object) -> Arm:
+def _arm(name: str, slots_of_top_k: int | None = None, **settings: Any) -> Arm:
     return Arm(name, MappingProxyType(settings), slots_of_top_k)
 
 
 def standard_arms(predictor: str, lookahead: int, policy: str) -> list[Arm]:
     """What an honest comparison needs, the predictor under test among it."""
-    quiet = {"predictor": "none", "prefetch": "auto", "lookahead": 1}
+    quiet: dict[str, Any] = {"predictor": "none", "prefetch": "auto", "lookahead": 1}
     found = [
-        _arm("on-demand-sequential", 1, **quiet, cache_policy="lru", reader_threads=0),
+        _arm("on-demand-sequential", 1, **{**quiet, "prefetch": "off"}, cache_policy="lru", reader_threads=0),
         _arm("on-demand-parallel", 1, **quiet, cache_policy="lru"),
     ]
     found += [_arm(f"{BASELINE}:{name}", **quiet, cache_policy=name) for name in POLICIES.names]

@@ -52,23 +52,20 @@ class Engine:
 
     def __init__(self, config: RunConfig, *, wrap_store: Callable[[ExpertStore], ExpertStore] | None = None) -> None:
         began = perf_counter()
-        POLICIES.check(config.cache_policy)
-        choice.check(config.predictor)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
         self.events = EventHub()
         self.checkpoint: Checkpoint = open_checkpoint(locate(config.model))
         self.spec = self.checkpoint.spec
-        deepest = max(1, self.spec.layers - 1)
-        if config.lookahead is not None and config.lookahead > deepest:
-            raise ConfigError(f"lookahead {config.lookahead}: at most {deepest} with {self.spec.layers} MoE layers")
+        self._check_config(config)
         self.plan = self._plan()
         self.tokenizer = load_tokenizer(self.checkpoint.directory)
         self.model = load_model(self.checkpoint)
         store = open_store(self.checkpoint)
         self.store = wrap_store(store) if wrap_store else store
         try:
+            self._attach()
             self._build()
         except BaseException:
             self.store.close()
@@ -103,11 +100,30 @@ class Engine:
         """Token ids of ``prompt``. Raises PromptError (empty, too long)."""
         return encode(self.tokenizer, prompt, template=template, context=self.context)
 
+    def reset(self, **changes: Any) -> None:
+        """Cold again, with other settings: any field of RunConfig but ``model`` and ``threads``. The weights stay.
+
+        Raises ConfigError, or BudgetError, for a setting that cannot be honoured; then the engine has failed.
+        """
+        fixed = {"model", "threads"} & set(changes)
+        if fixed:
+            raise ConfigError(f"{', '.join(sorted(fixed))} cannot change in an engine that runs")
+        listeners = self.runtime.observers
+        self.transfer.close()
+        self._views.clear()
+        with self._guarded():
+            self.config = replace(self.config, **changes)
+            self._check_config(self.config)
+            self.plan = self._plan()
+            self._build()
+        self.runtime.observers = listeners
+        self._runs = 0
+
     def stream(self, prompt_ids: list[int], sampling: SamplingConfig | None = None) -> Iterator[GenerationStep]:
         """Generate token by token. Raises PromptError, TransferError; ``report`` holds the figures afterwards."""
         sampling = sampling or SamplingConfig()
         self._check(prompt_ids)
-        if isinstance(self.predictor, Oracle):
+        if isinstance(self.predictor, Oracle) and not self.predictor.knows((tuple(prompt_ids), sampling)):
             self._record(self.predictor, prompt_ids, sampling)
         yield from self._run(prompt_ids, sampling)
 
@@ -130,6 +146,13 @@ class Engine:
         self._views.clear()
 
     # Building
+
+    def _check_config(self, config: RunConfig) -> None:
+        POLICIES.check(config.cache_policy)
+        choice.check(config.predictor)
+        deepest = max(1, self.spec.layers - 1)
+        if config.lookahead is not None and config.lookahead > deepest:
+            raise ConfigError(f"lookahead {config.lookahead}: at most {deepest} with {self.spec.layers} MoE layers")
 
     def _plan(self) -> SlotPlan:
         return plan_slots(
@@ -157,20 +180,23 @@ class Engine:
             packed=self.checkpoint.packed,
         )
 
-    def _build(self) -> None:
-        config, spec = self.config, self.spec
-        modules = [self.model.get_submodule(path) for path in spec.module_paths]
-        for module, layout in zip(modules, self.checkpoint.layouts, strict=True):
+    def _attach(self) -> None:
+        """Watch the model; its expert modules will be ours."""
+        spec = self.spec
+        self._modules = [self.model.get_submodule(path) for path in spec.module_paths]
+        for module, layout in zip(self._modules, self.checkpoint.layouts, strict=True):
             check_supported(module, layout, spec.model_type)
-        self.pool = SlotPool(self.plan.slots, self.plan.slot_bytes)
         self.signals = ModelSignals(self.model, spec.module_paths, spec.experts_per_layer, spec.top_k, spec.model_type)
-        self.readers = choose(parse_readers(config.reader_threads), self.store, self.pool, spec.experts_per_layer)
+
+    def _build(self) -> None:
+        config = self.config
+        self.pool = SlotPool(self.plan.slots, self.plan.slot_bytes)
+        self.readers = choose(parse_readers(config.reader_threads), self.store, self.pool, self.spec.experts_per_layer)
         self.transfer = open_transfer(
             self.store, self.pool, threads=self.readers.threads, timeout_s=config.read_timeout_s
         )
         self.predictor: Predictor = choice.make_predictor(config.predictor, config.lookahead, self._identity)
         self._views = SlotViews(self.pool)
-        self._modules = modules
         self._assemble()
 
     def _assemble(self) -> None:
@@ -239,7 +265,7 @@ class Engine:
             self.predictor, self.config = oracle, plain
             with self.events.muted():
                 self._renew(listeners)
-        oracle.load(recorder)
+        oracle.load(recorder, (tuple(prompt_ids), sampling))
 
     def _renew(self, observers: list[RoutingObserver]) -> None:
         """Cold again, with ``observers`` listening."""

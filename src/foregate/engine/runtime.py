@@ -206,6 +206,7 @@ class ExpertRuntime:
             return
         self._prefetcher.consider(layer, moment, predictions)
         ended = perf_counter()
+        self._prefetcher.stats.predict_s += ended - began
         self._prefetcher.controller.saw_prediction(ended - began, self._prefetcher.stats.issued - before)
         if self._events.on:
             self._events.emit(TimeSpent(ns(began), ns(ended), Part.PREDICT, layer))

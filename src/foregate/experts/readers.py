@@ -19,11 +19,12 @@ from foregate.experts.diskspeed import drive, scattered
 from foregate.experts.native_transfer import NativeTransfer, available
 from foregate.experts.slots import SlotPool
 from foregate.experts.store import PackedStore
+from foregate.experts.sync_transfer import SyncTransfer
 from foregate.experts.transfer import ThreadedTransfer
 from foregate.interfaces import ExpertStore
 from foregate.types import ExpertKey
 
-AnyTransfer = NativeTransfer | ThreadedTransfer
+AnyTransfer = NativeTransfer | ThreadedTransfer | SyncTransfer
 
 CANDIDATES = (1, 2, 4, 8)
 ROUNDS = 2
@@ -56,7 +57,12 @@ class Readers:
 
 
 def open_transfer(store: ExpertStore, pool: SlotPool, *, threads: int, timeout_s: float) -> AnyTransfer:
-    """The compiled transfer for a pack; the Python one for anything else, or where nothing was compiled."""
+    """The compiled transfer for a pack; the Python one for anything else, or where nothing was compiled.
+
+    With no threads at all, each expert is read when it is waited for: what a naive offloader does.
+    """
+    if not threads:
+        return SyncTransfer(store, pool, lazy=True)
     if is_native(store):
         assert isinstance(store, PackedStore)
         return NativeTransfer(store, pool, threads=threads, timeout_s=timeout_s)

@@ -34,12 +34,18 @@ class Oracle(BasePredictor):
     def __init__(self, lookahead: int = 1) -> None:
         super().__init__(lookahead)
         self._steps: list[dict[int, tuple[int, ...]]] = []
+        self._of: object = None
         self._at = -1
         self._seen = -1
 
-    def load(self, recorder: RouteRecorder) -> None:
-        """Take a recording of the generation that is about to be repeated."""
+    def load(self, recorder: RouteRecorder, generation: object) -> None:
+        """Take a recording of ``generation`` (anything that names it), which is about to be repeated."""
         self._steps = recorder.steps
+        self._of = generation
+
+    def knows(self, generation: object) -> bool:
+        """Whether its recording is of ``generation``."""
+        return self._of is not None and self._of == generation
 
     def reset(self) -> None:
         self._at = -1

@@ -202,8 +202,10 @@ class Pipeline:
             raise IntegrityError(f"{key} is to be computed but not resident")
         began = perf_counter_ns()
         compute(key.expert, slot)
+        ended = perf_counter_ns()
+        self.stats.compute_s += (ended - began) * 1e-9
         if self._events.on:
-            self._events.emit(TimeSpent(began, perf_counter_ns(), Part.EXPERT, key.layer, key.expert))
+            self._events.emit(TimeSpent(began, ended, Part.EXPERT, key.layer, key.expert))
         pinned.discard(key)
         self._cache.unpin([key])
 
