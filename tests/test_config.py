@@ -36,7 +36,15 @@ def test_prefetch_grammar() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"lookahead": -1}, {"reader_threads": 0}, {"threads": 0}, {"read_timeout_s": float("nan")}], ids=str
+    "settings",
+    [
+        {"lookahead": -1},
+        {"reader_threads": -1},
+        {"reader_threads": 0},
+        {"threads": 0},
+        {"read_timeout_s": float("nan")},
+    ],
+    ids=str,
 )
 def test_run_config_refuses(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError):

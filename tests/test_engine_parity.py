@@ -80,6 +80,7 @@ def test_no_predictor_or_budget_changes_a_bit(predictor: str, budget: str, tiny:
         {"cache_policy": "lfu"},
         {"cache_policy": "lfru"},
         {"reader_threads": 1},
+        {"reader_threads": 0, "predictor": "none", "prefetch": "off"},
         {"reader_threads": 4},
         {"prefetch": "off"},
         {"lookahead": 2},

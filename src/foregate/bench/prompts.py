@@ -10,8 +10,8 @@ from foregate.datasets.catalogue import open_dataset
 from foregate.errors import ConfigError
 
 BUILT_IN = {
-    "mathematics": "Question: Natalia sold 48 clips in April and half as many in May. How many clips did she sell in all?"
-    "\nAnswer:",
+    "mathematics": "Question: Natalia sold 48 clips in April and half as many in May. "
+    "How many clips did she sell in all?\nAnswer:",
     "code": "def read_settings(path, default=None):\n"
     '    """Read a settings file and return its values as a dictionary."""\n',
     "prose": "The install command copies files to their final place. It takes the name of a directory and",

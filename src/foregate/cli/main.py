@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from foregate import __version__
 from foregate.cli.analyze import analyze
+from foregate.cli.bench import bench
 from foregate.cli.dashboard import dashboard
 from foregate.cli.doctor import doctor
 from foregate.cli.evaluate import evaluate
@@ -40,6 +41,7 @@ app.command()(inspect)
 app.command()(pack)
 app.command()(doctor)
 app.command()(analyze)
+app.command()(bench)
 app.command()(timeline)
 app.command()(evaluate)
 app.command()(dashboard)
