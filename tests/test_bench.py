@@ -45,7 +45,7 @@ def test_a_reset_engine_is_cold_and_says_the_same_tokens() -> None:
         for changes in (
             {"cache_policy": "lru"},
             {"predictor": "next-gate", "lookahead": 2},
-            {"memory_budget": str(4 * engine.spec.expert_slot_bytes), "predictor": "none", "lookahead": 1},
+            {"memory_budget": str(4 * engine.spec.expert_slot_bytes), "predictor": "none", "lookahead": None},
             {"reader_threads": 0, "prefetch": "off"},
         ):
             engine.reset(**changes)

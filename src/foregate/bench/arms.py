@@ -32,7 +32,7 @@ def _arm(name: str, slots_of_top_k: int | None = None, **settings: Any) -> Arm:
 
 def standard_arms(predictor: str, lookahead: int, policy: str) -> list[Arm]:
     """What an honest comparison needs, the predictor under test among it."""
-    quiet: dict[str, Any] = {"predictor": "none", "prefetch": "auto", "lookahead": 1}
+    quiet: dict[str, Any] = {"predictor": "none", "prefetch": "auto", "lookahead": None}
     found = [
         _arm("on-demand-sequential", 1, **{**quiet, "prefetch": "off"}, cache_policy="lru", reader_threads=0),
         _arm("on-demand-parallel", 1, **quiet, cache_policy="lru"),
