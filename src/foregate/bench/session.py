@@ -15,7 +15,7 @@ from foregate.bench.arms import Arm
 from foregate.bench.worker import WorkerSpec
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import open_checkpoint
-from foregate.config import RunConfig
+from foregate.config import DEFAULT_READERS
 from foregate.engine.memory import overhead, plan_slots
 from foregate.errors import ForegateError
 from foregate.testing.cgroup import Box, Limits, confined
@@ -79,7 +79,7 @@ class Session:
     def _limit(self, budget: str) -> int:
         """Dense weights + budget + the stated overhead: what the contract says is enough."""
         spec = self._checkpoint.spec
-        readers = RunConfig().reader_threads
+        readers = DEFAULT_READERS
         beside = overhead(slot_bytes=spec.expert_slot_bytes, readers=readers, packed=self._checkpoint.packed)
         plan = plan_slots(
             budget,

@@ -174,9 +174,10 @@ class Engine:
         )
 
     def _overhead(self) -> int:
+        wanted = parse_readers(self.config.reader_threads)
         return overhead(
             slot_bytes=self.spec.expert_slot_bytes,
-            readers=parse_readers(self.config.reader_threads) or DEFAULT_READERS,
+            readers=DEFAULT_READERS if wanted is None else wanted,
             packed=self.checkpoint.packed,
         )
 
