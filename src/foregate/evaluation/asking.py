@@ -74,7 +74,7 @@ def _ask(predictor: Predictor, signals: TraceSignals, prompt: HeldPrompt, shape:
 def _begin(predictor: Predictor, signals: TraceSignals, prompt: HeldPrompt, shape: Shape) -> None:
     signals.begin(prompt)
     if isinstance(predictor, Oracle):
-        predictor.load(recording(prompt, shape))
+        predictor.load(recording(prompt, shape), prompt)
     predictor.reset()
     if len(prompt.prefill):
         for layer in range(shape.layers):

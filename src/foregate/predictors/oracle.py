@@ -45,7 +45,7 @@ class Oracle(BasePredictor):
 
     def knows(self, generation: object) -> bool:
         """Whether its recording is of ``generation``."""
-        return self._of is not None and self._of == generation
+        return self._of is generation or (self._of is not None and self._of == generation)
 
     def reset(self) -> None:
         self._at = -1
