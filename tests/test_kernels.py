@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate
 
+from foregate.checkpoint.expand import expanded
 from foregate.checkpoint.quantise import SCALE, Scheme, dequantised, parse_scheme, quantised, scheme_of, stored
 from foregate.errors import ConfigError
-from foregate.experts.compute import Weights, expanded, expert_forward, runs_fused, torch_forward
+from foregate.experts.compute import Weights, expert_forward, runs_fused, torch_forward
 from foregate.experts.kernel_speed import KINDS, kernel_speed
 from foregate.native import kernels
 from foregate.types import ParamLayout

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from foregate.checkpoint.manifest import EXPERTS_FILE, read_manifest
+from foregate.checkpoint.dense_int8 import replaced
+from foregate.checkpoint.manifest import DENSE_FILE, EXPERTS_FILE, read_manifest
 from foregate.checkpoint.opening import open_checkpoint
 from foregate.checkpoint.pack import pack
 from foregate.checkpoint.precision import Precision
@@ -16,7 +18,7 @@ from foregate.checkpoint.quantise import SCALE, dequantised, parse_scheme
 from foregate.checkpoint.verify import verify
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
-from foregate.errors import CheckpointError, PackError
+from foregate.errors import CheckpointError, ConfigError, PackError, TraceError
 from foregate.experts.compute import DTYPES
 from foregate.types import ExpertKey
 from test_checkpoint_support import flip, slots, tiny
@@ -183,3 +185,115 @@ def routed(path: Path) -> list[object]:
         engine.observers.append(listener)
         tokens = [s.token_id for s in engine.stream(SHORT, SamplingConfig(max_new_tokens=6))]
         return [tokens, listener.steps]
+
+
+DENSE = Precision(experts=parse_scheme("int8"), dense=parse_scheme("int8"))
+
+
+@pytest.fixture
+def small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of tiny models are not worth it otherwise."""
+    monkeypatch.setattr("foregate.checkpoint.dense_int8.SMALLEST", 1024)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2"])
+@pytest.mark.usefixtures("small_matrices_too")
+def test_dense_int8_runs_near_the_original_and_the_same_everywhere(family: str, tmp_path: Path) -> None:
+    """Attention, shared experts and the output head; routers stay."""
+    source, out = tiny(tmp_path / "source", family), tmp_path / "out"
+    pack(source, out, precision=DENSE)
+    assert verify(out, source).source == source
+    checkpoint = open_checkpoint(out)
+    int8 = set(replaced(checkpoint.skeleton.model))
+    assert any("self_attn" in name for name in int8)
+    assert any("shared_expert" in name for name in int8)
+    assert not any(name.endswith("mlp.gate.weight") for name in int8)
+    assert checkpoint.spec.dense_bytes < 0.8 * open_checkpoint(source).spec.dense_bytes
+    full, few = run(out, "100%", predictor="none"), run(out, "25%", predictor="next-gate", threads=2)
+    assert few[1] == full[1]
+    assert torch.equal(few[0], full[0])
+    original = run(source, "100%", predictor="none")[0]
+    assert 0 < (full[0] - original).abs().max() < 0.1 * original.abs().max()
+
+
+@pytest.mark.usefixtures("small_matrices_too")
+def test_a_bit_in_a_dense_matrix_or_its_scales_is_seen(tmp_path: Path) -> None:
+    source, out = tiny(tmp_path / "source", "qwen2_moe"), tmp_path / "out"
+    pack(source, out, precision=DENSE)
+    dense = open_checkpoint(out).dense
+    name = next(name for name in sorted(dense) if name.endswith("weight_scale"))
+    for tensor in (dense[name], dense[name.removesuffix("_scale")]):
+        flip(out / DENSE_FILE, tensor.offset)
+        with pytest.raises(PackError, match="dense weights: checksum mismatch"):
+            verify(out)
+        flip(out / DENSE_FILE, tensor.offset)
+
+
+MIXED = Precision(
+    experts=parse_scheme("int4"),
+    kept=parse_scheme("int8"),
+    kept_experts=frozenset({ExpertKey(0, 1), ExpertKey(1, 0), ExpertKey(1, 3)}),
+)
+
+
+def test_mixed_precision_reads_fewer_bytes_and_changes_no_token_with_the_budget(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack(source, out, precision=MIXED)
+    assert verify(out, source).source == source
+    checkpoint = open_checkpoint(out)
+    assert checkpoint.precision == MIXED
+    finer, others = checkpoint.layout_of(ExpertKey(1, 3)), checkpoint.layout_of(ExpertKey(1, 2))
+    assert checkpoint.spec.expert_slot_bytes == finer.nbytes > others.nbytes
+    assert read_manifest(out).find(ExpertKey(1, 2)).nbytes == others.nbytes
+    full, few = run(out, "100%", predictor="none"), run(out, "25%", predictor="next-gate")
+    assert few[1] == full[1]
+    assert torch.equal(few[0], full[0])
+    with pytest.raises(PackError, match="3 experts int8"):
+        pack(source, out, precision=of("int4"))
+
+
+def test_the_most_used_experts_of_a_trace_are_kept() -> None:
+    """The shipped sample, counted here by hand; a trace of another model is refused."""
+    from collections import Counter
+
+    from foregate.trace.reader import TraceReader
+    from foregate.trace.sample import SAMPLE
+    from foregate.trace.usage import most_used
+
+    header = TraceReader(SAMPLE).header.model
+    counts: Counter[ExpertKey] = Counter()
+    for part in TraceReader(SAMPLE):
+        for layer, experts in zip(part.layer, part.experts, strict=True):
+            counts.update(ExpertKey(int(layer), int(expert)) for expert in experts)
+    kept = most_used(SAMPLE, 0.1, header.fingerprint)
+    assert len(kept) == round(0.1 * sum(header.experts_per_layer))
+    assert min(counts[key] for key in kept) >= max(counts[key] for key in counts.keys() - kept)
+    with pytest.raises(TraceError, match="a trace of another model"):
+        most_used(SAMPLE, 0.1, "0" * 32)
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        most_used(SAMPLE, 1.5, header.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "int5"], "choose source, int8 or int4"),
+        (["--dtype", "int8", "--group-size", "32"], "only int4 has groups"),
+        (["--dtype", "int4", "--group-size", "48"], "choose 32, 64, 128"),
+        (["--dense-dtype", "int4"], "choose source or int8"),
+        (["--dtype", "int4", "--keep", "10%"], "say with --usage"),
+        (["--dtype", "int8", "--keep-dtype", "int8"], "say how to --keep"),
+        (["--dtype", "int8", "--keep", "10%", "--usage", "nowhere"], "no finer than"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused(options: list[str], message: str, tmp_path: Path) -> None:
+    from foregate.cli.pack import pack as command
+
+    names = {"--dtype": "dtype", "--group-size": "group_size", "--dense-dtype": "dense_dtype", "--keep": "keep"}
+    names |= {"--keep-dtype": "keep_dtype", "--usage": "usage"}
+    given: dict[str, Any] = {names[a]: b for a, b in zip(options[::2], options[1::2], strict=True)}
+    given["group_size"] = int(given["group_size"]) if "group_size" in given else None
+    given["usage"] = Path(given["usage"]) if "usage" in given else None
+    with pytest.raises(ConfigError, match=message):
+        command("reference", tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from foregate.checkpoint.dense import check_dense
+from foregate.checkpoint.dense_int8 import SCALE, replace_linears
 from foregate.checkpoint.dtypes import FLOATS
 from foregate.checkpoint.fingerprint import fingerprint
 from foregate.checkpoint.generation import check_generation_config
@@ -98,6 +99,8 @@ def _open_pack(directory: Path) -> Checkpoint:
     manifest = read_manifest(directory)
     skeleton = build_skeleton(text_config(directory, read_config(directory)), _dtype(manifest))
     shards = read_shards(directory)
+    if manifest.precision.dense.bits:
+        replace_linears(skeleton.model, _int8_weights(shards))
     _check_experts_file(directory, manifest)
     placed = [(module, *manifest.precision.layouts(module, layout)) for module, layout in layouts(skeleton)]
     expected = [(module.path, module.experts, *both) for module, *both in placed]
@@ -124,6 +127,11 @@ def _dtype(manifest: Manifest) -> torch.dtype:
     if manifest.dtype not in FLOATS:
         raise PackError(f"the pack has dtype {manifest.dtype!r}; supported: {', '.join(FLOATS)}")
     return FLOATS[manifest.dtype]
+
+
+def _int8_weights(shards: Shards) -> list[str]:
+    found = (name.removesuffix(SCALE) for name in shards.tensors if name.endswith(f".weight{SCALE}"))
+    return [name for name in found if name in shards.tensors and shards.tensors[name].dtype == "I8"]
 
 
 def plan_of(manifest: Manifest) -> ExpertsPlan:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from foregate.checkpoint.dtypes import BITS
 from foregate.checkpoint.layout import gaps
-from foregate.types import ALIGNMENT, ExpertKey, ExpertLayout, Segment, align_up
+from foregate.checkpoint.packdense import DenseTensor
+from foregate.types import ALIGNMENT, ExpertKey, ExpertLayout, align_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,10 @@ class ExpertsPlan:
 
 @dataclass(frozen=True, slots=True)
 class DensePlan:
-    """The dense file: ``header`` (with its length prefix), then the source bytes of ``tensors``, to ``nbytes``."""
+    """The dense file: ``header`` (with its length prefix), then the bytes of ``tensors``, to ``nbytes``."""
 
     header: bytes
-    tensors: tuple[Segment, ...]
+    tensors: tuple[DenseTensor, ...]
     nbytes: int
 
 
@@ -60,13 +61,13 @@ def plan_experts(
     return ExpertsPlan(header, experts, len(header) + end)
 
 
-def plan_dense(tensors: Iterable[Segment]) -> DensePlan:
+def plan_dense(tensors: Iterable[DenseTensor]) -> DensePlan:
     """Place the dense ``tensors``: widest dtype first, so that all are aligned to their elements, then by name."""
-    ordered = tuple(sorted(tensors, key=lambda tensor: (-BITS[tensor.dtype], tensor.tensor)))
+    ordered = tuple(sorted(tensors, key=lambda tensor: (-BITS[tensor.dtype], tensor.name)))
     entries: dict[str, dict[str, object]] = {}
     end = 0
     for tensor in ordered:
-        entries[tensor.tensor] = _entry(tensor.dtype, tensor.shape, end, end + tensor.nbytes)
+        entries[tensor.name] = _entry(tensor.dtype, tensor.shape, end, end + tensor.nbytes)
         end += tensor.nbytes
     header = _header(entries, 8)
     return DensePlan(header, ordered, len(header) + end)

@@ -14,9 +14,11 @@ import xxhash
 from foregate import __version__
 from foregate.checkpoint import journal as journals
 from foregate.checkpoint import manifest as manifests
+from foregate.checkpoint.dense_int8 import candidates
 from foregate.checkpoint.journal import Journal
 from foregate.checkpoint.manifest import Manifest, PackedExpert, PackedLayer
 from foregate.checkpoint.opening import Checkpoint
+from foregate.checkpoint.packdense import dense_tensors
 from foregate.checkpoint.packplan import plan_dense, plan_experts
 from foregate.checkpoint.packslot import make_slot
 from foregate.checkpoint.precision import Precision
@@ -45,7 +47,8 @@ class PackWriter:
         ]
         layers = checkpoint.sources.layers
         self._experts = plan_experts([x.path for x in layers], [x.experts for x in layers], self._layout_of)
-        self._dense = plan_dense(checkpoint.dense.values())
+        int8 = candidates(checkpoint.skeleton) if precision.dense.bits else ()
+        self._dense = plan_dense(dense_tensors(checkpoint.dense.values(), int8))
         self._partial = directory / f"{manifests.EXPERTS_FILE}.partial"
         self._journal = Journal(directory, self._plan_hash())
         try:
@@ -111,7 +114,7 @@ class PackWriter:
         with (self._directory / manifests.DENSE_FILE).open("wb") as file:
             file.write(self._dense.header)
             for tensor in self._dense.tensors:
-                for piece in reader.pieces(tensor.path, tensor.offset, tensor.nbytes):
+                for piece in tensor.pieces(reader):
                     file.write(piece)
                     digest.update(piece)
                     report(file.tell())

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from foregate.checkpoint.dense_int8 import candidates
 from foregate.checkpoint.manifest import DENSE_FILE, EXPERTS_FILE, Manifest, read_manifest
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint, plan_of
+from foregate.checkpoint.packdense import DenseTensor, dense_tensors
 from foregate.checkpoint.packslot import make_slot
 from foregate.checkpoint.source_reader import SourceReader
 from foregate.errors import PackError
@@ -87,25 +89,25 @@ def _verify_header(packed: Checkpoint, manifest: Manifest, reader: SourceReader)
 
 
 def _compare_dense(packed: Checkpoint, original: Checkpoint, reader: SourceReader) -> None:
-    if packed.dense.keys() != original.dense.keys():
-        odd = sorted(packed.dense.keys() ^ original.dense.keys())
+    int8 = candidates(original.skeleton) if packed.precision.dense.bits else ()
+    wanted = {tensor.name: tensor for tensor in dense_tensors(original.dense.values(), int8)}
+    if packed.dense.keys() != wanted.keys():
+        odd = sorted(packed.dense.keys() ^ wanted.keys())
         raise PackError(f"{packed.directory / DENSE_FILE}: other dense tensors than the original: {odd[0]!r}")
     for name, tensor in packed.dense.items():
-        _compare_tensor(name, tensor, original.dense[name], reader)
+        _compare_tensor(name, tensor, wanted[name], reader)
 
 
-def _compare_tensor(name: str, ours: Segment, theirs: Segment, reader: SourceReader) -> None:
+def _compare_tensor(name: str, ours: Segment, theirs: DenseTensor, reader: SourceReader) -> None:
     done = 0
-    pairs = zip(
-        reader.pieces(ours.path, ours.offset, ours.nbytes),
-        reader.pieces(theirs.path, theirs.offset, theirs.nbytes),
-        strict=True,
-    )
-    for mine, original in pairs:
-        difference = _first_difference(mine, original)
-        if difference is not None:
-            raise PackError(f"{ours.path} at byte {ours.offset + done + difference}: {name} differs from {theirs.path}")
-        done += len(mine)
+    with SourceReader() as other:
+        for piece in theirs.pieces(other):
+            mine = reader.read(ours.path, ours.offset + done, len(piece))
+            difference = _first_difference(mine, piece)
+            if difference is not None:
+                where = f"{ours.path} at byte {ours.offset + done + difference}"
+                raise PackError(f"{where}: {name} differs from {theirs.source.path}")
+            done += len(piece)
 
 
 def _verify_expert(

@@ -18,6 +18,7 @@ from foregate.cli.evaluate import evaluate
 from foregate.cli.inspect import inspect
 from foregate.cli.pack import pack
 from foregate.cli.predictor import app as predictor
+from foregate.cli.quality import quality
 from foregate.cli.reference import app as reference
 from foregate.cli.run import run
 from foregate.cli.timeline import timeline
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(inspect)
 app.command()(pack)
+app.command()(quality)
 app.command()(doctor)
 app.command()(analyze)
 app.command()(bench)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from foregate.checkpoint.dense_int8 import replace_linears, replaced
 from foregate.checkpoint.opening import Checkpoint
 from foregate.checkpoint.verify import verify_dense
 from foregate.errors import CheckpointError
@@ -54,12 +55,14 @@ def _without_experts(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     Name and module stay, because transformers looks conversions up by class name.
     """
     base = type(checkpoint.skeleton.model)
+    int8 = list(replaced(checkpoint.skeleton.model))
     hidden = {module.path: list(module.params) for module in checkpoint.skeleton.moe}
 
     def initialise(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         for path, names in hidden.items():
             _hide(self.get_submodule(path), names)
+        replace_linears(self, int8)
 
     ignored = [rf"^(?:.*\.)?{re.escape(path)}\." for path in hidden] + [r"\.experts\."]
     body = {"__init__": initialise, "__module__": base.__module__, "_keys_to_ignore_on_load_unexpected": ignored}

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
-from foregate.checkpoint.quantise import SCALE, dequantised
+from foregate.checkpoint.expand import expanded
+from foregate.checkpoint.quantise import SCALE
 from foregate.errors import UnsupportedModelError
 from foregate.experts.slots import SlotPool
 from foregate.native import kernels
@@ -136,16 +137,6 @@ def _plain(module: Any, name: str, tensors: dict[str, Tensor]) -> Tensor:
     return expanded(
         name, tensors[name], scales, tuple(meta.shape[1:]), meta.dtype, getattr(module, "is_transposed", False)
     )
-
-
-def expanded(
-    name: str, values: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype, transposed: bool = False
-) -> Tensor:
-    """A quantised matrix in ``dtype``: the same numbers with and without the compiled kernels."""
-    padded = values.dtype is torch.uint8 and values.shape[0] * 16 != shape[0]
-    if kernels.library() is None or dtype is not torch.bfloat16 or transposed or padded:
-        return dequantised(name, values, scales, shape, transposed).to(dtype)
-    return kernels.expand(kernels.matrix(values, scales), torch.empty(shape, dtype=dtype))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

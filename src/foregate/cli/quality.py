@@ -1,0 +1,119 @@
+"""``foregate quality``: what quantising costs, as loss on held-out texts and as greedy choices that change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foregate.cli.output import console, print_json, result
+from foregate.cli.trace_setup import HELD_OUT, find_prompts
+from foregate.config import RunConfig
+from foregate.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from foregate.engine.quality import DomainQuality, Score, Text
+
+
+def quality(
+    model: Annotated[str, typer.Argument(help="Directory, hub id, pack, or 'reference'.")],
+    data: Annotated[list[str], typer.Option(help=f"Known data set, {HELD_OUT}, a file, or a hub id; may be repeated.")],
+    against: Annotated[str | None, typer.Option(help="The model to compare with: usually the original.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Directory with local copies of known data sets.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the data sets (test).")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to predict in each domain, at most.", min=1)] = 4000,
+    length: Annotated[int, typer.Option(help="Tokens of a text at most.", min=2)] = 256,
+    memory_budget: Annotated[
+        str, typer.Option("--memory-budget", "--budget", "--ram", help="Of expert bytes, as in foregate run.")
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Compute threads; torch's choice if not given.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Held-out loss per domain, and against another model: its difference, and the share of equal greedy choices."""
+    from foregate.engine.quality import compare
+
+    prompts = [pair for name in data for pair in _prompts(name, data_dir, split)]
+    texts: list[Text] = []
+    found: dict[str, tuple[list[Score], str]] = {}
+    names = [name for name in (against, model) if name is not None]
+    for name in names:
+        config = RunConfig(model=name, memory_budget=memory_budget, predictor="none", prefetch="off", threads=threads)
+        found[name] = _score(config, prompts, texts, tokens, length)
+    scores, precision = found[model]
+    lines = compare(scores, None if against is None else found[against][0])
+    if as_json:
+        print_json(
+            {
+                "model": model,
+                "precision": precision,
+                "against": against,
+                "length": length,
+                "domains": [asdict(line) for line in lines],
+            }
+        )
+    else:
+        result().print(_table(f"{model} ({precision})", against, lines))
+
+
+def _prompts(name: str, data_dir: Path | None, split: str | None) -> list[tuple[str, str]]:
+    known = not Path(name).is_file()
+    found = find_prompts(name, data_dir if known else None, split if known else None, None, 0)
+    return [(prompt.domain, prompt.text + prompt.reference) for prompt in found.prompts]
+
+
+def _score(
+    config: RunConfig, prompts: list[tuple[str, str]], texts: list[Text], tokens: int, length: int
+) -> tuple[list[Score], str]:
+    """Scores of ``texts``, which the first model's tokenizer fills. Raises ConfigError where the next one's differs."""
+    from foregate.engine.engine import Engine
+    from foregate.engine.quality import choose_texts, score
+
+    with Engine(config) as engine:
+        chosen = choose_texts(
+            prompts,
+            lambda text: engine.tokenizer(text).input_ids,
+            tokens=tokens,
+            length=min(length, engine.context),
+        )
+        if texts and chosen != texts:
+            raise ConfigError(f"{config.model} reads the texts as other tokens; only models of one tokenizer compare")
+        texts[:] = chosen
+        with _progress(config.model, sum(len(text.ids) for text in texts)) as advance:
+            scores = []
+            for text in texts:
+                scores.append(score(engine, text))
+                advance(len(text.ids))
+        return scores, engine.checkpoint.precision.name
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of tokens with the time that is left, on stderr; gone when done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    screen = console()
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _table(title: str, against: str | None, lines: list[DomainQuality]) -> Table:
+    from rich.table import Table
+
+    columns = ["domain", "tokens", "loss (nats)"]
+    columns += [f"of {against}", "difference", "same greedy choice"] if against else []
+    table = Table(*columns, title=title, title_justify="left")
+    for line in lines:
+        row: list[Any] = [line.domain, f"{line.tokens:,}", f"{line.loss:.4f}"]
+        if line.against is not None and line.delta is not None and line.agreement is not None:
+            spread = "" if line.delta_error is None else f" ± {line.delta_error:.4f}"
+            row += [f"{line.against:.4f}", f"{line.delta:+.4f}{spread}", f"{line.agreement:.1%}"]
+        table.add_row(*row)
+    return table

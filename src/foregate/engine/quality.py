@@ -1,0 +1,103 @@
+"""How well a model predicts given texts, and how far another form of it departs from that. Under the engine.
+
+Shapes: T tokens of a text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import stdev
+from typing import Any
+
+from torch.nn import functional as F
+
+from foregate.engine.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Token ids [T] of a text of one domain; the first is given, the other T - 1 are predicted."""
+
+    domain: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Of one text: loss in nats of every predicted token, and what the model would have chosen instead of it."""
+
+    domain: str
+    losses: tuple[float, ...]
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DomainQuality:
+    """``loss`` in nats per token. The other fields compare with another model and are None where there is none:
+    ``delta`` = loss - its loss, ``delta_error`` the standard error of that over texts (None for a single text),
+    ``agreement`` the share of tokens for which both would choose the same."""
+
+    domain: str
+    texts: int
+    tokens: int
+    loss: float
+    against: float | None = None
+    delta: float | None = None
+    delta_error: float | None = None
+    agreement: float | None = None
+
+
+def choose_texts(
+    prompts: Iterable[tuple[str, str]], encode: Callable[[str], Sequence[int]], *, tokens: int, length: int
+) -> list[Text]:
+    """The first of ``prompts`` (domain, text) until every domain has ``tokens`` to predict, each cut at ``length``."""
+    found: list[Text] = []
+    have: dict[str, int] = {}
+    for domain, text in prompts:
+        room = tokens - have.get(domain, 0)
+        ids = tuple(encode(text)[: min(length, room + 1)]) if room > 0 else ()
+        if len(ids) > 1:
+            have[domain] = have.get(domain, 0) + len(ids) - 1
+            found.append(Text(domain, ids))
+    return found
+
+
+def score(engine: Engine, text: Text) -> Score:
+    """One pass over ``text``. Raises PromptError where the model does not take it."""
+    logits = engine.logits(list(text.ids))[:-1].float()
+    wanted = logits.new_tensor(text.ids[1:]).long()
+    losses = F.cross_entropy(logits, wanted, reduction="none")
+    return Score(text.domain, tuple(losses.tolist()), tuple(logits.argmax(dim=-1).tolist()))
+
+
+def compare(scores: Sequence[Score], others: Sequence[Score] | None = None) -> list[DomainQuality]:
+    """A line for every domain, in order of appearance; ``others`` are of the same texts by another model."""
+    pairs: dict[str, list[tuple[Score, Score | None]]] = {}
+    for number, one in enumerate(scores):
+        pairs.setdefault(one.domain, []).append((one, others[number] if others else None))
+    return [_domain(name, of) for name, of in pairs.items()]
+
+
+def _domain(name: str, pairs: Sequence[tuple[Score, Score | None]]) -> DomainQuality:
+    tokens = sum(len(one.losses) for one, _ in pairs)
+    loss = sum(sum(one.losses) for one, _ in pairs) / tokens
+    facts: dict[str, Any] = {}
+    both = [(one, other) for one, other in pairs if other is not None]
+    if both:
+        against = sum(sum(other.losses) for _, other in both) / tokens
+        same = sum(a == b for one, other in both for a, b in zip(one.choices, other.choices, strict=True))
+        facts = {"against": against, "delta": loss - against, "delta_error": _error(both), "agreement": same / tokens}
+    return DomainQuality(name, len(pairs), tokens, loss, **facts)
+
+
+def _error(pairs: Sequence[tuple[Score, Score]]) -> float | None:
+    """Standard error of the mean difference, texts (not tokens, which hang together) being the sample."""
+    if len(pairs) < 2:
+        return None
+    tokens = sum(len(one.losses) for one, _ in pairs) / len(pairs)
+    sums = [sum(one.losses) - sum(other.losses) for one, other in pairs]
+    mean = sum(sums) / sum(len(one.losses) for one, _ in pairs)
+    residuals = [total - mean * len(one.losses) for total, (one, _) in zip(sums, pairs, strict=True)]
+    return stdev(residuals) / tokens / math.sqrt(len(pairs))
