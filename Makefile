@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: demo test fast slow vllm-test rivals rivals-test cgroup traces sample notebook gallery reference frontend clean
+.PHONY: leaderboard studies demo test fast slow vllm-test rivals rivals-test cgroup traces sample notebook gallery reference frontend clean
 
 demo: $(VENV)/.installed  ## The main job: the built-in model under a quarter of its expert bytes.
 	$(BIN)/foregate run reference --memory-budget 25% --max-new-tokens 96 --stats \
@@ -33,6 +33,12 @@ notebook: $(VENV)/.installed  ## Run notebooks/routing_predictability.ipynb on t
 
 gallery: $(VENV)/.installed  ## The figures of docs/gallery.md, from the reference model. STEPS="name …" for some of them
 	$(BIN)/python scripts/gallery.py $(STEPS)
+
+leaderboard: $(VENV)/.installed  ## dev/LEADERBOARD.md: traces, every predictor trained and judged (an hour; resumes). DATA=directory with gsm8k_test.jsonl
+	$(BIN)/python -m foregate.evaluation.leaderboard --data-dir $(DATA) --out $(OUT)/leaderboard
+
+studies: $(VENV)/.installed  ## docs/studies.md: the published tables and figures on our model (after leaderboard, whose traces it reads; resumes)
+	$(BIN)/python -m foregate.evaluation.studies --leaderboard $(OUT)/leaderboard --out $(OUT)/studies
 
 reference: $(VENV)/.installed  ## Train the reference model on (hours; resumes). DATA=directory with gsm8k_train.jsonl
 	$(BIN)/foregate reference train --resume --data-dir $(DATA)

@@ -19,7 +19,7 @@ def evaluate(
     trace: Annotated[list[Path], typer.Option(help="A trace with features (foregate trace); may be given again.")],
     predictor: Annotated[
         list[str] | None,
-        typer.Option(help="Name, file, or A+B (combined under one allowance of reads); may be given again."),
+        typer.Option(help="Name or file, @N for a lookahead, A+B for several under one allowance; may be given again."),
     ] = None,
     predictors_dir: Annotated[Path | None, typer.Option(help="Every predictor file in this directory.")] = None,
     all_free: Annotated[

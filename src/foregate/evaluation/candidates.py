@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from foregate.evaluation.settings import CONTROLS
 from foregate.predictors import PREDICTORS
 from foregate.predictors.choice import SUFFIX, check, is_file
 from foregate.predictors.file import load
+
+_LOOKAHEAD = re.compile(r"(.+)@(\d{1,3})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,9 @@ class Candidate:
 
 
 def candidates(given: Sequence[str], directory: Path | None) -> list[Candidate]:
-    """The controls first, then ``given`` (``A+B`` is a combination), then every file in ``directory``.
+    """The controls first, then ``given``, then every file in ``directory``.
+
+    ``A+B`` is a combination, ``A@N`` looks N layers ahead.
 
     Raises ConfigError for an unknown name, a name that is there twice, and an empty directory; PredictorError for a
     file that cannot be used.
@@ -42,7 +47,7 @@ def candidates(given: Sequence[str], directory: Path | None) -> list[Candidate]:
     for text in texts:
         members = (text,) if Path(text).is_file() else tuple(text.split("+"))
         for member in members:
-            check(member)
+            check(split_lookahead(member)[0])
         name = "+".join(_label(member) for member in members)
         if name in out:
             raise ConfigError(f"two predictors are called {name!r}: {out[name].members[0]} and {text}")
@@ -58,7 +63,8 @@ def trainable_free() -> list[str]:
 
 def provenance(candidate: Candidate) -> dict[str, Any]:
     """What its files say about their training: traces, hash of the training data, seed, features."""
-    files = [load(Path(member).expanduser()) for member in candidate.members if is_file(member)]
+    texts = [split_lookahead(member)[0] for member in candidate.members]
+    files = [load(Path(text).expanduser()) for text in texts if is_file(text)]
     if not files:
         return {}
     return {
@@ -69,5 +75,13 @@ def provenance(candidate: Candidate) -> dict[str, Any]:
     }
 
 
+def split_lookahead(member: str) -> tuple[str, int | None]:
+    """``next-gate@2`` → name and lookahead; None for its own. A file of that very name is a file."""
+    match = None if Path(member).is_file() else _LOOKAHEAD.fullmatch(member)
+    return (match[1], int(match[2])) if match else (member, None)
+
+
 def _label(member: str) -> str:
-    return Path(member).name.removesuffix(SUFFIX) if is_file(member) else member
+    text, lookahead = split_lookahead(member)
+    name = Path(text).name.removesuffix(SUFFIX) if is_file(text) else text
+    return name if lookahead is None else f"{name}@{lookahead}"

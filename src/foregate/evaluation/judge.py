@@ -16,7 +16,7 @@ from foregate.analysis.replay import Keys
 from foregate.errors import CheckpointError, ConfigError
 from foregate.evaluation.accuracy import count, metric_names
 from foregate.evaluation.asking import NOTHING, Answers, ask, seconds_per_token
-from foregate.evaluation.candidates import Candidate, provenance
+from foregate.evaluation.candidates import Candidate, provenance, split_lookahead
 from foregate.evaluation.held_out import HeldOut
 from foregate.evaluation.misses import covered, residents
 from foregate.evaluation.settings import Settings
@@ -105,8 +105,10 @@ class Bench:
         identity = ModelIdentity(
             model.name, model.fingerprint, model.experts_per_layer, max(model.top_k), model.hidden_size
         )
-        lookahead = None if member in ("fresh-gate",) else self.settings.lookahead
-        return make_predictor(member, lookahead, lambda: identity)
+        text, lookahead = split_lookahead(member)
+        if lookahead is None and text not in ("fresh-gate", "none"):
+            lookahead = self.settings.lookahead
+        return make_predictor(text, lookahead, lambda: identity)
 
     def _score(self, candidate: Candidate, said: Sequence[Sequence[Answers]]) -> Judged:
         names = metric_names(self.shape)
