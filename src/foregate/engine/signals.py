@@ -69,12 +69,18 @@ class ModelSignals:
     def rank(self, target: int, source: str) -> Ranking:
         """See ``interfaces.Signals``; of the last token of the pass."""
         self._check_trust()
-        there = self._flow.parts[target]
         source = self.fed_with(self.layer, target, source)
-        value = self._known(source)
+        return self._rank(target, source, self._known(source))
+
+    def rank_row(self, target: int, source: str, row: NDArray[np.float32]) -> Ranking:
+        """What ``rank`` would give if ``source`` of this layer were ``row`` [D]; see ``fed_with``."""
+        self._check_trust()
+        return self._rank(target, source, self._tensor(row))
+
+    def _rank(self, target: int, source: str, value: Tensor) -> Ranking:
         if source == "residual":
             value = self._norm(target, value)
-        plain = self._plain[target]
+        there, plain = self._flow.parts[target], self._plain[target]
         if plain.trusted:
             return order(plain.logits(value), self.top_k)
         return _ranking(_route(there, value), there.experts)

@@ -95,8 +95,7 @@ class TraceSignals:
         routers = self._asked()
         fed = routers.fed_with(self.layer, target, source)
         if not self._batched:
-            order, scores = routers.rank_rows(target, fed, self.hidden(fed)[None])
-            return order[0], scores[0]
+            return routers.rank_row(target, fed, self.hidden(fed))
         key = (self.layer, target, fed)
         if key not in self._ranked:
             self.hidden(fed)  # not known yet, or not at all: the same error as for one token
