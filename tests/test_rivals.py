@@ -18,11 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foregate.bench.rivals import RIVALS
-from foregate.bench.rivals.environment import environment, python
+from foregate.bench.rivals.environment import environment, missing, python
 from foregate.bench.rivals.outcome import Outcome
 from foregate.bench.rivals.pagecache import cached_bytes, drop
 from foregate.bench.rivals.readahead import read_ahead, setting_of
 from foregate.checkpoint.locate import locate
+from foregate.errors import ForegateError
 from foregate.testing.cgroup import available, run_limited
 from foregate.testing.inflate import inflate
 
@@ -178,6 +179,16 @@ def test_accelerate_offloads_and_still_computes_the_same_tokens(
     wanted = expected(reference, ids, torch.bfloat16).argmax(-1)
     # bfloat16: one pass and token by token round differently, 98 % of expert sets agree (dev/LOG.md)
     assert (np.asarray(said.argmax) == wanted).mean() >= 0.9
+
+
+@pytest.mark.skipif(bool(missing("flyweight")), reason=str(missing("flyweight")))
+def test_flyweight_says_itself_why_it_is_not_run(tmp_path: Path) -> None:
+    """If this fails, flyweight-llm may have learned the family: then it is a rival and wants a program."""
+    said = RIVALS["flyweight-llm"].available()
+    assert said is not None
+    assert "required Qwen tensor is missing" in said
+    with pytest.raises(ForegateError, match="required Qwen tensor"):
+        RIVALS["flyweight-llm"].prepare(tmp_path, tmp_path, lambda done, total: None)
 
 
 @pytest.mark.skipif(available() is None, reason="no way to limit memory here")
