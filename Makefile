@@ -51,6 +51,9 @@ vllm-test: $(VENV)/.installed .venv-vllm/.installed  ## Real vLLM against transf
 
 rivals: .venv-rivals/.installed  ## llama.cpp (compiled here: ten minutes a core) and accelerate, for bench.
 
+.PHONY: airllm
+airllm: .venv-airllm/.installed  ## airllm, which wants transformers 4: an environment more.
+
 rivals-test: $(VENV)/.installed rivals  ## What the rivals compute against transformers (minutes).
 	$(BIN)/pytest -m rivals tests/test_rivals.py
 
@@ -58,6 +61,11 @@ rivals-test: $(VENV)/.installed rivals  ## What the rivals compute against trans
 	$(PYTHON) -m venv .venv-rivals
 	CMAKE_ARGS="-DGGML_NATIVE=ON" .venv-rivals/bin/pip install -q --disable-pip-version-check \
 	  -c constraints.txt -r rivals-constraints.txt -e ".[rivals]"
+	touch $@
+
+.venv-airllm/.installed: airllm-constraints.txt
+	$(PYTHON) -m venv .venv-airllm
+	.venv-airllm/bin/pip install -q --disable-pip-version-check -r airllm-constraints.txt
 	touch $@
 
 .venv-vllm/.installed: vllm-constraints.txt pyproject.toml

@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foregate.bench.rivals import RIVALS
-from foregate.bench.rivals.environment import environment, missing, python
+from foregate.bench.rivals.environment import RIVALS as THERE
+from foregate.bench.rivals.environment import variables
 from foregate.bench.rivals.outcome import Outcome
 from foregate.bench.rivals.pagecache import cached_bytes, drop
 from foregate.bench.rivals.readahead import read_ahead, setting_of
@@ -27,11 +28,7 @@ from foregate.errors import ForegateError
 from foregate.testing.cgroup import available, run_limited
 from foregate.testing.inflate import inflate
 
-pytestmark = [
-    pytest.mark.rivals,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(bool(RIVALS["llama.cpp"].available()), reason=str(RIVALS["llama.cpp"].available())),
-]
+pytestmark = [pytest.mark.rivals, pytest.mark.timeout(600)]
 
 TEXT = (
     "Question: Natalia sold 48 clips in April and half as many in May. How many clips did she sell in all?\nAnswer: "
@@ -57,6 +54,18 @@ from llama_cpp import Llama
 llama = Llama(sys.argv[1], vocab_only=True, verbose=False)
 print(json.dumps(llama.tokenize(sys.argv[2].encode(), add_bos=False)))
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def installed() -> None:
+    """Looked for when a test runs, not when tests are collected: it takes seconds."""
+    needs(RIVALS["llama.cpp"].available() or RIVALS["accelerate"].available())
+
+
+def needs(reason: str | None) -> None:
+    """Skip for ``reason``, if there is one."""
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +107,8 @@ def expected(model: Path, ids: list[int], dtype: torch.dtype) -> np.ndarray[Any,
 
 def llama_logits(gguf: Path, tokens: Path, out: Path, how: str) -> np.ndarray[Any, Any]:
     """``how``: ``exact`` (keys, values and attention in fp32) or ``usual``, as it is timed."""
-    command = [python(), "-c", LOGITS, str(gguf), str(tokens), str(out), how]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    command = [THERE.python(), "-c", LOGITS, str(gguf), str(tokens), str(out), how]
+    done = subprocess.run(command, env=variables(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
     return np.asarray(np.load(out))
 
@@ -144,7 +153,9 @@ def test_llama_cpp_in_the_formats_that_are_timed_computes_the_same_model(
 
 def test_llama_cpp_splits_text_into_the_same_tokens(reference: Path, ids: list[int], work: Path) -> None:
     gguf = exported(reference, work, "f32")
-    done = subprocess.run([python(), "-c", SPLIT, str(gguf), TEXT], env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [THERE.python(), "-c", SPLIT, str(gguf), TEXT], env=variables(), capture_output=True, text=True
+    )
     assert json.loads(done.stdout.splitlines()[-1]) == ids
 
 
@@ -181,9 +192,19 @@ def test_accelerate_offloads_and_still_computes_the_same_tokens(
     assert (np.asarray(said.argmax) == wanted).mean() >= 0.9
 
 
-@pytest.mark.skipif(bool(missing("flyweight")), reason=str(missing("flyweight")))
+def test_airllm_streams_layers_and_still_computes_the_same_tokens(
+    reference: Path, ids: list[int], tokens: Path, work: Path
+) -> None:
+    needs(RIVALS["airllm"].available())
+    short = work / "short.json"
+    short.write_text(json.dumps({"prompt": ids[:PROMPT_TOKENS], "stream": ids[PROMPT_TOKENS : PROMPT_TOKENS + 2]}))
+    said = ran("airllm", RIVALS["airllm"].prepare(reference, work, lambda done, total: None), short)
+    assert said.argmax == expected(reference, ids, torch.bfloat16).argmax(-1)[:3].tolist()
+
+
 def test_flyweight_says_itself_why_it_is_not_run(tmp_path: Path) -> None:
     """If this fails, flyweight-llm may have learned the family: then it is a rival and wants a program."""
+    needs(THERE.missing("flyweight"))
     said = RIVALS["flyweight-llm"].available()
     assert said is not None
     assert "required Qwen tensor is missing" in said

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from foregate.bench.rivals.environment import SOURCES, missing
+from foregate.bench.rivals.environment import RIVALS, SOURCES
 from foregate.bench.rivals.memory_limit import memory_limit
 from foregate.bench.rivals.outcome import Tokens, measure, read_bytes, read_tokens
 from foregate.bench.rivals.pagecache import cached_bytes, drop, fill
@@ -204,7 +204,7 @@ def test_a_file_that_holds_no_tokens_is_named(tmp_path: Path, content: str) -> N
 
 def test_a_rival_that_is_not_installed_says_where_it_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOREGATE_RIVALS_PYTHON", sys.executable)
-    said = missing("no_such_rival")
+    said = RIVALS.missing("no_such_rival")
     assert said is not None
     assert "No module named 'no_such_rival'" in said
     assert sys.executable in said

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from foregate.bench.rivals import disk_offload, flyweight, llama
+from foregate.bench.rivals import airllm_layers, disk_offload, flyweight, llama
 from foregate.bench.rivals.rival import Rival
 
-RIVALS: Mapping[str, Rival] = {"llama.cpp": llama, "accelerate": disk_offload, "flyweight-llm": flyweight}
+RIVALS: Mapping[str, Rival] = {
+    "llama.cpp": llama,
+    "accelerate": disk_offload,
+    "flyweight-llm": flyweight,
+    "airllm": airllm_layers,
+}
 """Name in the table → the module that prepares and starts it."""

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
-from foregate.bench.rivals.environment import environment, missing, python
+from foregate.bench.rivals.environment import RIVALS, last_line, variables
 from foregate.bench.rivals.rival import Progress
 from foregate.checkpoint.locate import locate
 from foregate.errors import ForegateError
@@ -24,7 +24,7 @@ _SECONDS = 120
 @cache
 def available() -> str | None:
     """Why not, in flyweight's own words about the reference model as a GGUF file."""
-    lacking = missing("flyweight")
+    lacking = RIVALS.missing("flyweight")
     if lacking is not None:
         return lacking
     from foregate.bench.rivals.gguf_export import export
@@ -34,15 +34,14 @@ def available() -> str | None:
 
 
 def _tried(file: Path) -> str:
-    command = [python(), "-m", "flyweight", "generate", str(file), "--prompt", "Question:", "--max-tokens", "1"]
+    command = [RIVALS.python(), "-m", "flyweight", "generate", str(file), "--prompt", "Question:", "--max-tokens", "1"]
     try:
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=_SECONDS)
+        done = subprocess.run(command, env=variables(), capture_output=True, text=True, timeout=_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"flyweight-llm does not answer: {error}"
     if done.returncode == 0:
         return "flyweight-llm takes a Qwen3-MoE now, and Foregate has no program yet that feeds it given tokens"
-    said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return f"flyweight-llm does not load a Qwen3-MoE: {said.removeprefix('flyweight: ')}"
+    return f"flyweight-llm does not load a Qwen3-MoE: {last_line(done).removeprefix('flyweight: ')}"
 
 
 def prepare(model_dir: Path, work_dir: Path, progress: Progress) -> NoReturn:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from foregate.bench.rivals.environment import missing, program
+from foregate.bench.rivals.environment import RIVALS
 from foregate.bench.rivals.rival import Progress
 
 FORMAT = "Q8_0, 8.5 bits a weight (8 and a scale in 16 bits for every 32 weights)"
 
 
 def available() -> str | None:
-    return missing("llama_cpp")
+    return RIVALS.missing("llama_cpp")
 
 
 def prepare(model_dir: Path, work_dir: Path, progress: Progress) -> Path:
@@ -23,7 +23,7 @@ def prepare(model_dir: Path, work_dir: Path, progress: Progress) -> Path:
 
 
 def command(prepared: Path, tokens_file: Path, threads: int) -> Sequence[str]:
-    return program("llama_run", str(prepared), str(tokens_file), "--threads", str(threads))
+    return RIVALS.program("llama_run", str(prepared), str(tokens_file), "--threads", str(threads))
 
 
 def files(prepared: Path) -> Sequence[Path]:
