@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import open_checkpoint
 from foregate.checkpoint.origin import original_fingerprint
 from foregate.errors import CheckpointError, PredictorError
@@ -86,8 +87,10 @@ def test_no_file_a_directory_and_weights_of_a_model_are_no_predictor(tmp_path: P
     with pytest.raises(PredictorError, match="no predictor file"):
         load(tmp_path)
     save_file({"w": np.zeros(3)}, tmp_path / "weights")
-    with pytest.raises(PredictorError, match="no predictor of Foregate"):
-        load(tmp_path / "weights")
+    reference = locate("reference") / "model.safetensors"  # bfloat16, which numpy does not have
+    for weights in (tmp_path / "weights", reference):
+        with pytest.raises(PredictorError, match="no predictor of Foregate"):
+            load(weights)
 
 
 @pytest.mark.parametrize(

@@ -142,14 +142,14 @@ def load(path: Path | str) -> Artifact:
     try:
         with safe_open(where, framework="np") as file:
             metadata = file.metadata() or {}
+            if KEY not in metadata:
+                raise PredictorError(f"{where}: a safetensors file, but no predictor of Foregate")
             # a copy: the file may be replaced under the map
             arrays = {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise PredictorError(f"{where}: no such predictor file") from None
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
         raise PredictorError(f"{where}: damaged, or no predictor file ({error})") from error
-    if KEY not in metadata:
-        raise PredictorError(f"{where}: a safetensors file, but no predictor of Foregate")
     try:
         return _parse(parse(metadata[KEY].encode()), arrays, where)
     except (TraceError, ValueError) as error:
