@@ -173,7 +173,7 @@ def test_zero_huge_and_tiny_inputs(kind: str, level: str) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["int8", "int4/32"])
-def test_many_tokens_see_the_same_weights_as_few(kind: str) -> None:
+def test_many_tokens_see_the_same_weights_as_few(kind: str, level: str) -> None:
     """More than MOST_TOKENS: taken apart to bf16 and multiplied by torch."""
     module, (held, numbers) = Experts(256, 64, torch.bfloat16), expert(256, 64, kind)
     wanted = torch_forward(module, inputs(20, 256), numbers)

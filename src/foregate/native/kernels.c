@@ -796,27 +796,79 @@ typedef struct {
     int width, rows, step;
 } expansion;
 
+/* Finite values only: scales are. */
+static inline __attribute__((always_inline)) void int8_row_any(const int8_t *w, float scale, uint16_t *out, int n) {
+    for (int k = 0; k < n; k++) {
+        float value = (float)w[k] * scale;
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        out[k] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+
+static void int8_row_plain(const int8_t *w, float scale, uint16_t *out, int n) { int8_row_any(w, scale, out, n); }
+
+static void int4_row_plain(const matrix *m, int row, uint16_t *out, int from, int n) {
+    const uint8_t *w = int4_block(m, row) + 4 * (row % ROWS);
+    const uint16_t *scales = int4_scales(m, row) + row % ROWS;
+    for (int k = from; k < n; k++) {
+        uint8_t both = w[k / QUANTUM * 64 + k % 4];
+        int value = (k & 4 ? both >> 4 : both & 15) - 8;
+        out[k] = to_bf16((float)value * from_bf16(scales[k / m->group * ROWS]));
+    }
+}
+
+#ifdef X86
+AVX2 static void int8_row_avx2(const int8_t *w, float scale, uint16_t *out, int n) { int8_row_any(w, scale, out, n); }
+AVX512 static void int8_row_avx512(const int8_t *w, float scale, uint16_t *out, int n) {
+    int8_row_any(w, scale, out, n);
+}
+
+AVX2 static void int4_row_avx2(const matrix *m, int row, uint16_t *out, int n) {
+    const uint8_t *w = int4_block(m, row) + 4 * (row % ROWS);
+    const uint16_t *scales = int4_scales(m, row) + row % ROWS;
+    const __m256i shifts = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4), nibble = _mm256_set1_epi32(15);
+    int whole = n / QUANTUM, per_group = m->group / QUANTUM;
+    for (int s = 0; s < whole; s++) {
+        int32_t four;
+        memcpy(&four, w + s * 64, 4);
+        __m256i bytes = _mm256_cvtepu8_epi32(_mm_set1_epi32(four)); /* the four columns, twice */
+        __m256i value = _mm256_and_si256(_mm256_srlv_epi32(bytes, shifts), nibble);
+        __m256 scale = _mm256_set1_ps(from_bf16(scales[s / per_group * ROWS]));
+        __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(value, _mm256_set1_epi32(8))), scale);
+        __m256i bits = _mm256_castps_si256(product);
+        __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        bits = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+        __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+        _mm_storeu_si128((__m128i *)(out + s * QUANTUM), packed);
+    }
+    int4_row_plain(m, row, out, whole * QUANTUM, n);
+}
+#endif
+
+static void expand_row(const matrix *m, int row, uint16_t *out, int n) {
+    const int8_t *w = (const int8_t *)m->weights + (size_t)row * m->columns;
+#ifdef X86
+    if (chosen.kernels[BF16] != bf16_plain) {
+        if (m->dtype == INT4)
+            int4_row_avx2(m, row, out, n);
+        else
+            (chosen.kernels[BF16] == bf16_avx2 ? int8_row_avx2 : int8_row_avx512)(w, ((const float *)m->scales)[row],
+                                                                                 out, n);
+        return;
+    }
+#endif
+    if (m->dtype == INT4)
+        int4_row_plain(m, row, out, 0, n);
+    else
+        int8_row_plain(w, ((const float *)m->scales)[row], out, n);
+}
+
 static void expand_chunk(void *context, int chunk) {
     const expansion *e = context;
-    const matrix *m = e->m;
     int first = chunk * e->step, last = first + e->step < e->rows ? first + e->step : e->rows;
-    for (int row = first; row < last; row++) {
-        uint16_t *out = e->out + (size_t)row * e->width;
-        if (m->dtype == INT8) {
-            const int8_t *w = (const int8_t *)m->weights + (size_t)row * m->columns;
-            float scale = ((const float *)m->scales)[row];
-            for (int k = 0; k < e->width; k++)
-                out[k] = to_bf16((float)w[k] * scale);
-        } else {
-            const uint8_t *w = int4_block(m, row) + 4 * (row % ROWS);
-            const uint16_t *scales = int4_scales(m, row) + row % ROWS;
-            for (int k = 0; k < e->width; k++) {
-                uint8_t both = w[k / QUANTUM * 64 + k % 4];
-                int value = (k & 4 ? both >> 4 : both & 15) - 8;
-                out[k] = to_bf16((float)value * from_bf16(scales[k / m->group * ROWS]));
-            }
-        }
-    }
+    for (int row = first; row < last; row++)
+        expand_row(e->m, row, e->out + (size_t)row * e->width, e->width);
 }
 
 /* The first `rows` rows and `width` columns of an int8 or int4 matrix as bf16 [rows, width]. Returns as above. */
