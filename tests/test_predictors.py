@@ -303,7 +303,7 @@ def replayed(kind: type[Oracle], data: Dataset, **options: Any) -> float:
     hits = total = 0
     for prompt in data.prompts(TRAIN):
         predictor = kind(2, **options)
-        predictor.load(recording(prompt))
+        predictor.load(recording(prompt), prompt.name)
         for token, _, predictions in asked(predictor, prompt):
             for prediction in predictions:
                 later = token + prediction.layer // LAYERS
