@@ -33,9 +33,9 @@ Cell = tuple[str, float]
 
 @dataclass(slots=True)
 class Judged:
-    """What was counted. ``sums`` [P, M, L] and ``made`` [P, L]: see ``accuracy.count``; ``by_lead``: lead → hits of
-    the first k and rankings made times k, [P, 2]. ``covered``: cell → covered, missing, read [P, 3, L]. ``stalls``:
-    cell → virtual seconds [simulated P]."""
+    """What was counted. ``sums`` [P, M, L] and ``made`` [P, L]: see ``accuracy.count``; ``by_lead``: lead → every
+    metric summed and, last, rankings made, [P, M + 1]. ``covered``: cell → covered, missing, read [P, 3, L].
+    ``stalls``: cell → virtual seconds [simulated P]."""
 
     candidate: Candidate
     metrics: tuple[str, ...]
@@ -84,6 +84,14 @@ class Bench:
         """Of each prompt."""
         return [prompt.domain for prompt in self.prompts]
 
+    @property
+    def identity(self) -> ModelIdentity:
+        """The traced model, as predictor files name it."""
+        model = self.held.model
+        return ModelIdentity(
+            model.name, model.fingerprint, model.experts_per_layer, max(model.top_k), model.hidden_size
+        )
+
     def judge(self, candidate: Candidate) -> Judged:
         """Raises ConfigError or PredictorError where it cannot be asked on these traces."""
         predictors = [self._make(member) for member in candidate.members]
@@ -101,14 +109,10 @@ class Bench:
         return judged
 
     def _make(self, member: str) -> Predictor:
-        model = self.held.model
-        identity = ModelIdentity(
-            model.name, model.fingerprint, model.experts_per_layer, max(model.top_k), model.hidden_size
-        )
         text, lookahead = split_lookahead(member)
         if lookahead is None and text not in ("fresh-gate", "none"):
             lookahead = self.settings.lookahead
-        return make_predictor(text, lookahead, lambda: identity)
+        return make_predictor(text, lookahead, lambda: self.identity)
 
     def _score(self, candidate: Candidate, said: Sequence[Sequence[Answers]]) -> Judged:
         names = metric_names(self.shape)
@@ -119,8 +123,8 @@ class Bench:
             judged.sums[number], judged.made[number] = count(near, prompt.experts, self.shape)
             for lead, ranks in _leads(answers):
                 sums, made = count(ranks, prompt.experts, self.shape)
-                table = judged.by_lead.setdefault(lead, np.zeros((prompts, 2)))
-                table[number] += [sums[0].sum(), made.sum()]
+                table = judged.by_lead.setdefault(lead, np.zeros((prompts, len(names) + 1)))
+                table[number] += [*sums.sum(axis=1), made.sum()]
             for cell in self.cells:
                 table = judged.covered.setdefault(cell, np.zeros((prompts, 3, layers)))
                 table[number] = covered(near, prompt.experts, self._held(cell)[number], self.reads)

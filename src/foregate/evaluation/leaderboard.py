@@ -155,11 +155,16 @@ def _domains(result: Mapping[str, Any]) -> str:
     return markdown(head, body)
 
 
+def trace_options(traces: Sequence[Path]) -> list[str]:
+    """``--trace`` for each."""
+    return [text for trace in traces for text in ("--trace", str(trace))]
+
+
 def _traces(out: Path, domains: Sequence[str]) -> list[str]:
-    return [text for domain in domains for text in ("--trace", str(out / "traces" / domain))]
+    return trace_options([out / "traces" / domain for domain in domains])
 
 
-def _run(arguments: Sequence[str]) -> None:
+def run_command(arguments: Sequence[str]) -> None:
     """One ``foregate`` command. Raises TraceError where it fails, or was told to stop before its end."""
     began = perf_counter()
     print("foregate", *arguments, file=sys.stderr, flush=True)
@@ -196,12 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.data_dir is None:
             raise TraceError("--data-dir is missing: the directory with gsm8k_test.jsonl")
         for command in trace_commands(given.model, given.out, given.data_dir, given.scale):
-            _run(command)
+            run_command(command)
         (given.out / "elsewhere").mkdir(parents=True, exist_ok=True)
         for command in train_commands(given.out, given.jobs):
-            _run(command)
+            run_command(command)
         if not fresh(given.out):
-            _run(evaluate_command(given.out, given.jobs))
+            run_command(evaluate_command(given.out, given.jobs))
         _keep(given.out / "evaluation" / "result.json", given.dev / "results" / f"{name}.json")
     write_table(given.dev / "results", given.dev / "LEADERBOARD.md")
     print(given.dev / "LEADERBOARD.md")

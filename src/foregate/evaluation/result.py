@@ -82,7 +82,7 @@ class _Writer:
             },
             "by_layer": self._by_layer(one),
             "by_domain": self._by_domain(one),
-            "by_lead": {str(lead): _number(_ratio(t[:, 0], t[:, 1])) for lead, t in sorted(one.by_lead.items())},
+            "by_lead": {str(lead): self._of_lead(one, table) for lead, table in sorted(one.by_lead.items())},
             "cache": {policy: self._cache(one, policy) for policy in self._bench.settings.policies},
             "flops": one.flops,
             **one.facts,
@@ -113,6 +113,10 @@ class _Writer:
         """(1 - accuracy) x load time of k experts, for both meanings of accuracy, milliseconds a layer."""
         whole = 1e3 * max(self._bench.shape.top_k) * self._bench.settings.device.read_s
         return {name: _number((1 - np.nan_to_num(rates[name][0])) * whole) for name in ("recall_at_k", "exact_set")}
+
+    def _of_lead(self, one: Judged, table: Array) -> dict[str, Any]:
+        total = table.sum(axis=0)
+        return {name: _number(total[one.metrics.index(name)] / total[-1]) for name in (*MAIN, "rank_alignment")}
 
     def _by_layer(self, one: Judged) -> dict[str, list[Any]]:
         made = one.made.sum(axis=0)
