@@ -23,6 +23,7 @@ from foregate.cli.reference import app as reference
 from foregate.cli.run import run
 from foregate.cli.timeline import timeline
 from foregate.cli.trace import app as trace
+from foregate.cli.train import train
 from foregate.errors import ForegateError
 
 # Before torch loads: compute threads that wait by spinning take the cores from readers and from everyone else
@@ -44,6 +45,7 @@ app.command()(quality)
 app.command()(doctor)
 app.command()(analyze)
 app.command()(bench)
+app.command()(train)
 app.command()(timeline)
 app.command()(evaluate)
 app.command()(dashboard)

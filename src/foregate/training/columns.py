@@ -16,6 +16,7 @@ from foregate.trace.header import ModelInfo
 from foregate.trace.manifest import Entry
 from foregate.trace.part import WEIGHT, Part
 from foregate.trace.reader import TraceReader
+from foregate.training.residency import absent_experts
 
 Array = NDArray[Any]
 
@@ -46,6 +47,26 @@ class Columns:
         for number, part in enumerate(_parts(found)):
             for name, values in _decoded(part, model, scores).items():
                 self._maps[name][self._starts[number] : self._starts[number + 1]] = values
+
+        self._experts = model.experts_per_layer
+        self._scratch = scratch
+        self._absent: dict[float, tuple[Array, set[int]]] = {}
+
+    def absent(self, number: int, share: float) -> NDArray[np.uint8]:
+        """``residency.absent_experts`` of prompt ``number``, worked out when first asked for, [T, L, E]."""
+        rows = slice(int(self._starts[number]), int(self._starts[number + 1]))
+        if share not in self._absent:
+            shape = (int(self._starts[-1]), len(self._experts), max(self._experts))
+            path = self._scratch / f"absent-{share:g}.npy"
+            self._absent[share] = np.lib.format.open_memmap(path, "w+", np.dtype("u1"), shape), set()
+        values, done = self._absent[share]
+        if number not in done:
+            experts = self._maps["experts"][rows].astype(np.int64)
+            first = np.arange(len(experts)) == 0
+            values[rows] = absent_experts(experts, first, self._experts, share)
+            done.add(number)
+        found: NDArray[np.uint8] = values[rows]
+        return found
 
     def of(self, number: int) -> dict[str, Any]:
         """Views of the rows of prompt ``number``; ``scores`` is None where the traces have none."""

@@ -5,8 +5,9 @@ Shapes: T tokens, L MoE layers, k experts chosen (widest layer), E experts (wide
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class Prompt:
     position: NDArray[np.int32]
     decode: NDArray[np.bool_]
     bits: Mapping[str, Bits]
+    absent: Callable[[float], NDArray[np.uint8]]
+    """1 where an LRU cache of a share of all experts would lack an expert, [T, L, E]: see ``residency``."""
 
     @property
     def tokens(self) -> int:
@@ -75,6 +78,7 @@ class Block:
     token_id: NDArray[np.int64]
     first: NDArray[np.bool_]
     features: Mapping[str, NDArray[np.float32]]
+    absent: NDArray[np.uint8] | None = None
 
     @property
     def tokens(self) -> int:
@@ -159,29 +163,39 @@ class Dataset:
         return (self._prompt(number) for number in self._by_side[where])
 
     def blocks(
-        self, where: str, tokens: int, features: Collection[str] = (), *, shuffle: tuple[int, int] | None = None
+        self,
+        where: str,
+        tokens: int,
+        features: Collection[str] = (),
+        *,
+        shuffle: tuple[int, int] | None = None,
+        skip: int = 0,
+        cache_share: float | None = None,
     ) -> Iterator[Block]:
         """Whole prompts, gathered until a block has at least ``tokens`` tokens; the last may have fewer.
 
         ``shuffle`` is (seed, epoch): another order of prompts for each, None for that of the traces. A prompt longer
-        than ``tokens`` is cut into pieces, each of which begins like a prompt.
+        than ``tokens`` is cut into pieces, each of which begins like a prompt. The first ``skip`` blocks are not read.
+        With ``cache_share``, blocks say what a cache of that share of all experts would lack.
         """
-        order = np.asarray(self._by_side[where], int)
-        if shuffle is not None:
-            order = np.random.default_rng(shuffle).permutation(order)
         pieces: list[tuple[Prompt, slice]] = []
         gathered = 0
-        for number in order.tolist():
+        for number in self._order(where, shuffle):
             prompt = self._prompt(number)
             for start in range(0, prompt.tokens, tokens):
                 piece = slice(start, min(start + tokens, prompt.tokens))
                 pieces.append((prompt, piece))
                 gathered += piece.stop - piece.start
                 if gathered >= tokens:
-                    yield _block(pieces, features)
-                    pieces, gathered = [], 0
-        if pieces:
-            yield _block(pieces, features)
+                    if skip <= 0:
+                        yield _block(pieces, features, cache_share)
+                    pieces, gathered, skip = [], 0, skip - 1
+        if pieces and skip <= 0:
+            yield _block(pieces, features, cache_share)
+
+    def _order(self, where: str, shuffle: tuple[int, int] | None) -> list[int]:
+        order = self._by_side[where]
+        return order if shuffle is None else [order[n] for n in np.random.default_rng(shuffle).permutation(len(order))]
 
     def _prompt(self, number: int) -> Prompt:
         reader, entry = self._found[number]
@@ -193,7 +207,14 @@ class Dataset:
                 reader.content(entry.features)  # checksum, once: what is mapped afterwards is what was written
                 self._verified.add(entry.features.file)
             bits = map_tensors(reader.path / entry.features.file)
-        return Prompt(entry.prompt, entry.domain, entry.content, bits=bits, **columns)
+        return Prompt(
+            entry.prompt,
+            entry.domain,
+            entry.content,
+            bits=bits,
+            absent=partial(self._columns.absent, number),
+            **columns,
+        )
 
     def _check(self, reader: TraceReader) -> None:
         model = reader.header.model
@@ -211,7 +232,7 @@ def _rows(rows: slice, tokens: int, layers: int) -> tuple[int, int]:
     return start * layers, stop * layers
 
 
-def _block(pieces: Sequence[tuple[Prompt, slice]], features: Collection[str]) -> Block:
+def _block(pieces: Sequence[tuple[Prompt, slice]], features: Collection[str], cache_share: float | None) -> Block:
     def joined(name: str, dtype: Any) -> NDArray[Any]:
         return np.concatenate([getattr(prompt, name)[rows] for prompt, rows in pieces]).astype(dtype)
 
@@ -225,4 +246,5 @@ def _block(pieces: Sequence[tuple[Prompt, slice]], features: Collection[str]) ->
         token_id=joined("token_id", np.int64),
         first=first,
         features={name: np.concatenate([p.feature(name, rows) for p, rows in pieces]) for name in features},
+        absent=None if cache_share is None else np.concatenate([p.absent(cache_share)[rows] for p, rows in pieces]),
     )

@@ -26,14 +26,19 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a value outside its choices, or a negative lookahead."""
-        if self.lookahead < 0:
-            raise ConfigError(f"lookahead {self.lookahead} must not be negative")
+        """Raises ConfigError for a value outside its choices or its range."""
+        self.at_least("lookahead", 0)
         for known in fields(self):
             choices = known.metadata.get("choices")
             value = getattr(self, known.name)
             if choices is not None and value not in choices:
                 raise ConfigError(f"unknown {known.name} {value!r}; choose from: {', '.join(map(str, choices))}")
+
+    def at_least(self, name: str, least: float) -> None:
+        """Raises ConfigError where option ``name`` is smaller."""
+        value = getattr(self, name)
+        if not value >= least:
+            raise ConfigError(f"option {name}={value} must be at least {least}")
 
 
 @dataclass(frozen=True)

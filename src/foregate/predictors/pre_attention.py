@@ -1,0 +1,66 @@
+"""The experts of a layer from the input of its own attention: one small network a layer.
+
+Shapes: L MoE layers, E experts, D hidden, F width of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from foregate.errors import PredictorError
+from foregate.interfaces import Signals
+from foregate.predictors.activations import gelu, silu
+from foregate.predictors.file import Artifact
+from foregate.predictors.learned import Floats, LearnedPredictor
+from foregate.types import Moment, Prediction, PredictorCost
+
+ACTIVATIONS = {"silu": silu, "gelu": gelu}
+
+
+def _activation(artifact: Artifact) -> Callable[[Floats], Floats]:
+    name = artifact.option("activation", str)
+    if name not in ACTIVATIONS:
+        raise PredictorError(f"{artifact.path}: option 'activation' is {name!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class PreAttention(LearnedPredictor):
+    """Arrays ``first`` [L, D, F] and ``second`` [L, F, E] with their biases; a batch norm is folded into the first.
+
+    With option ``previous`` the first map reads the last token's input of this layer as well, [L, 2 D, F].
+    """
+
+    name = "pre-attention"
+    signal = "pre-attention input"
+    moment = Moment.BEFORE_ATTENTION
+    default_lookahead = 0
+    source = "pre-attention expert prediction"
+
+    def __init__(self, artifact: Artifact, lookahead: int) -> None:
+        super().__init__(artifact, lookahead)
+        self._previous = bool(artifact.option("previous", bool))
+        inputs = self.hidden_size * (2 if self._previous else 1)
+        self._activation = _activation(artifact)
+        self._first = self.floats("first", self.layers, inputs, None)
+        hidden = self._first.shape[-1]
+        self._first_bias = self.floats("first_bias", self.layers, hidden)
+        self._second = self.floats("second", self.layers, hidden, self.width)
+        self._second_bias = self.floats("second_bias", self.layers, self.width)
+        self._last = np.zeros((self.layers, self.hidden_size), np.float32)
+
+    def cost(self) -> PredictorCost:
+        return self.multiplied(self._first[0].size + self._second[0].size)
+
+    def reset(self) -> None:
+        self._last[:] = 0
+
+    def predict(self, signals: Signals) -> Sequence[Prediction]:
+        layer, x = signals.layer, self.told(signals, "pre_attention")
+        if self._previous:
+            last = self._last[layer].copy()
+            self._last[layer] = x
+            x = np.concatenate([x, last])
+        hidden = self._activation(x @ self._first[layer] + self._first_bias[layer])
+        return [self.rank(layer, hidden @ self._second[layer] + self._second_bias[layer])]

@@ -1,0 +1,161 @@
+"""Trains ``estimator`` and ``hybrid``: a small network on the next-gate signal, towards the later router's scores.
+
+After "speculating experts". The hybrid keeps the plain signal in layers where that is as good on validation prompts.
+Shapes: B tokens, L layers, E experts, H hops, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from foregate.training.dataset import VALIDATION, Dataset
+from foregate.training.history import HistoryOptions
+from foregate.training.learner import Learner, array, experts_mask, hops_ahead, mean_known
+from foregate.training.loop import Training, judge
+from foregate.training.routers import Routers, recover
+from foregate.training.trainer import Fitted, Trainer, Watch
+from foregate.training.view import Targets, View
+
+
+@dataclass(frozen=True)
+class EstimatorOptions(HistoryOptions):
+    """``hidden``: width of the network; ``embedding``: numbers that tell it the layer."""
+
+    lookahead: int = 1
+    epochs: int = 6
+    hidden: int = 512
+    embedding: int = 32
+
+
+class Estimator(Learner):
+    """Unit residual and a layer embedding, through one hidden layer shared by all layers."""
+
+    features = ("residual",)
+    norm: Tensor
+
+    def __init__(self, data: Dataset, options: EstimatorOptions, routers: Routers) -> None:
+        super().__init__()
+        self.hops = hops_ahead(options.lookahead)
+        self.register_buffer("mask", experts_mask(data.model.experts_per_layer, self.hops), persistent=False)
+        self._wide = (len(self.hops), data.experts)
+        later = np.stack([_later(routers.norm, hop) for hop in self.hops], axis=1)
+        self.register_buffer("norm", torch.from_numpy(later), persistent=False)
+        width = data.model.hidden_size
+        self.layer = nn.Parameter(0.1 * torch.randn(data.layers, options.embedding))
+        self.first = nn.Linear(width * len(self.hops) + options.embedding, options.hidden)
+        self.second = nn.Linear(options.hidden, len(self.hops) * data.experts)
+
+    def scores(self, view: View, layers: Tensor) -> Tensor:
+        unit = unit_rms(view.feature("residual")[:, layers])
+        signal = (unit[:, :, None] * self.norm[layers]).flatten(2)
+        known = torch.cat([signal, self.layer[layers].expand(len(unit), -1, -1)], dim=-1)
+        scores: Tensor = self.second(functional.silu(self.first(known)))
+        return scores.view(*scores.shape[:2], *self._wide) + self.mask[layers]
+
+    def loss(self, scores: Tensor, targets: Targets) -> Tensor:
+        return mean_known(divergence(scores, targets), targets)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {**super().arrays(), "norm": array(self.norm)}
+
+
+class Plain(Learner):
+    """The next-gate signal through recovered routers: what the hybrid keeps where it is good enough."""
+
+    features = ("residual",)
+
+    def __init__(self, data: Dataset, hops: tuple[int, ...], routers: Routers) -> None:
+        super().__init__()
+        self.hops = hops
+        self.register_buffer("mask", experts_mask(data.model.experts_per_layer, hops), persistent=False)
+        effective = routers.weight * routers.norm[:, None]
+        self.router = torch.from_numpy(np.stack([_later(effective, hop) for hop in hops], axis=1))
+        self.bias = torch.from_numpy(np.stack([_later(routers.bias, hop) for hop in hops], axis=1))
+
+    def scores(self, view: View, layers: Tensor) -> Tensor:
+        unit = unit_rms(view.feature("residual")[:, layers])
+        return torch.einsum("bld,lhed->blhe", unit, self.router[layers]) + self.bias[layers] + self.mask[layers]
+
+    def loss(self, scores: Tensor, targets: Targets) -> Tensor:
+        return mean_known(divergence(scores, targets), targets)
+
+
+def divergence(scores: Tensor, targets: Targets) -> Tensor:
+    """KL from the true router's distribution to that of ``scores``, [B, L, H]."""
+    assert targets.log_probs is not None
+    return functional.kl_div(torch.log_softmax(scores, -1), targets.log_probs, log_target=True, reduction="none").sum(
+        -1
+    )
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """``x`` divided by its root mean square over the last axis."""
+    return x * x.square().mean(-1, keepdim=True).add(1e-9).rsqrt()
+
+
+def _later(values: NDArray[np.float32], hop: int) -> NDArray[np.float32]:
+    """Of the layer ``hop`` after each, [L, ...]; zero beyond the last."""
+    shifted = np.zeros_like(values)
+    shifted[: len(values) - hop] = values[hop:]
+    return shifted
+
+
+def fit_estimator(data: Dataset, options: EstimatorOptions, watch: Watch) -> Fitted:
+    """Train on ``data``."""
+    torch.manual_seed(options.seed)
+    return Training(Estimator(data, options, recover(data)), data, options, watch).run()
+
+
+@dataclass(frozen=True)
+class HybridOptions(EstimatorOptions):
+    """``margin``: the estimator is used where its recall@k on validation prompts is higher by more than this."""
+
+    margin: float = field(default=0.0)
+
+
+def fit_hybrid(data: Dataset, options: HybridOptions, watch: Watch) -> Fitted:
+    """Train the estimator, then choose between it and the plain signal, layer by layer."""
+    torch.manual_seed(options.seed)
+    routers = recover(data)
+    fitted = Training(Estimator(data, options, routers), data, options, watch).run()
+    plain = Plain(data, hops_ahead(options.lookahead), routers)
+    theirs = judge(plain, data, VALIDATION, options)
+    learned, given = fitted.metrics["recall_by_layer"], theirs["recall_by_layer"]
+    chosen = np.asarray(
+        [
+            [_better(ours, other, options.margin) for ours, other in zip(learned[hop], given[hop], strict=True)]
+            for hop in learned
+        ]
+    ).T
+    tensors = {**fitted.tensors, "estimated": np.ascontiguousarray(chosen.astype(np.uint8))}
+    tensors |= {"router": array(plain.router), "router_bias": array(plain.bias)}
+    metrics = {**_chosen_metrics(data, chosen, fitted.metrics, theirs), "estimator": dict(fitted.metrics)}
+    return Fitted(tensors, fitted.settings, metrics)
+
+
+def _better(ours: float | None, other: float | None, margin: float) -> bool:
+    return (ours or 0.0) > (other or 0.0) + margin
+
+
+def _chosen_metrics(
+    data: Dataset, chosen: NDArray[np.bool_], ours: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Recall of the mixture: every layer counts the same events, so it is a mean of the better one's recall."""
+    recall: dict[str, list[float | None]] = {}
+    for number, hop in enumerate(ours["recall_by_layer"]):
+        pairs = zip(ours["recall_by_layer"][hop], theirs["recall_by_layer"][hop], strict=True)
+        recall[hop] = [a if chosen[layer, number] else b for layer, (a, b) in enumerate(pairs)]
+    same = [v for hop, values in recall.items() for v in values[: data.layers - int(hop)] if v is not None]
+    return {"recall_at_k": round(float(np.mean(same)), 6), "recall_by_layer": recall}
+
+
+ESTIMATOR = Trainer(fit_estimator, EstimatorOptions, ("residual", "router_input"), scores=True)
+HYBRID = Trainer(fit_hybrid, HybridOptions, ("residual", "router_input"), scores=True)
