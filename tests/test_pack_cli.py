@@ -10,8 +10,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import foregate
+from foregate.checkpoint.manifest import read_manifest
 from foregate.checkpoint.opening import open_checkpoint
 from foregate.cli.pack import pack
+from foregate.cli.pack_order import traced_orders
 from foregate.errors import ConfigError, PackError
 from test_checkpoint_support import tiny
 
@@ -77,3 +80,25 @@ def test_output_is_needed(source: Path) -> None:
 def test_only_a_pack_can_be_verified_alone(source: Path) -> None:
     with pytest.raises(PackError, match="is not a pack"):
         pack(str(source), verify=True)
+
+
+@pytest.mark.parametrize("options", [["--order", "coactivation"], ["--trace", "somewhere"]])
+def test_an_order_without_a_trace_or_a_trace_without_an_order_is_refused(
+    source: Path, tmp_path: Path, options: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match="--order coactivation and --trace DIR belong together"):
+        run(source, tmp_path / "out", *options)
+
+
+def test_a_trace_of_another_model_gives_no_order(source: Path, tmp_path: Path) -> None:
+    sample = Path(foregate.__file__).parent / "trace" / "reference-sample"
+    with pytest.raises(PackError, match="MoE layer"):
+        run(source, tmp_path / "out", "--order", "coactivation", "--trace", sample)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_order_of_a_trace_is_written(tmp_path: Path) -> None:
+    sample = Path(foregate.__file__).parent / "trace" / "reference-sample"
+    facts = run("reference", tmp_path / "out", "--order", "coactivation", "--trace", sample)
+    assert facts["order"] == "coactivation"
+    assert read_manifest(tmp_path / "out").orders == traced_orders(sample)

@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from foregate.checkpoint.jsonfile import parse
+from foregate.checkpoint.packorder import Orders
 from foregate.checkpoint.precision import AS_SOURCE, Precision
 from foregate.errors import PackError
 from foregate.types import ExpertKey, ExpertLayout, ParamLayout
@@ -36,9 +37,10 @@ class PackedExpert:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """One MoE layer: its module path, the slot layout of its experts, and the experts in order.
+    """One MoE layer: its module path, the slot layout of its experts, and the experts by id.
 
-    Experts in ``kept`` have ``kept_layout``, which is ``layout`` where there are none in the whole pack.
+    ``order`` is theirs in the file; empty: by id too. Experts in ``kept`` have ``kept_layout``, which is ``layout``
+    where there are none in the whole pack.
     """
 
     path: str
@@ -46,6 +48,7 @@ class PackedLayer:
     experts: tuple[PackedExpert, ...]
     kept_layout: ExpertLayout
     kept: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +79,14 @@ class Manifest:
 
     def order(self) -> Iterator[ExpertKey]:
         """Every expert, in the order of the file."""
-        for layer, packed in enumerate(self.layers):
-            for expert in range(len(packed.experts)):
+        for layer, order in enumerate(self.orders):
+            for expert in order:
                 yield ExpertKey(layer, expert)
+
+    @property
+    def orders(self) -> Orders:
+        """Of every layer, its experts in file order."""
+        return tuple(layer.order or tuple(range(len(layer.experts))) for layer in self.layers)
 
     def to_json(self) -> str:
         """The text of foregate.json; the same manifest gives the same bytes."""
@@ -89,6 +97,7 @@ class Manifest:
                 "params": [asdict(param) for param in layer.layout.params],
                 "experts": [[e.offset, e.nbytes, e.checksum] for e in layer.experts],
                 **self._kept(layer),
+                **({"order": list(layer.order)} if layer.order else {}),
             }
             for layer in self.layers
         ]
@@ -173,10 +182,13 @@ def _parse(content: dict[str, Any]) -> Manifest:
 def _layer(content: dict[str, Any]) -> PackedLayer:
     experts = tuple(PackedExpert(int(offset), int(nbytes), str(sum_)) for offset, nbytes, sum_ in content["experts"])
     layout, kept = _layout(content), content.get("kept")
+    order = tuple(int(expert) for expert in content.get("order", ()))
+    if order and sorted(order) != list(range(len(experts))):
+        raise ValueError(f"order {order}")
     if kept is None:
-        return PackedLayer(str(content["path"]), layout, experts, layout)
+        return PackedLayer(str(content["path"]), layout, experts, layout, order=order)
     numbers = tuple(int(expert) for expert in kept["experts"])
-    return PackedLayer(str(content["path"]), layout, experts, _layout(kept), numbers)
+    return PackedLayer(str(content["path"]), layout, experts, _layout(kept), numbers, order)
 
 
 def _layout(content: dict[str, Any]) -> ExpertLayout:

@@ -137,7 +137,7 @@ def _int8_weights(shards: Shards) -> list[str]:
 def plan_of(manifest: Manifest) -> ExpertsPlan:
     """The experts file as it must be, from the layouts that ``manifest`` states."""
     layers = manifest.layers
-    return plan_experts([x.path for x in layers], [len(x.experts) for x in layers], manifest.layout_of)
+    return plan_experts([x.path for x in layers], manifest.orders, manifest.layout_of)
 
 
 def _check_places(directory: Path, manifest: Manifest) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from foregate.checkpoint import journal as journals
 from foregate.checkpoint.manifest import is_pack, read_manifest
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
+from foregate.checkpoint.packorder import Orders, by_expert, check_orders
 from foregate.checkpoint.packwriter import PackWriter
 from foregate.checkpoint.precision import AS_SOURCE, Precision
 from foregate.errors import PackError
@@ -47,27 +48,30 @@ def pack(
     out: Path | str,
     progress: Progress = lambda done, total: None,
     precision: Precision = AS_SOURCE,
+    orders: Orders | None = None,
 ) -> PackResult:
     """Pack the checkpoint directory ``source`` into the directory ``out``, quantised as ``precision`` says.
 
-    Raises PackError, in one line, where ``out`` holds something else, cannot be written or the disk is full;
-    CheckpointError where ``source`` cannot be read.
+    ``orders`` gives every layer's experts in file order (None: by id). Raises PackError, in one line, where ``out``
+    holds something else, cannot be written or the disk is full; CheckpointError where ``source`` cannot be read.
     """
     checkpoint = open_checkpoint(source)
     if checkpoint.packed:
         raise PackError(f"{source} is a pack already")
+    orders = orders or by_expert(checkpoint.spec.experts_per_layer)
+    check_orders(orders, checkpoint.spec.experts_per_layer)
     out = Path(out).resolve()
     temporary = out.parent / f".{out.name}.partial"
     try:
-        if _finished(checkpoint, out, precision):
+        if _finished(checkpoint, out, precision, orders):
             return _done_before(checkpoint, out)
         temporary.mkdir(parents=True, exist_ok=True)
-        writer = PackWriter(checkpoint, temporary, precision)
+        writer = PackWriter(checkpoint, temporary, precision, orders)
     except OSError as error:
         raise _explain(error, out, temporary) from error
     # the writer's lock is held until the pack has its name: two packs to one place cannot both rename
     try:
-        if _finished(checkpoint, out, precision):
+        if _finished(checkpoint, out, precision, orders):
             shutil.rmtree(temporary, ignore_errors=True)
             return _done_before(checkpoint, out)
         _check_space(out.parent, writer.remaining_bytes)
@@ -86,7 +90,7 @@ def _done_before(checkpoint: Checkpoint, out: Path) -> PackResult:
     return PackResult(out, checkpoint.spec.experts, _size(out), checkpoint.spec.experts, True)
 
 
-def _finished(checkpoint: Checkpoint, out: Path, precision: Precision) -> bool:
+def _finished(checkpoint: Checkpoint, out: Path, precision: Precision, orders: Orders) -> bool:
     """Whether ``out`` is the pack that is asked for. Raises PackError if it is anything else but free."""
     if out == checkpoint.directory.resolve():
         raise PackError(f"{out}: the output is the checkpoint itself")
@@ -101,6 +105,8 @@ def _finished(checkpoint: Checkpoint, out: Path, precision: Precision) -> bool:
         if manifest.precision != precision:
             found = f"{manifest.precision.name}, not {precision.name}"
             raise PackError(f"{out} is a pack of this model with {found}; choose another output")
+        if manifest.orders != orders:
+            raise PackError(f"{out} is a pack of this model in another order; choose another output")
         # raises PackError where files are missing, cut or damaged
         open_checkpoint(out)
         # there if the run that finished the pack was killed in its very last step

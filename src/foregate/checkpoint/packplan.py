@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from foregate.checkpoint.dtypes import BITS
 from foregate.checkpoint.layout import gaps
 from foregate.checkpoint.packdense import DenseTensor
+from foregate.checkpoint.packorder import Orders
 from foregate.types import ALIGNMENT, ExpertKey, ExpertLayout, align_up
 
 
@@ -43,15 +44,13 @@ class DensePlan:
     nbytes: int
 
 
-def plan_experts(
-    paths: Sequence[str], counts: Sequence[int], layout_of: Callable[[ExpertKey], ExpertLayout]
-) -> ExpertsPlan:
-    """Place the experts of every MoE layer (module ``paths``, experts ``counts``), by layer, then by expert."""
+def plan_experts(paths: Sequence[str], orders: Orders, layout_of: Callable[[ExpertKey], ExpertLayout]) -> ExpertsPlan:
+    """Place the experts of every MoE layer (module ``paths``), by layer, then as ``orders`` says."""
     entries: dict[str, dict[str, object]] = {}
     placed: list[tuple[ExpertKey, int, int]] = []
     end = 0
-    for layer, (path, count) in enumerate(zip(paths, counts, strict=True)):
-        for expert in range(count):
+    for layer, (path, order) in enumerate(zip(paths, orders, strict=True)):
+        for expert in order:
             layout = layout_of(ExpertKey(layer, expert))
             entries.update(_entries(f"{path}.{expert}", layout, end))
             placed.append((ExpertKey(layer, expert), end, layout.nbytes))

@@ -19,6 +19,7 @@ from foregate.checkpoint.journal import Journal
 from foregate.checkpoint.manifest import Manifest, PackedExpert, PackedLayer
 from foregate.checkpoint.opening import Checkpoint
 from foregate.checkpoint.packdense import dense_tensors
+from foregate.checkpoint.packorder import Orders
 from foregate.checkpoint.packplan import plan_dense, plan_experts
 from foregate.checkpoint.packslot import make_slot
 from foregate.checkpoint.precision import Precision
@@ -35,7 +36,7 @@ COPIED_NAMES = ("LICENSE", "NOTICE")
 class PackWriter:
     """One run of packing ``checkpoint`` into ``directory``, quantising as ``precision`` says."""
 
-    def __init__(self, checkpoint: Checkpoint, directory: Path, precision: Precision) -> None:
+    def __init__(self, checkpoint: Checkpoint, directory: Path, precision: Precision, orders: Orders) -> None:
         assert checkpoint.sources is not None
         self._checkpoint = checkpoint
         self._sources = checkpoint.sources
@@ -46,7 +47,8 @@ class PackWriter:
             precision.layouts(m, plain) for m, plain in zip(self._modules, checkpoint.layouts, strict=True)
         ]
         layers = checkpoint.sources.layers
-        self._experts = plan_experts([x.path for x in layers], [x.experts for x in layers], self._layout_of)
+        self._experts = plan_experts([x.path for x in layers], orders, self._layout_of)
+        self._orders = tuple(() if order == tuple(range(len(order))) else order for order in orders)
         int8 = candidates(checkpoint.skeleton) if precision.dense.bits else ()
         self._dense = plan_dense(dense_tensors(checkpoint.dense.values(), int8))
         self._partial = directory / f"{manifests.EXPERTS_FILE}.partial"
@@ -164,13 +166,15 @@ class PackWriter:
 
     def _manifest(self, dense_checksum: str) -> Manifest:
         checksums = iter(self._journal.checksums)
-        packed = [PackedExpert(e.offset, e.nbytes, c) for e, c in zip(self._experts.experts, checksums, strict=True)]
+        packed = {
+            e.key: PackedExpert(e.offset, e.nbytes, c) for e, c in zip(self._experts.experts, checksums, strict=True)
+        }
         layers = []
         for number, layer in enumerate(self._sources.layers):
             kept = tuple(e for e in range(layer.experts) if ExpertKey(number, e) in self._precision.kept_experts)
             ordinary, finer = self._layouts[number]
-            layers.append(PackedLayer(layer.path, ordinary, tuple(packed[: layer.experts]), finer, kept))
-            packed = packed[layer.experts :]
+            experts = tuple(packed[ExpertKey(number, expert)] for expert in range(layer.experts))
+            layers.append(PackedLayer(layer.path, ordinary, experts, finer, kept, self._orders[number]))
         own, others = _versions()
         return Manifest(
             fingerprint=self._checkpoint.fingerprint,

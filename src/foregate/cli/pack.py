@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from foregate.types import ExpertKey
 
 Report = Callable[[int, int], None]
+
+
+class Order(str, Enum):
+    """How the experts of a layer are placed."""
+
+    expert = "expert"
+    coactivation = "coactivation"
 
 
 def pack(
@@ -46,6 +54,12 @@ def pack(
     dense_dtype: Annotated[
         str, typer.Option("--dense-dtype", help="Of the matrices outside the experts: source or int8.")
     ] = "source",
+    order: Annotated[
+        Order, typer.Option("--order", help="Of a layer's experts in the file; coactivation needs --trace.")
+    ] = Order.expert,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="A trace of this routing: experts chosen together lie together.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything back and compare every byte.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
@@ -58,6 +72,10 @@ def pack(
     precision = _precision(dtype, group_size, (keep_dtype or "int8") if keep else None, dense_dtype)
     if out is None and (not precision.plain or keep):
         raise ConfigError(f"{precision.name}: nothing is written without an output directory")
+    if (order is Order.coactivation) != (trace is not None):
+        raise ConfigError("--order coactivation and --trace DIR belong together: give both or neither")
+    if out is None and trace is not None:
+        raise ConfigError(f"order {order.value}: nothing is written without an output directory")
     source = locate(model)
     if keep is None and (usage or keep_dtype):
         raise ConfigError(
@@ -67,7 +85,7 @@ def pack(
         precision = replace(precision, kept_experts=_kept(keep, usage, precision, source))
     said: dict[str, Any] = {}
     if out is not None:
-        said |= _pack(source, out, precision, quiet)
+        said |= _pack(source, out, precision, trace, quiet)
     if verify:
         said |= _verify(source if out is None else out, None if out is None else source, quiet)
     if as_json:
@@ -104,17 +122,21 @@ def _kept(keep: str, usage: Path | None, precision: Precision, source: Path) -> 
     return most_used(located(usage), share, open_checkpoint(source).fingerprint)
 
 
-def _pack(source: Path, out: Path, precision: Precision, quiet: bool) -> dict[str, Any]:
+def _pack(source: Path, out: Path, precision: Precision, trace: Path | None, quiet: bool) -> dict[str, Any]:
     from foregate.checkpoint.pack import pack as write
+    from foregate.cli.pack_order import traced_orders
+
+    orders = None if trace is None else traced_orders(trace)
 
     with _progress("packing", quiet) as report:
-        done = write(source, out, report, precision)
+        done = write(source, out, report, precision, orders)
     if not quiet:
         state = "was packed already" if done.finished_before else "packed"
         resumed = f" ({done.resumed} before an interruption)" if done.resumed and not done.finished_before else ""
         console().print(f"{done.directory} {state}: {done.experts} experts{resumed}, {size(done.nbytes)}")
     return {
         "precision": precision.name,
+        "order": (Order.expert if orders is None else Order.coactivation).value,
         "directory": str(done.directory),
         "experts": done.experts,
         "bytes": done.nbytes,
