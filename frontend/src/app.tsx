@@ -26,7 +26,7 @@ function App() {
             {about.predictor}, prefetch {about.prefetch}, lookahead {about.lookahead}
           </p>
         )}
-        <p id="status" role="status" data-state={store.status.state}>{store.connected ? status() : "not connected"}</p>
+        <p id="status" role="status" data-state={store.status.state}>{!store.connected ? "not connected" : about ? status() : "connecting"}</p>
       </header>
       {about && (
         <main>

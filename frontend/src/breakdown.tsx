@@ -56,7 +56,7 @@ export function Breakdown({ store }: { store: Store }) {
   return (
     <section aria-labelledby="time-title" class="panel">
       <h2 id="time-title">Time of this token</h2>
-      <table>
+      <table aria-labelledby="time-title">
         <thead><tr><th scope="col">part</th><th scope="col">ms</th><th scope="col">share</th></tr></thead>
         <tbody>
           {parts.map((part, n) => (

@@ -96,7 +96,7 @@ export function ExpertMap({ store }: { store: Store }) {
 function Legend() {
   return (
     <ul class="legend" aria-label="Legend of the map">
-      <li><i class="key resident" />in memory, darker with use</li>
+      <li><i class="key resident" />in memory, stronger with use</li>
       <li><i class="key disk" />on disk only</li>
       <li><i class="key flying" />being read ahead</li>
       <li><i class="key staged" />read ahead</li>
@@ -194,6 +194,14 @@ function mark(c: CanvasRenderingContext2D, x: number, y: number, size: number, w
   c.strokeStyle = c.fillStyle = colour;
   c.lineWidth = size > 8 ? 2 : 1;
   if (what < USES) c.strokeRect(x + 1, y + 1, size - 2, size - 2);
+  if (what > 0) {
+    // The sign lies on a disc of the page's colour: readable on any heat.
+    c.fillStyle = colours().panel;
+    c.beginPath();
+    c.arc(...middle, r * 1.7, 0, 7);
+    c.fill();
+    c.fillStyle = colour;
+  }
   c.beginPath();
   if (what === 1) {
     c.moveTo(middle[0], middle[1] - r);
