@@ -11,6 +11,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from foregate.analysis.interactive import flat
 from foregate.analysis.study import Study, analyse
 from foregate.trace.sample import SAMPLE
 
+PROMPT = "Question: Natalia sold 48 clips in April and half as many in May. How many clips did she sell in all?"
 DOCS = Path(__file__).parents[1] / "docs"
 LARGEST = 150_000
 """Bytes of one picture."""
@@ -105,7 +108,69 @@ def report(bench: Bench) -> list[Picture]:
     return found
 
 
-STEPS: dict[str, Step] = {"routing": routing, "budget": budget, "report": report}
+def timeline(bench: Bench) -> list[Picture]:
+    """Copies under compute: one decoded token of ``foregate run --trace-events``. Wants a quiet machine."""
+    from foregate.timeline.figure import draw as draw_tokens
+    from foregate.timeline.figure import tokens_of
+    from foregate.timeline.reading import read_timeline
+
+    file = bench.scratch / "run.json"
+    options = ["run", "reference", "--memory-budget", "25%", "--predictor", "stale-gate", "--prefetch", "2"]
+    options += ["--reader-threads", "2", "--max-new-tokens", "60", "-p", PROMPT, "--trace-events"]
+    foregate(*options, str(file))
+    whole = read_timeline(file)
+    [token] = tokens_of(whole, None, None)
+    draw_tokens(whole, [token], bench.pictures / "timeline.svg")
+    times = whole.overlap(token.began, token.ended)
+    sentence = (
+        f"In token {token.args['index']} ({times['window_s'] * 1e3:.0f} ms) experts were read for "
+        f"{times['reading_s'] * 1e3:.1f} ms, {times['hidden_s'] * 1e3:.1f} ms of it behind other work, and waited for "
+        f"during {times['waiting_s'] * 1e3:.1f} ms."
+    )
+    command = "foregate run reference --predictor stale-gate --prefetch 2 -p … --trace-events run.json; "
+    return [Picture("timeline.svg", "Timeline", sentence, command + "foregate timeline run.json --out timeline.svg")]
+
+
+def dashboard(bench: Bench) -> list[Picture]:
+    """The live dashboard, as Chromium shows it."""
+    from foregate.config import RunConfig, SamplingConfig
+    from foregate.engine.engine import Engine
+    from foregate.server.dashboard.serve import application, bind, server
+    from foregate.server.dashboard.session import Session
+
+    found = []
+    with (
+        Engine(RunConfig(predictor="stale-gate", prefetch="2")) as engine,
+        bind("127.0.0.1", 0, allow_remote=False) as at,
+    ):
+        session = Session(engine)
+        running = server(application(session))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [at]})
+        thread.start()
+        session.start(PROMPT, SamplingConfig(max_new_tokens=48))
+        while session.running:
+            time.sleep(0.1)
+        hits = session.board.snapshot()["totals"]["expert_cache"]
+        for theme in ("light", "dark"):
+            live_screenshot(
+                f"http://127.0.0.1:{at.getsockname()[1]}/", bench.pictures / f"dashboard_{theme}.png", theme
+            )
+            sentence = f"After 48 tokens {hits['hits']:,} of {hits['hits'] + hits['misses']:,} experts had been ready."
+            command = "foregate dashboard reference --predictor stale-gate --prefetch 2"
+            found.append(Picture(f"dashboard_{theme}.png", f"Dashboard, {theme}", sentence, command))
+        running.should_exit = True
+        thread.join()
+        session.close()
+    return found
+
+
+STEPS: dict[str, Step] = {
+    "routing": routing,
+    "budget": budget,
+    "report": report,
+    "timeline": timeline,
+    "dashboard": dashboard,
+}
 """In the order of the page."""
 
 
@@ -116,8 +181,6 @@ def foregate(*arguments: str) -> None:
 
 def screenshot(url: str, out: Path, *, width: int, height: int, dark: bool = False) -> None:
     """What headless Chromium shows of ``url``, as a PNG of few colours."""
-    from PIL import Image
-
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         raise SystemExit("error: no Chromium on this machine (Debian: apt-get install chromium)")
@@ -126,9 +189,39 @@ def screenshot(url: str, out: Path, *, width: int, height: int, dark: bool = Fal
         flags += [f"--window-size={width},{height}", "--virtual-time-budget=5000", f"--screenshot={out}"]
         flags += ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if dark else []
         subprocess.run([browser, *flags, url], check=True, capture_output=True, timeout=120)
-    with Image.open(out) as opened:
+    few_colours(out)
+
+
+def few_colours(png: Path) -> None:
+    """Make the file small."""
+    from PIL import Image
+
+    with Image.open(png) as opened:
         small = opened.convert("RGB").quantize(128)
-    small.save(out, optimize=True)
+    small.save(png, optimize=True)
+
+
+def live_screenshot(url: str, out: Path, theme: str) -> None:
+    """Like ``screenshot``, of a page that never stops loading: its events keep coming."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1300,1180"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        features = [{"name": "prefers-color-scheme", "value": theme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        browser.get(url)
+        while not browser.find_elements("id", "tokens"):
+            time.sleep(0.1)
+        time.sleep(1)
+        browser.save_screenshot(str(out))
+    finally:
+        browser.quit()
+    few_colours(out)
 
 
 def _charts(bench: Bench, study: Study, wanted: tuple[str, ...], prefix: str, command: str) -> list[Picture]:
