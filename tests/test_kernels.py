@@ -256,6 +256,25 @@ def test_unusual_modules_go_through_torch(attribute: str, value: object) -> None
     assert not runs_fused(module, inputs(1, 64), Weights(expert(64, 32, "int8")[0]))
 
 
+@needs_kernels
+@pytest.mark.parametrize(("columns", "fused"), [(65536, True), (65664, False)])
+def test_rows_whose_integer_sums_could_overflow_go_through_torch(columns: int, fused: bool) -> None:
+    module, (held, numbers) = Experts(columns, 1), expert(columns, 1, "int4/128")
+    x = torch.ones(1, columns)
+    assert runs_fused(module, x, Weights(held)) == fused
+    wanted = torch_forward(module, x, numbers)
+    assert (expert_forward(module, x, Weights(held)) - wanted).abs().max() <= wanted.abs().max() * TOLERANCE
+
+
+@needs_kernels
+def test_the_longest_row_of_the_largest_integers_does_not_overflow(level: str) -> None:
+    weight = torch.ones(3, kernels.MOST_COLUMNS)
+    weight[1] *= -1
+    made = dict(quantised("down_proj", weight, parse_scheme("int8")))
+    out = kernels.linear(kernels.matrix(*made.values()), torch.ones(1, kernels.MOST_COLUMNS), 3)
+    assert out.tolist() == [[pytest.approx(s * kernels.MOST_COLUMNS, rel=1e-5) for s in (1, -1, 1)]]
+
+
 def test_odd_dtypes_go_through_torch() -> None:
     held, numbers = expert(64, 32, "bf16")
     assert not runs_fused(Experts(64, 32), inputs(1, 64), Weights(numbers))

@@ -23,9 +23,10 @@ def doctor(
     expert_size: Annotated[str, typer.Option(help="Bytes of one read, like one expert of your model.")] = "8MiB",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Memory, disk speed at expert size, O_DIRECT, GPU and versions."""
+    """Memory, disk speed at expert size, O_DIRECT, compiled kernels, GPU and versions."""
     from foregate.config import parse_budget
     from foregate.experts.diskspeed import measure
+    from foregate.native.kernels import instructions
 
     try:
         nbytes = parse_budget(expert_size).nbytes
@@ -40,6 +41,7 @@ def doctor(
         "memory": memory(),
         "disk": {"directory": str(directory.resolve()), "free_bytes": shutil.disk_usage(directory).free, **speed},
         "cpu": {"cores": os.cpu_count(), "machine": platform.machine(), "flags": cpu_flags()},
+        "kernels": instructions(),
         "gpu": gpu(),
         "versions": versions(),
     }
@@ -91,6 +93,7 @@ def show(found: dict[str, Any]) -> None:
         ("O_DIRECT", direct),
         *[(f"read {size(disk['read_bytes'])}, {n} at once", f"{gbs:.2f} GB/s") for n, gbs in disk["gb_per_s"].items()],
         ("cpu", f"{found['cpu']['cores']} cores, {' '.join(found['cpu']['flags']) or 'no wide vectors'}"),
+        ("expert kernels", "torch (no compiled kernels)" if found["kernels"] == "torch" else found["kernels"]),
         ("gpu", ", ".join(found["gpu"]) or "none"),
         *found["versions"].items(),
     ]

@@ -110,8 +110,9 @@ def _fits(tensors: dict[str, Tensor]) -> bool:
     if kernels.library() is None or names != FUSED_PARAMS:
         return False
     kinds = {tensors[name].dtype for name in names}
-    widest = max(tensors[name].numel() // len(tensors[name]) for name in names)
-    return kinds <= {torch.bfloat16, torch.int8, torch.uint8} and widest <= kernels.MOST_COLUMNS
+    if not kinds <= {torch.bfloat16, torch.int8, torch.uint8}:
+        return False
+    return all(kernels.matrix(tensors[n], tensors.get(n + SCALE)).columns <= kernels.MOST_COLUMNS for n in names)
 
 
 def torch_forward(module: Any, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
