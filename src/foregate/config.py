@@ -20,6 +20,9 @@ DEFAULT_READERS = 4
 
 MOST_READERS = 64
 
+LOSSY_MODES = ("execute-predicted", "skip-late", "low-precision-miss")
+"""Ways to run that change outputs, in exchange for reads; see docs/lossy.md. Never a default."""
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -92,6 +95,7 @@ class RunConfig:
     ``predictor`` is a name or a predictor file; ``lookahead`` None is what it was made for.
     ``reader_threads``: a number, or "auto" to measure what the disk of a pack needs. 0 reads each expert when it is
     waited for, on the compute thread: a naive offloader, for comparison; nothing is read ahead then.
+    ``lossy``: one of LOSSY_MODES, which change outputs; ``low_precision_pack`` is where low-precision-miss reads.
     """
 
     model: str = "reference"
@@ -103,6 +107,8 @@ class RunConfig:
     reader_threads: str | int = "auto"
     threads: int | None = None
     read_timeout_s: float = 120.0
+    lossy: str | None = None
+    low_precision_pack: str | None = None
 
     def __post_init__(self) -> None:
         parse_budget(self.memory_budget)
@@ -120,6 +126,28 @@ class RunConfig:
             _at_least("threads", self.threads, 1)
         if not self.read_timeout_s > 0:
             raise ConfigError(f"read time-out {self.read_timeout_s!r} must be a positive number of seconds")
+        if self.lossy is not None or self.low_precision_pack is not None:
+            self._check_lossy()
+
+    def _check_lossy(self) -> None:
+        """Raises ConfigError for an unknown mode, and for settings that leave it nothing to do."""
+        if self.lossy is not None and self.lossy not in LOSSY_MODES:
+            raise ConfigError(f"unknown lossy mode {self.lossy!r}; choose from: {', '.join(LOSSY_MODES)}")
+        low = self.lossy == "low-precision-miss"
+        if low != (self.low_precision_pack is not None):
+            given = (
+                f"low-precision pack {self.low_precision_pack}" if self.low_precision_pack else f"lossy {self.lossy}"
+            )
+            raise ConfigError(f"{given}: lossy low-precision-miss and a low-precision pack go together")
+        if parse_readers(self.reader_threads) == 0:
+            raise ConfigError(
+                f"lossy {self.lossy} has no use with reader threads 0, which read only what is waited for"
+            )
+        if self.lossy == "execute-predicted" and (self.predictor == "none" or parse_prefetch(self.prefetch) == 0):
+            raise ConfigError(
+                f"lossy execute-predicted runs what was predicted and read ahead: predictor {self.predictor} "
+                f"and prefetch {self.prefetch} leave it nothing"
+            )
 
 
 @dataclass(frozen=True, slots=True)

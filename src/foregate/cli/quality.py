@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foregate.cli.output import console, print_json, result
+from foregate.cli.run import lossy_line
 from foregate.cli.trace_setup import HELD_OUT, find_prompts
-from foregate.config import RunConfig
+from foregate.config import LOSSY_MODES, RunConfig
 from foregate.errors import ConfigError
+from foregate.predictors import choice
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from foregate.engine.quality import DomainQuality, Score, Text
+
+_RUN = RunConfig()
 
 
 def quality(
@@ -33,9 +37,31 @@ def quality(
         str, typer.Option("--memory-budget", "--budget", "--ram", help="Of expert bytes, as in foregate run.")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(help="Compute threads; torch's choice if not given.", min=1)] = None,
+    lossy: Annotated[
+        str | None, typer.Option(help=f"Against the exact run, token by token: {', '.join(LOSSY_MODES)}.")
+    ] = None,
+    predictor: Annotated[str | None, typer.Option(help="Of a lossy run: a predictor file or a name.")] = None,
+    low_precision_pack: Annotated[str | None, typer.Option(help="Of --lossy low-precision-miss.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Held-out loss per domain, and against another model: its difference, and the share of equal greedy choices."""
+    """Held-out loss per domain, and against another model: its difference, and the share of equal greedy choices.
+
+    With --lossy MODE: of that mode against the exact run of the same model, decoded token by token.
+    """
+    if lossy is not None:
+        _check_lossy(lossy, against)
+        config = RunConfig(
+            model=model,
+            memory_budget=memory_budget,
+            predictor=choice.check(_RUN.predictor if predictor is None else predictor),
+            threads=threads,
+            lossy=lossy,
+            low_precision_pack=low_precision_pack,
+        )
+        _lossy(config, [pair for name in data for pair in _prompts(name, data_dir, split)], tokens, length, as_json)
+        return
+    if predictor is not None or low_precision_pack is not None:
+        raise ConfigError(f"--predictor {predictor} and --low-precision-pack {low_precision_pack} need --lossy")
     from foregate.engine.quality import compare
 
     prompts = [pair for name in data for pair in _prompts(name, data_dir, split)]
@@ -59,6 +85,26 @@ def quality(
         )
     else:
         result().print(_table(f"{model} ({precision})", against, lines))
+
+
+def _check_lossy(lossy: str, against: str | None) -> None:
+    if against is not None:
+        raise ConfigError(f"--lossy {lossy} is compared with the exact run of the same model; leave --against away")
+
+
+def _lossy(config: RunConfig, prompts: list[tuple[str, str]], tokens: int, length: int, as_json: bool) -> None:
+    from foregate.engine.lossy_quality import lossy_quality
+
+    with _progress(f"{config.model}, {config.lossy}", None) as advance:
+        found = lossy_quality(config, prompts, tokens=tokens, length=length, advance=advance)
+    if as_json:
+        print_json({"model": config.model, "length": length, **found.as_dict()})
+        return
+    title = f"{config.model}, lossy {found.mode} ({found.predictor}, budget {found.memory_budget})"
+    result().print(_table(title, "exact", list(found.domains)))
+    result().print(lossy_line(found.deviation))
+    speed = f"{found.tpot_s * 1e3:.2f} ms a token, exactly {found.exact_tpot_s * 1e3:.2f} ms"
+    result().print(f"{speed}; the first {found.given} tokens of a text are its prompt and not judged")
 
 
 def _prompts(name: str, data_dir: Path | None, split: str | None) -> list[tuple[str, str]]:
@@ -93,7 +139,7 @@ def _score(
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar of tokens with the time that is left, on stderr; gone when done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from foregate.cli.output import console, print_json, size, two_columns
-from foregate.config import RunConfig, SamplingConfig
+from foregate.config import LOSSY_MODES, RunConfig, SamplingConfig
 from foregate.errors import ConfigError, PromptError
 from foregate.experts.policy import POLICIES
 from foregate.predictors import PREDICTORS, choice
@@ -52,6 +52,12 @@ def run(
         _RUN.reader_threads
     ),
     threads: Annotated[int | None, typer.Option(help="Compute threads; torch's choice if not given.")] = _RUN.threads,
+    lossy: Annotated[
+        str | None, typer.Option(help=f"Outputs may differ, for fewer reads: {', '.join(LOSSY_MODES)}. Off by default.")
+    ] = _RUN.lossy,
+    low_precision_pack: Annotated[
+        str | None, typer.Option(help="Pack that low-precision-miss reads misses from (foregate pack --dtype int4).")
+    ] = _RUN.low_precision_pack,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = _SAMPLING.max_new_tokens,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _SAMPLING.temperature,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; needs a temperature.")] = _SAMPLING.top_p,
@@ -75,11 +81,15 @@ def run(
         cache_policy=POLICIES.check(cache_policy),
         reader_threads=reader_threads,
         threads=threads,
+        lossy=lossy,
+        low_precision_pack=low_precision_pack,
     )
     sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     text = read_prompt(prompt, file)
     from foregate.engine.engine import Engine  # torch and transformers take seconds to import; errors above do not wait
 
+    if lossy is not None:
+        console().print(f"--lossy {lossy}: outputs may differ from the exact model's; foregate quality measures it")
     with console().status("loading") if console().is_terminal else nullcontext():
         engine = Engine(config)
     with engine, ExitStack() as stack:
@@ -158,4 +168,12 @@ def stats_table(report: dict[str, Any]) -> Table:
         ("cache", f"{report['cache_policy']}, {report['slots']} slots of {report['experts']} experts"),
         ("reads", f"{report['store']} file, {'O_DIRECT' if report['direct_io'] else 'buffered'}"),
     ]
+    if report["lossy"]:
+        rows.append(("lossy", lossy_line(report["lossy"])))
     return two_columns(f"{report['model']}", rows)
+
+
+def lossy_line(facts: dict[str, Any]) -> str:
+    """Mode and measured deviation, on one line."""
+    said = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items())
+    return ", ".join(said)

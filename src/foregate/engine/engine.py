@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import asdict, replace
 from time import perf_counter, perf_counter_ns
 from types import TracebackType
@@ -18,11 +19,13 @@ from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.checkpoint.origin import original_fingerprint
 from foregate.checkpoint.readplan import CHUNK_BYTES
 from foregate.config import DEFAULT_READERS, RunConfig, SamplingConfig, parse_prefetch, parse_readers
+from foregate.engine.deviation import Deviation
+from foregate.engine.lossy import MODES, LowPack, check_family, deviation_of
 from foregate.engine.memory import SlotPlan, overhead, plan_slots, rss_peak
 from foregate.engine.meter import Meter
 from foregate.engine.model import load_model, load_tokenizer
 from foregate.engine.report import RunReport
-from foregate.engine.runtime import ExpertRuntime, install, uninstall
+from foregate.engine.runtime import install, uninstall
 from foregate.engine.sampler import Sampler
 from foregate.engine.signals import ModelSignals
 from foregate.engine.text import Detokenizer, check_length, encode
@@ -30,8 +33,9 @@ from foregate.errors import ConfigError, ForegateError, IntegrityError, PromptEr
 from foregate.events import EventHub, EventListener, PassBegan, TokenMade, ns
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, check_supported
+from foregate.experts.paired_transfer import PairedTransfer
 from foregate.experts.policy import POLICIES
-from foregate.experts.readers import choose, open_transfer
+from foregate.experts.readers import AnyTransfer, choose, open_transfer
 from foregate.experts.slots import SlotPool
 from foregate.experts.store import open_store
 from foregate.interfaces import ExpertStore, Predictor, RoutingObserver
@@ -39,7 +43,6 @@ from foregate.predictors import PREDICTORS, choice
 from foregate.predictors.file import ModelIdentity
 from foregate.predictors.oracle import Oracle, RouteRecorder
 from foregate.prefetch.controller import Controller
-from foregate.prefetch.pipeline import Pipeline
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import FinishReason, GenerationStep, Phase, StepStats
 
@@ -137,6 +140,31 @@ class Engine:
             self.runtime.end_prefill()
         return out.logits[0]  # type: ignore[no-any-return]
 
+    @torch.inference_mode()
+    def follow(self, ids: list[int], given: int) -> Tensor:
+        """Logits [T - given, V] that predict ``ids[given:]``: the first ``given`` as a prompt, then token by token.
+
+        What a decode step does differently from a prompt (lossy modes, kernels) is in them; ``logits`` has it not.
+        """
+        self._check(ids)
+        if not 1 <= given < len(ids):
+            raise PromptError(f"{given} given tokens of {len(ids)}: at least 1, and fewer than there are")
+        if isinstance(self.predictor, Oracle):
+            raise ConfigError("predictor 'oracle' knows what it has seen generated, not a text that is given")
+        with self._guarded():
+            logits, past = self._forward(ids[:given], None, given - 1, Phase.PREFILL)
+            rows = [logits]
+            for position in range(given, len(ids) - 1):
+                logits, past = self._forward([ids[position]], past, position, Phase.DECODE)
+                rows.append(logits)
+            self.runtime.finish()
+        return torch.stack(rows)
+
+    @property
+    def deviation(self) -> Deviation | None:
+        """How far this engine has departed from the exact one since it was built or reset; None where it is exact."""
+        return deviation_of(self.runtime)
+
     def close(self) -> None:
         """Stop the readers, close the files, take the hooks off, let go of the pool."""
         self.transfer.close()
@@ -193,12 +221,23 @@ class Engine:
         config = self.config
         self.pool = SlotPool(self.plan.slots, self.plan.slot_bytes)
         self.readers = choose(parse_readers(config.reader_threads), self.store, self.pool, self.spec.experts_per_layer)
-        self.transfer = open_transfer(
-            self.store, self.pool, threads=self.readers.threads, timeout_s=config.read_timeout_s
-        )
+        reading: Any = {"threads": self.readers.threads, "timeout_s": config.read_timeout_s}
+        low = self._low_pack()
+        self._extra: dict[str, Any] = {}
+        self.transfer: AnyTransfer | PairedTransfer = open_transfer(self.store, self.pool, **reading)
+        if low is not None:
+            self.transfer = low.join(self.transfer, self.pool, **reading)
+            self._extra = {"low": low.checkpoint}
         self.predictor: Predictor = choice.make_predictor(config.predictor, config.lookahead, self._identity)
         self._views = SlotViews(self.pool)
         self._assemble()
+
+    def _low_pack(self) -> LowPack | None:
+        """What low-precision-miss reads from. Raises ConfigError where the lossy mode of the config cannot run."""
+        if self.config.lossy is not None:
+            check_family(self._modules, self.config.lossy, self.spec.model_type)
+        name = self.config.low_precision_pack
+        return None if name is None else LowPack(name, self.checkpoint, self._modules)
 
     def _assemble(self) -> None:
         """The parts with state, new and cold, over the same pool, model and reader threads."""
@@ -220,8 +259,9 @@ class Engine:
             may_stream=parse_prefetch(config.prefetch) != 0,
             events=self.events,
         )
-        self.pipeline = Pipeline(self.cache, self.transfer, self.prefetcher)
-        self.runtime = ExpertRuntime(
+        mode = MODES[config.lossy]
+        self.pipeline = mode.pipeline(self.cache, self.transfer, self.prefetcher)
+        self.runtime = mode.runtime(
             cache=self.cache,
             pipeline=self.pipeline,
             prefetcher=self.prefetcher,
@@ -231,6 +271,7 @@ class Engine:
             layout_of=self.checkpoint.layout_of,
             experts=spec.experts_per_layer,
             decode_staging=staging,
+            **(self._extra if config.lossy else {}),
         )
         self._meter = Meter(self.cache, self.transfer, self.pipeline, self.prefetcher)
         install(self.runtime, self._modules)
@@ -256,7 +297,8 @@ class Engine:
         """Run once without speculation to learn the routing, then forget everything that this has cached."""
         recorder, listeners, plain = RouteRecorder(), self.runtime.observers, self.config
         self.predictor = PREDICTORS.load("none")()
-        self.config = replace(plain, predictor="none", prefetch="auto", lookahead=None)
+        quiet: dict[str, Any] = {"predictor": "none", "prefetch": "auto", "lookahead": None}
+        self.config = replace(plain, **quiet, lossy=None, low_precision_pack=None)
         try:
             self._renew([recorder])
             with self.events.muted():
@@ -298,6 +340,7 @@ class Engine:
         stop = self._stop_ids()
         room = min(sampling.max_new_tokens, self.context - len(prompt_ids))
         ids, past = prompt_ids, None
+        self._departed = copy(self.deviation)
         self._meter.lap()
         self._runs += 1
         try:
@@ -388,6 +431,8 @@ class Engine:
         report.resident_bytes_peak = self.pool.peak_bytes
         report.rss_peak_bytes = rss_peak()
         report.direct_io = self.store.direct_io
+        if self.deviation is not None and self._departed is not None:
+            report.lossy = {"mode": self.config.lossy, **self.deviation.since(self._departed).as_dict()}
 
     @staticmethod
     def _add_leftovers(report: RunReport, rest: StepStats) -> None:

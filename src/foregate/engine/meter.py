@@ -5,6 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 
 from foregate.experts.cache import ExpertCache
+from foregate.experts.paired_transfer import PairedTransfer
 from foregate.experts.readers import AnyTransfer
 from foregate.prefetch.pipeline import Pipeline
 from foregate.prefetch.prefetcher import Prefetcher
@@ -14,7 +15,9 @@ from foregate.types import StepStats
 class Meter:
     """``lap()`` gives what has happened since the last lap."""
 
-    def __init__(self, cache: ExpertCache, transfer: AnyTransfer, pipeline: Pipeline, prefetcher: Prefetcher) -> None:
+    def __init__(
+        self, cache: ExpertCache, transfer: AnyTransfer | PairedTransfer, pipeline: Pipeline, prefetcher: Prefetcher
+    ) -> None:
         self._cache = cache
         self._transfer = transfer
         self._pipeline = pipeline

@@ -32,6 +32,8 @@ class RunReport:
     overhead_bytes: int = 0
     controller: dict[str, Any] = field(default_factory=dict)
     readers: dict[str, Any] = field(default_factory=dict)
+    lossy: dict[str, Any] | None = None
+    """Mode and measured deviation of a run whose tokens may differ from the exact one's."""
     steps: list[GenerationStep] = field(default_factory=list)
     resident_bytes_peak: int = 0
     rss_peak_bytes: int = 0
@@ -57,6 +59,8 @@ class RunReport:
         times = [step.stats.wall_s for step in self.decode]
         return {
             "model": self.model,
+            "exact": self.lossy is None,
+            "lossy": self.lossy,
             "text": "".join(step.text for step in self.steps),
             "token_ids": [step.token_id for step in self.steps],
             "finish_reason": (self.steps[-1].finish or FinishReason.LENGTH).value if self.steps else None,

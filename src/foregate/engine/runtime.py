@@ -127,9 +127,12 @@ class ExpertRuntime:
             layer, self.phase, self.position, index.numpy().astype(np.int64), weights.float().numpy().astype(np.float32)
         )
         self._signals.on_route(step)
-        self.predictor.observe(step)
+        self._observe(step)
         for observer in self.observers:
             observer.on_route(step)
+
+    def _observe(self, step: RoutingStep) -> None:
+        self.predictor.observe(step)
 
     def _gather(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         parts = x.new_zeros((*index.shape, x.shape[-1]), dtype=torch.promote_types(x.dtype, weights.dtype))

@@ -40,7 +40,7 @@ class ModelSignals:
         self.token_id = -1
         self.distrust = ""
         self.reached: Callable[[int, Moment], None] = lambda layer, moment: None
-        self._family = family
+        self.family = family
         self._dtype = next(model.parameters()).dtype
         self._flow = FlowWatcher(model, paths, experts, self._at)
         self._plain = [PlainGate(part.router, part.experts) for part in self._flow.parts]
@@ -65,6 +65,13 @@ class ModelSignals:
             logits: NDArray[np.float32] = plain.logits(x).float().numpy()
             return logits
         return _scores(_route(there, x), there.experts)
+
+    def last_scores(self, layer: int, rows: int) -> list[NDArray[np.float32]]:
+        """``scores`` that the router of ``layer`` gave for each of the last ``rows`` tokens of its last input."""
+        given = self._flow.parts[layer].router_input
+        if given is None:
+            return []
+        return [self.scores(layer, row) for row in given[-rows:].float().numpy()]
 
     def rank(self, target: int, source: str) -> Ranking:
         """See ``interfaces.Signals``; of the last token of the pass."""
@@ -113,7 +120,7 @@ class ModelSignals:
         value: Tensor | None = getattr(self._flow.parts[self.layer], name)
         # Before attention the parts still hold the last token's residual and router input.
         if value is None or (self.moment is Moment.BEFORE_ATTENTION and name != "pre_attention"):
-            raise ConfigError(f"{self._family}: MoE layer {self.layer} has no {name} {self.moment.value}")
+            raise ConfigError(f"{self.family}: MoE layer {self.layer} has no {name} {self.moment.value}")
         return value[-1:]
 
     def _norm(self, target: int, residual: Tensor) -> Tensor:
@@ -146,7 +153,7 @@ class ModelSignals:
 
     def _mismatch(self, step: RoutingStep) -> str:
         part = self._flow.parts[step.layer]
-        place = f"{self._family}: MoE layer {step.layer}"
+        place = f"{self.family}: MoE layer {step.layer}"
         if part.router is None or part.router_input is None:
             return f"{place} has no router module that can be asked ahead"
         try:

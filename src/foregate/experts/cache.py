@@ -195,6 +195,15 @@ class ExpertCache:
         self.pool.give(self._leave(key, self._staged))
         self._tell(key, Move.DROPPED)
 
+    def release(self, key: ExpertKey) -> None:
+        """Let go of a resident that is of no further use; nothing to do where it has been evicted already."""
+        if key in self._pins:
+            raise IntegrityError(f"{key} released but pinned")
+        if key in self._resident:
+            self.pool.give(self._leave(key, self._resident))
+            self.policy.forget(key)
+            self._tell(key, Move.EVICTED)
+
     def set_staging(self, staging: int) -> None:
         """Change the reserve, evicting residents to make room. Staged experts above a smaller reserve stay until used
         or dropped. Raises BudgetError if no slot would remain for residents."""

@@ -15,6 +15,8 @@ class BasePredictor:
     signal = "nothing"
     moment = Moment.AFTER_ROUTING
     asks_routers = False
+    router_scores = False
+    """Whether its scores are on the scale of the router's own, so that weights follow from them."""
     source = ""
     """Where the method was published, for tables."""
     needs_file = False

@@ -21,6 +21,7 @@ class Estimator(LearnedPredictor):
 
     name = "estimator"
     signal = "residual"
+    router_scores = True
     source = "speculating experts (estimator)"
 
     def __init__(self, artifact: Artifact, lookahead: int) -> None:

@@ -18,6 +18,7 @@ class _Router(BasePredictor):
     """
 
     asks_routers = True
+    router_scores = True
 
     def __init__(self, lookahead: int = 1) -> None:
         super().__init__(lookahead)

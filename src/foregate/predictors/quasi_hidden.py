@@ -28,6 +28,7 @@ class QuasiHidden(FittedPredictor):
     name = "quasi-hidden"
     signal = "residual, routing of this layer"
     asks_routers = True
+    router_scores = True
     source = "speculating experts (quasi-hidden state)"
 
     def __init__(self, artifact: Artifact, lookahead: int) -> None:
