@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 )
 
 from foregate.experts.cache import ExpertCache, SlotState
+from foregate.experts.echo import Echo
 from foregate.experts.policy import POLICIES
 from foregate.experts.slots import SlotPool
 from foregate.interfaces import EvictionPolicy
@@ -24,13 +25,17 @@ KEYS = st.builds(ExpertKey, st.integers(0, 1), st.integers(0, 4))
 
 
 class Model:
-    """Naive LRU/LFU/LFRU cache: lists and a scan, the rules of the module docstring in as few lines as possible."""
+    """Naive LRU/LFU/LFRU cache: lists and a scan, the rules of the module docstring in as few lines as possible.
+
+    For ``echo`` (tests/test_echo.py has its rule) a second policy that must be told the same to say the same.
+    """
 
     def __init__(self, name: str, slots: int, staging: int) -> None:
         self.name, self.slots, self.staging, self.now, self.evictions = name, slots, staging, 0, 0
         self.state: dict[ExpertKey, str] = {}
         self.uses: dict[ExpertKey, tuple[int, int]] = {}
         self.pins: list[ExpertKey] = []
+        self.echo = Echo()
 
     def count(self, *states: str) -> int:
         return sum(state in states for state in self.state.values())
@@ -38,6 +43,7 @@ class Model:
     def touch(self, key: ExpertKey) -> None:
         self.now += 1
         self.uses[key] = (self.uses.get(key, (0, 0))[0] + 1, self.now)
+        self.echo.touch(key)
 
     def score(self, key: ExpertKey) -> tuple[float, int]:
         uses, last = self.uses[key]
@@ -46,11 +52,12 @@ class Model:
     def leave(self, key: ExpertKey) -> None:
         del self.state[key]
         self.uses.pop(key, None)
+        self.echo.forget(key)
 
     def evict(self) -> bool:
         victims = [key for key, state in self.state.items() if state == "resident" and key not in self.pins]
         if victims:
-            self.leave(min(victims, key=self.score))
+            self.leave(self.echo.victim(victims) if self.name == "echo" else min(victims, key=self.score))
             self.evictions += 1
         return bool(victims)
 

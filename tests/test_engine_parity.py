@@ -79,6 +79,8 @@ def test_no_predictor_or_budget_changes_a_bit(predictor: str, budget: str, tiny:
     [
         {"cache_policy": "lfu"},
         {"cache_policy": "lfru"},
+        {"cache_policy": "echo"},
+        {"cache_policy": "lru"},
         {"reader_threads": 1},
         {"reader_threads": 0, "predictor": "none", "prefetch": "off"},
         {"reader_threads": 4},

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from foregate.config import RunConfig, SamplingConfig
@@ -45,6 +46,41 @@ def test_fresh_gate_reads_one_hundred_percent(family: str, tiny: Tiny) -> None:
         list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=5)))
     assert engine.signals.distrust == ""
     assert gate.asked == gate.right > 0
+
+
+class Scores:
+    """Compares what the policy is told with what the routers chose."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.told, self.silent, self.wrong = 0, 0, 0
+        self._inside: Any = engine.cache.policy
+
+    def observe(self, layer: int, experts: Any, scores: Any = None) -> None:
+        self._inside.observe(layer, experts, scores)
+        self.told += 1
+        if scores is None:
+            self.silent += 1
+            return
+        assert len(scores) == len(experts)
+        best = np.take_along_axis(scores, experts, axis=1).mean()
+        self.wrong += not best > scores.mean()
+
+
+BIASED = {"inkling_text", "zaya"}
+"""Families whose routers choose by more than the scores that they give."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_policy_is_told_the_routers_own_scores_or_none(family: str, tiny: Tiny) -> None:
+    config = RunConfig(model=str(tiny(family)), memory_budget="50%", predictor="none", cache_policy="echo")
+    with Engine(config) as engine:
+        scores = Scores(engine)
+        engine.runtime._informed = scores  # type: ignore[assignment]
+        list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=3)))
+    assert scores.told > scores.silent
+    if family not in BIASED:
+        assert scores.silent == scores.wrong == 0
+    assert not any(module._forward_hooks for module in engine.model.modules())
 
 
 @pytest.mark.parametrize("family", sorted(DISTRUSTED))

@@ -103,7 +103,7 @@ class RunConfig:
     predictor: str = "next-gate"
     prefetch: str = "auto"
     lookahead: int | None = None
-    cache_policy: str = "lfru"
+    cache_policy: str = "echo"
     reader_threads: str | int = "auto"
     threads: int | None = None
     read_timeout_s: float = 120.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,19 @@ class EvictionPolicy(Protocol):
 
     def forget(self, key: ExpertKey) -> None:
         """``key`` left the cache."""
+        ...
+
+
+@runtime_checkable
+class RoutingAware(Protocol):
+    """A policy that is told more than accesses. Without these calls it must do with ``touch``."""
+
+    def observe(self, layer: int, experts: NDArray[np.int64], scores: NDArray[np.float32] | None = None) -> None:
+        """The router of MoE layer ``layer`` chose ``experts`` [T, k] (-1: none), before any of them is touched.
+
+        ``scores`` [T, E] of all its experts: logits, or what is never negative and larger for likelier experts; None
+        where the family's router gives none.
+        """
         ...
 
 

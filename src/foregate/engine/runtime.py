@@ -19,7 +19,7 @@ from foregate.engine.signals import ModelSignals
 from foregate.events import ControllerDecided, Part, TimeSpent, ns
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, expert_forward
-from foregate.interfaces import Predictor, RoutingObserver
+from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
 from foregate.prefetch.pipeline import Compute, Pipeline
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, RoutingStep
@@ -68,6 +68,8 @@ class ExpertRuntime:
         self._experts = experts
         self._decode_staging = decode_staging
         signals.reached = self._reached
+        self._informed = cache.policy if isinstance(cache.policy, RoutingAware) else None
+        signals.listen(on=self._informed is not None)
 
     def begin_prefill(self) -> None:
         """A prompt starts: staging will hold whole layers."""
@@ -127,6 +129,8 @@ class ExpertRuntime:
             layer, self.phase, self.position, index.numpy().astype(np.int64), weights.float().numpy().astype(np.float32)
         )
         self._signals.on_route(step)
+        if self._informed is not None:
+            self._informed.observe(layer, step.experts, self._signals.routed(step))
         self._observe(step)
         for observer in self.observers:
             observer.on_route(step)

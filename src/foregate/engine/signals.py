@@ -44,10 +44,41 @@ class ModelSignals:
         self._dtype = next(model.parameters()).dtype
         self._flow = FlowWatcher(model, paths, experts, self._at)
         self._plain = [PlainGate(part.router, part.experts) for part in self._flow.parts]
+        self._outputs: list[Any] = [None] * self.layers
+        self._listening: list[Any] = []
+        self._unexplained: set[int] = set()
 
     def close(self) -> None:
         """Remove every hook; the model is as it was."""
+        self.listen(on=False)
         self._flow.close()
+
+    def listen(self, *, on: bool) -> None:
+        """Whether to keep what routers give, for ``routed``."""
+        for handle in self._listening:
+            handle.remove()
+        routers = enumerate(part.router for part in self._flow.parts) if on else ()
+        self._listening = [r.register_forward_hook(self._keep(n)) for n, r in routers if r is not None]
+        self._outputs = [None] * self.layers
+
+    def _keep(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def after(router: nn.Module, args: Any, output: Any) -> None:
+            self._outputs[layer] = output
+
+        return after
+
+    def routed(self, step: RoutingStep) -> NDArray[np.float32] | None:
+        """Scores [T, E] that this layer's router has just given; None where it gives none that explain its choice."""
+        output, experts = self._outputs[step.layer], self.experts[step.layer]
+        self._outputs[step.layer] = None
+        scored = [t for t in _tensors(output) if t.is_floating_point() and t.shape[-1] >= experts]
+        if step.layer in self._unexplained or not scored:
+            return None
+        scores = _all_scores(output, experts)
+        if len(scores) != len(step.experts) or (self._flow.learning and not _explain(scores, step.experts)):
+            self._unexplained.add(step.layer)
+            return None
+        return scores
 
     def hidden(self, name: str) -> NDArray[np.float32]:
         """See ``interfaces.Signals``."""
@@ -194,6 +225,12 @@ def _all_scores(output: Any, experts: int) -> NDArray[np.float32]:
     # Llama 4 returns scores (zero where not chosen) before logits: the last is the one that ranks them all.
     rows: NDArray[np.float32] = scored[-1].reshape(-1, scored[-1].shape[-1]).float().numpy()[:, :experts]
     return rows
+
+
+def _explain(scores: NDArray[np.float32], chosen: NDArray[np.int64]) -> bool:
+    """Whether the chosen score above average, [T, E] and [T, k]: hints need no more, and routers may add a bias."""
+    real = np.where((chosen >= 0) & (chosen < scores.shape[1]), chosen, 0)
+    return bool(np.take_along_axis(scores, real, axis=1).mean() > scores.mean())
 
 
 def _ranking(output: Any, experts: int) -> Ranking:

@@ -1,6 +1,7 @@
 """Which resident expert to forget: LRU, LFU and aged LFU. Policies know keys and accesses, not slots, bytes or time.
 
 One access = one ``touch``. All three are deterministic, and break ties by evicting the key touched longest ago.
+``echo`` has a file of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ POLICIES = Registry(
         "lru": "foregate.experts.policy:Lru",
         "lfu": "foregate.experts.policy:Lfu",
         "lfru": "foregate.experts.policy:Lfru",
+        "echo": "foregate.experts.echo:Echo",
     },
 )
 

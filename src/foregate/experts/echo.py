@@ -1,0 +1,251 @@
+"""The policy ``echo``: forget what the routing's own past says is needed last. Knows keys and routing, not bytes.
+
+Per MoE layer it keeps decayed means of the routing at several rates and a window of past tokens. Past tokens that were
+routed like the newest one vote, by similarity, with what was needed after *them*.
+Shapes: T tokens, k chosen, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foregate.errors import IntegrityError
+from foregate.types import ExpertKey
+
+Floats = NDArray[np.float32]
+
+WINDOW = 1 << 16
+"""Numbers kept per layer and array: the window has ``WINDOW`` / E tokens, 1,024 at most."""
+MOST_TOKENS = 1024
+SHARPNESS = 10.0
+"""A past token's vote is exp(SHARPNESS x cosine)."""
+FADE, REACH = 0.85, 8
+"""A vote counts the ``REACH`` tokens after it, the first 1, the next FADE, FADE^2, …"""
+HALF_LIVES = (2, 8, 32)
+"""Of the decayed means of router probabilities, in tokens; that of the choices has the last."""
+FLOOR = 0.005
+"""Below this multiple of a uniform share, how much less does not matter."""
+SCORE_WEIGHTS, SCORE_BIAS = np.array([0.2, 0.2, -0.6, 0.5, 1.15], np.float32), -0.35
+CHOICE_WEIGHTS, CHOICE_BIAS = np.array([0.08, 0.04, 0.1, 0.12, 0.5], np.float32), -0.4
+"""Logistic regression of exp(-(tokens to the next use - 1) / PATIENCE) on log shares: three means of probabilities,
+the mean of choices, the votes. Fitted on training prompts of the reference model; what one domain gives holds for the
+others (``python -m foregate.analysis.eviction --fit``). The second line is for routing without scores."""
+PATIENCE = 4.0
+
+
+class _Past:
+    """The routing of one layer so far: ``means`` [rates, E], and the window, newest row last."""
+
+    def __init__(self, experts: int) -> None:
+        self.length = min(MOST_TOKENS, max(REACH + 1, WINDOW // experts))
+        self.means = np.full((len(_RATES), experts), 1 / experts, np.float32)
+        self._keys = np.zeros((2 * self.length, experts), np.float32)
+        self._after = np.zeros((2 * self.length, experts), np.float32)
+        self._rows = 0
+        self.scored = False
+
+    def widen(self, experts: int) -> None:
+        """There are more experts than were known."""
+        more = ((0, 0), (0, experts - self.means.shape[1]))
+        self.means, self._keys, self._after = (np.pad(old, more) for old in (self.means, self._keys, self._after))
+
+    def see(self, shares: Floats, choices: Floats, keys: Floats) -> None:
+        """The newest tokens, [T, E] each: rows of ``shares`` and ``choices`` sum to 1, ``keys`` have norm 1."""
+        tokens = len(keys)
+        if tokens == 1:
+            self.means *= 1 - _RATES
+            self.means[:-1] += _RATES[:-1] * shares
+            self.means[-1] += _RATES[-1] * choices[0]
+        else:
+            kept = (1 - _RATES) ** np.arange(tokens - 1, -1, -1, dtype=np.float32)  # [rates, T]
+            self.means *= kept[:, :1] * (1 - _RATES)
+            self.means[:-1] += _RATES[:-1] * kept[:-1] @ shares
+            self.means[-1] += _RATES[-1] * kept[-1] @ choices
+        self._append(shares[-self.length :], keys[-self.length :])
+
+    def features(self) -> Floats:
+        """Log shares, in multiples of the uniform one: [5, E]."""
+        shares = np.concatenate([self.means, self._votes()[None]])
+        logs: Floats = np.log(shares * shares.shape[1] + FLOOR)
+        return logs
+
+    def worth(self) -> Floats:
+        """log of the expected exp(-(tokens to the next use - 1) / PATIENCE), [E]."""
+        weights, bias = (SCORE_WEIGHTS, SCORE_BIAS) if self.scored else (CHOICE_WEIGHTS, CHOICE_BIAS)
+        worth: Floats = -np.log1p(np.exp(-(weights @ self.features() + bias)))
+        return worth
+
+    def _votes(self) -> Floats:
+        """What is needed after a token routed like the newest one, [E]; sums to 1 or a little less."""
+        last = self._rows - 1
+        first = max(0, last - self.length)
+        if first == last:
+            first_guess: Floats = self.means[0]
+            return first_guess
+        vote = self._keys[first:last] @ self._keys[last]
+        vote -= 1.0
+        vote *= SHARPNESS
+        np.exp(vote, out=vote)
+        found: Floats = vote @ self._after[first:last]
+        found /= vote.sum() * _FADES.sum()
+        return found
+
+    def _append(self, shares: Floats, keys: Floats) -> None:
+        tokens = len(keys)
+        if self._rows + tokens > len(self._keys):
+            kept = slice(max(0, self._rows - self.length), self._rows)
+            self._rows = kept.stop - kept.start
+            self._keys[: self._rows], self._after[: self._rows] = self._keys[kept].copy(), self._after[kept].copy()
+        start, self._rows = self._rows, self._rows + tokens
+        self._keys[start : self._rows], self._after[start : self._rows] = keys, 0.0
+        if tokens == 1:
+            rows = min(REACH, start)
+            self._after[start - rows : start] += _FADES[REACH - rows :] * shares
+            return
+        for ago in range(REACH):  # token t is in the future of row start + t - 1 - ago
+            skip = max(0, 1 + ago - start)
+            if skip >= tokens:
+                break
+            self._after[start - 1 - ago + skip : self._rows - 1 - ago] += FADE**ago * shares[skip:]
+
+
+class Echo:
+    """Evicts the expert with the lowest expected exp(-(time to its next use) / PATIENCE), in tokens.
+
+    The time has two parts: how far the layer itself is (the one that has just run comes again last), and how likely
+    its router is to choose the expert then and soon after. ``observe`` tells all it can use. Where nobody calls it,
+    choices are taken from the accesses, and router scores are not known. Nothing is reset when an expert is evicted.
+    Ties go to the lower layer, then the lower expert. Memory: up to 1 MiB a layer.
+    """
+
+    def __init__(self) -> None:
+        self._pasts: dict[int, _Past] = {}
+        self._worth = np.zeros((0, 0), np.float32)
+        self._held = np.zeros((0, 0), np.bool_)
+        self._stale: set[int] = set()
+        self._layer = -1
+        self._touched: dict[int, None] = {}
+        self._observed = False
+        self._logits = False
+
+    def observe(self, layer: int, experts: NDArray[np.int64], scores: Floats | None = None) -> None:
+        """See ``interfaces.RoutingAware``."""
+        self._observed = True
+        self._layer = layer
+        if scores is not None and not math.isfinite(scores.sum()):
+            scores = None  # a router that masks
+        self._see(layer, experts, scores)
+
+    def touch(self, key: ExpertKey) -> None:
+        layer, expert = key
+        if not self._observed and (layer != self._layer or expert in self._touched):
+            self._close()
+            self._layer = layer
+        if layer >= len(self._held) or expert >= self._held.shape[1]:
+            self._fit(layer, expert + 1)
+        self._held[layer, expert] = True
+        if not self._observed:
+            self._touched[expert] = None
+
+    def victim(self, candidates: Collection[ExpertKey]) -> ExpertKey:
+        """Raises IntegrityError if no candidate was ever touched."""
+        for layer in self._stale:
+            past = self._pasts[layer]
+            self._worth[layer, : past.means.shape[1]] = past.worth()
+        self._stale.clear()
+        layers, width = self._worth.shape
+        away = (np.arange(layers) - self._layer - 1) % layers if layers else np.zeros(0)
+        worth = np.where(self._held, self._worth - (away / (PATIENCE * layers))[:, None].astype(np.float32), np.inf)
+        flat = worth.ravel()
+        for _ in range(_TRIES):
+            best = int(flat.argmin()) if flat.size else 0
+            if not flat.size or flat[best] == np.inf:
+                break
+            key = ExpertKey(*divmod(best, width))
+            if key in candidates:
+                return key
+            flat[best] = np.inf
+        left = [key for key in candidates if key.layer < layers and key.expert < width and self._held[key]]
+        if not left:
+            raise IntegrityError(f"none of {len(candidates)} candidates was ever touched")
+        return min(left, key=lambda key: (worth[key], key))
+
+    def features(self, layer: int) -> Floats:
+        """What the weights weigh, for every expert of ``layer``, which has been observed: [5, E]."""
+        return self._pasts[layer].features()
+
+    def forget(self, key: ExpertKey) -> None:
+        if key.layer < len(self._held) and key.expert < self._held.shape[1]:
+            self._held[key] = False
+
+    def _close(self) -> None:
+        """The accesses of one layer have ended: they are its choice."""
+        if self._touched:
+            self._see(self._layer, np.array([list(self._touched)], np.int64), None)
+            self._touched.clear()
+
+    def _see(self, layer: int, experts: NDArray[np.int64], scores: Floats | None) -> None:
+        past = self._pasts.get(layer)
+        width = 0 if past is None else past.means.shape[1]
+        if scores is not None and scores.shape[1] < width:
+            scores = None  # not of all its experts
+        width = max(width, int(experts.max(initial=0)) + 1 if scores is None else scores.shape[1])
+        past = self._make(layer, past, width)
+        choices = _hot(experts[-MOST_TOKENS:], width)
+        shares, raw = choices, choices
+        if scores is not None:
+            raw = scores[-MOST_TOKENS:].astype(np.float32, copy=False)
+            self._logits = self._logits or bool(raw.min() < 0)
+            shares = _softmax(raw) if self._logits else raw / np.maximum(raw.sum(axis=1, keepdims=True), 1e-9)
+        past.scored = scores is not None
+        past.see(shares, choices, _unit(raw))
+        self._stale.add(layer)
+
+    def _make(self, layer: int, past: _Past | None, width: int) -> _Past:
+        """The past of ``layer``, with room for ``width`` experts everywhere."""
+        self._fit(layer, width)
+        if past is None:
+            past = self._pasts[layer] = _Past(width)
+        elif past.means.shape[1] < width:
+            past.widen(width)
+        return past
+
+    def _fit(self, layer: int, experts: int) -> None:
+        """Make room for a layer and its experts; what is known stays."""
+        layers, width = self._held.shape
+        wanted = max(layers, layer + 1), max(width, experts)
+        if wanted != (layers, width):
+            grow = ((0, wanted[0] - layers), (0, wanted[1] - width))
+            self._held, self._worth = np.pad(self._held, grow), np.pad(self._worth, grow)
+
+
+_RATES = np.array([1 - 0.5 ** (1 / half) for half in (*HALF_LIVES, HALF_LIVES[-1])], np.float32)[:, None]
+_FADES = np.array([[FADE**ago] for ago in range(REACH - 1, -1, -1)], np.float32)
+_TRIES = 16
+"""Lowest keys looked at one by one; past them the pinned are many, as in prefill, and the candidates are walked."""
+
+
+def _hot(experts: NDArray[np.int64], width: int) -> Floats:
+    """[T, k] → [T, E]: equal shares of the chosen."""
+    out = np.zeros((len(experts), width + 1), np.float32)  # the last column takes the padding
+    out[np.arange(len(experts))[:, None], np.minimum(experts, width)] = 1.0  # -1 is the last column, too
+    out = out[:, :width]
+    out /= np.maximum(out.sum(axis=1, keepdims=True), 1.0)
+    return out
+
+
+def _softmax(logits: Floats) -> Floats:
+    out: Floats = np.exp(logits - logits.max(axis=1, keepdims=True))
+    out /= out.sum(axis=1, keepdims=True)
+    return out
+
+
+def _unit(rows: Floats) -> Floats:
+    """Rows without their mean, of norm 1."""
+    out: Floats = rows - rows.sum(axis=1, keepdims=True) / rows.shape[1]
+    out /= np.sqrt((out * out).sum(axis=1, keepdims=True)) + 1e-9
+    return out
