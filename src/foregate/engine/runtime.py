@@ -158,11 +158,12 @@ class ExpertRuntime:
 
     def _sum(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         total = torch.zeros(x.shape, dtype=torch.float32)
+        groups = _Groups(index, weights, self._experts[layer])
 
         def compute(expert: int, slot: int) -> None:
-            token, rank = torch.where(index == expert)
+            token, weight = groups.of(expert)
             out = self._expert(ExpertKey(layer, expert), module, x[token], slot)
-            total.index_add_(0, token, (out * weights[token, rank, None]).float())
+            total.index_add_(0, token, (out * weight).float())
 
         self._run(layer, index, compute)
         return total.to(x.dtype)
@@ -237,6 +238,21 @@ class ExpertRuntime:
         if used < STREAM_SHARE * self._experts[layer]:
             return lambda: None
         return lambda: self._prefetcher.stream_ahead(layer + 1)
+
+
+class _Groups:
+    """Which tokens each expert gets: sorted once a layer, not searched for once an expert."""
+
+    def __init__(self, index: Tensor, weights: Tensor, experts: int) -> None:
+        ordered, order = index.flatten().sort(stable=True)
+        self._token = order // index.shape[1]
+        self._weight = weights.flatten()[order][:, None]
+        self._bounds = torch.searchsorted(ordered, torch.arange(experts + 1, dtype=ordered.dtype)).tolist()
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Tokens [n] of ``expert``, ascending, and their weights [n, 1]."""
+        here = slice(self._bounds[expert], self._bounds[expert + 1])
+        return self._token[here], self._weight[here]
 
 
 def _few(index: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
-from foregate.checkpoint.expand import expanded
+from foregate.checkpoint.expand import Scratch, expanded
 from foregate.checkpoint.quantise import SCALE
 from foregate.errors import UnsupportedModelError
 from foregate.experts.slots import SlotPool
@@ -31,8 +31,9 @@ FUSED_PARAMS = {"gate_up_proj", "down_proj"}
 class Weights:
     """The parameters of one expert: tensors by name, without copies, and the kernel over them once it is asked for."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], scratch: Scratch | None = None) -> None:
         self.tensors = tensors
+        self.scratch = scratch
         self._fused: kernels.FusedExpert | None = None
 
     def fused(self, hidden: int) -> kernels.FusedExpert:
@@ -50,13 +51,14 @@ class SlotViews:
     def __init__(self, pool: SlotPool) -> None:
         self._pool = pool
         self._views: dict[tuple[int, int], Weights] = {}
+        self._scratch = Scratch()
 
     def weights(self, slot: int, layout: ExpertLayout) -> Weights:
         """The parameters of ``layout``, over the bytes of ``slot``."""
         key = (slot, id(layout))
         found = self._views.get(key)
         if found is None:
-            found = self._views[key] = Weights(self._build(slot, layout))
+            found = self._views[key] = Weights(self._build(slot, layout), self._scratch)
         return found
 
     def clear(self) -> None:
@@ -81,7 +83,7 @@ def expert_forward(module: Any, x: Tensor, weights: Weights) -> Tensor:
     """Output [T, D] of one expert for ``x`` [T, D], with the flags and the activation of its transformers module."""
     if len(x) <= kernels.MOST_TOKENS and runs_fused(module, x, weights):
         return weights.fused(module.down_proj.shape[-1])(x)
-    return torch_forward(module, x, weights.tensors)
+    return torch_forward(module, x, weights.tensors, weights.scratch)
 
 
 def runs_fused(module: Any, x: Tensor, weights: Weights) -> bool:
@@ -115,12 +117,12 @@ def _fits(tensors: dict[str, Tensor]) -> bool:
     return all(kernels.matrix(tensors[n], tensors.get(n + SCALE)).columns <= kernels.MOST_COLUMNS for n in names)
 
 
-def torch_forward(module: Any, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+def torch_forward(module: Any, x: Tensor, tensors: dict[str, Tensor], scratch: Scratch | None = None) -> Tensor:
     """The reference, and the path of many tokens and of everything unusual."""
     gated = getattr(module, "has_gate", True)
     transposed = getattr(module, "is_transposed", False)
     first = "gate_up_proj" if gated else "up_proj"
-    weights = {name: _plain(module, name, tensors) for name in tensors if not name.endswith(SCALE)}
+    weights = {name: _plain(module, name, tensors, scratch) for name in tensors if not name.endswith(SCALE)}
     hidden = _linear(x.to(weights[first].dtype), weights[first], weights.get(f"{first}_bias"), transposed)
     hidden = module._apply_gate(hidden) if gated else module.act_fn(hidden)
     out = _linear(hidden, weights["down_proj"], weights.get("down_proj_bias"), transposed)
@@ -129,15 +131,14 @@ def torch_forward(module: Any, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     return out
 
 
-def _plain(module: Any, name: str, tensors: dict[str, Tensor]) -> Tensor:
+def _plain(module: Any, name: str, tensors: dict[str, Tensor], scratch: Scratch | None) -> Tensor:
     """The parameter in the model's own dtype and shape; a quantised one is taken apart, for this call only."""
     scales = tensors.get(name + SCALE)
     if scales is None:
         return tensors[name]
     meta = getattr(module, name)
-    return expanded(
-        name, tensors[name], scales, tuple(meta.shape[1:]), meta.dtype, getattr(module, "is_transposed", False)
-    )
+    transposed = getattr(module, "is_transposed", False)
+    return expanded(name, tensors[name], scales, tuple(meta.shape[1:]), meta.dtype, transposed, scratch)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
