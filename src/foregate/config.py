@@ -20,6 +20,11 @@ DEFAULT_READERS = 4
 
 MOST_READERS = 64
 
+LEAST_PREFILL_CHUNK = 16
+
+DEFAULT_PREFILL_CHUNK = 512
+"""Tokens of a prompt that go through the model at once. A constant, never the budget's: it is part of the result."""
+
 LOSSY_MODES = ("execute-predicted", "skip-late", "low-precision-miss")
 """Ways to run that change outputs, in exchange for reads; see docs/lossy.md. Never a default."""
 
@@ -95,6 +100,7 @@ class RunConfig:
     ``predictor`` is a name or a predictor file; ``lookahead`` None is what it was made for.
     ``reader_threads``: a number, or "auto" to measure what the disk of a pack needs. 0 reads each expert when it is
     waited for, on the compute thread: a naive offloader, for comparison; nothing is read ahead then.
+    ``prefill_chunk``: tokens of a prompt that are computed at once; another number may change the last bits of logits.
     ``lossy``: one of LOSSY_MODES, which change outputs; ``low_precision_pack`` is where low-precision-miss reads.
     """
 
@@ -109,6 +115,7 @@ class RunConfig:
     read_timeout_s: float = 120.0
     lossy: str | None = None
     low_precision_pack: str | None = None
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK
 
     def __post_init__(self) -> None:
         parse_budget(self.memory_budget)
@@ -124,6 +131,7 @@ class RunConfig:
             raise ConfigError("reader threads 0 read nothing ahead: give predictor none and prefetch off with it")
         if self.threads is not None:
             _at_least("threads", self.threads, 1)
+        _at_least("prefill chunk", self.prefill_chunk, LEAST_PREFILL_CHUNK)
         if not self.read_timeout_s > 0:
             raise ConfigError(f"read time-out {self.read_timeout_s!r} must be a positive number of seconds")
         if self.lossy is not None or self.low_precision_pack is not None:

@@ -58,6 +58,7 @@ def run(
     low_precision_pack: Annotated[
         str | None, typer.Option(help="Pack that low-precision-miss reads misses from (foregate pack --dtype int4).")
     ] = _RUN.low_precision_pack,
+    prefill_chunk: Annotated[int, typer.Option(help="Tokens of a prompt computed at once.")] = _RUN.prefill_chunk,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = _SAMPLING.max_new_tokens,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _SAMPLING.temperature,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; needs a temperature.")] = _SAMPLING.top_p,
@@ -81,6 +82,7 @@ def run(
         cache_policy=POLICIES.check(cache_policy),
         reader_threads=reader_threads,
         threads=threads,
+        prefill_chunk=prefill_chunk,
         lossy=lossy,
         low_precision_pack=low_precision_pack,
     )

@@ -19,6 +19,7 @@ from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.checkpoint.origin import original_fingerprint
 from foregate.checkpoint.readplan import CHUNK_BYTES
 from foregate.config import DEFAULT_READERS, RunConfig, SamplingConfig, parse_prefetch, parse_readers
+from foregate.engine.chunks import READ_WHOLE, chunk_bounds
 from foregate.engine.deviation import Deviation
 from foregate.engine.lossy import MODES, LowPack, check_family, deviation_of
 from foregate.engine.memory import SlotPlan, overhead, plan_slots, rss_peak
@@ -132,13 +133,13 @@ class Engine:
 
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> Tensor:
-        """Logits [T, V] of one pass over ``ids``, as a prompt."""
+        """Logits [T, V] of ``ids``, read as a prompt."""
         self._check(ids)
         with self._guarded():
             self.runtime.begin_prefill()
-            out = self._call(torch.tensor([ids]), None, keep=0)
+            parts = [out.logits[0] for out in self._chunks(ids, keep=0)]
             self.runtime.end_prefill()
-        return out.logits[0]  # type: ignore[no-any-return]
+        return torch.cat(parts)
 
     @torch.inference_mode()
     def follow(self, ids: list[int], given: int) -> Tensor:
@@ -375,15 +376,24 @@ class Engine:
             self.events.emit(PassBegan(perf_counter_ns(), phase, position - len(ids) + 1, len(ids)))
         if phase is Phase.PREFILL:
             self.runtime.begin_prefill()
-        else:
-            self.runtime.begin_decode(position, ids[-1])
-        out = self._call(torch.tensor([ids]), past, keep=1)
-        if phase is Phase.PREFILL:
+            *_, out = self._chunks(ids, keep=1)
             self.runtime.end_prefill()
             self._learned()
         else:
+            self.runtime.begin_decode(position, ids[-1])
+            out = self._call(torch.tensor([ids]), past, keep=1)
             self.prefetcher.controller.saw_io(*self._meter.io())
         return out.logits[0, -1], out.past_key_values
+
+    def _chunks(self, ids: list[int], *, keep: int) -> Iterator[Any]:
+        """The forwards that read ``ids`` as a prompt, one chunk after another over one KV cache."""
+        past = None
+        size = self.config.prefill_chunk if self.spec.model_type not in READ_WHOLE else len(ids)
+        for first, last in chunk_bounds(len(ids), size):
+            self.runtime.begin_chunk(first)
+            out = self._call(torch.tensor([ids[first:last]]), past, keep=keep)
+            past = out.past_key_values
+            yield out
 
     def _learned(self) -> None:
         """The first pass has shown whether the model's routers can be asked ahead; if not, say so and do not."""

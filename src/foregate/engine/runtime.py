@@ -78,6 +78,10 @@ class ExpertRuntime:
         self._prefetcher.begin()
         self.predictor.reset()
 
+    def begin_chunk(self, position: int) -> None:
+        """The prompt's tokens from ``position`` on come next."""
+        self.position = position
+
     def end_prefill(self) -> None:
         """The prompt has been read: nothing of it stays staged."""
         self.finish()
