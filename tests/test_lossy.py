@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from foregate.checkpoint.pack import pack
 from foregate.checkpoint.precision import Precision
 from foregate.checkpoint.quantise import parse_scheme
+from foregate.cli.quality import quality
+from foregate.cli.run import run
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
 from foregate.engine.weighing import Weigher
@@ -182,13 +185,13 @@ def test_late_experts_are_left_out_and_counted(tiny: Tiny) -> None:
     slow, given = Fault(Kind.SLOW, seconds=0.02), {"memory_budget": "100%", "predictor": "none", "prefetch": "auto"}
     said = generate(tiny("qwen3_moe"), faults=(slow,), prompt=2, tokens=30, lossy="skip-late", **given)
     facts = said["lossy"]
-    assert facts["skipped_experts"] == said["decode"]["misses"] > 0
+    assert 0 < facts["skipped_experts"] <= said["decode"]["misses"]
     needed = said["decode"]["hits"] + said["decode"]["misses"]
     assert facts["skipped_share"] == pytest.approx(facts["skipped_experts"] / needed)
     assert 0 < facts["skipped_mass"] < 1
     # what was left out arrives for later tokens
     assert said["decode"]["hits"] > 0
-    assert said["decode"]["stall_s_per_token"] == 0
+    assert said["decode"]["stall_s_per_token"] < 0.005
 
 
 def test_nothing_is_skipped_where_nothing_is_late(tiny: Tiny) -> None:
@@ -320,3 +323,66 @@ def test_a_pack_of_another_model_is_refused(packs: tuple[Path, Path], tiny: Tiny
         generate(low, low_precision_pack=str(exact), **given)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="is no pack"):
         generate(exact, low_precision_pack=str(tiny("qwen3_moe")), **given)  # type: ignore[arg-type]
+
+
+# quality
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    words = "The quick brown fox jumps over the lazy dog and runs away from it, again and again. "
+    rows = [{"prompt": words * 2, "domain": "one"}, {"prompt": words[10:] * 2, "domain": "two"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_followed_token_by_token_the_logits_are_those_of_the_generation(tiny: Tiny) -> None:
+    with Engine(RunConfig(str(tiny("qwen3_moe")), memory_budget="30%")) as engine:
+        made = [step.token_id for step in engine.stream(PROMPT, SamplingConfig(max_new_tokens=8))]
+        logits = engine.follow([*PROMPT, *made], len(PROMPT))
+        engine.cache.check_integrity(idle=True)
+        assert logits.argmax(dim=-1).tolist() == made
+
+
+@pytest.mark.parametrize(("predictor", "same"), [("fresh-gate", True), ("previous-token", False)])
+def test_a_perfect_prediction_costs_nothing_and_a_poor_one_does(
+    predictor: str, same: bool, tiny: Tiny, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quality(
+        str(tiny("qwen3_moe")),
+        [str(texts)],
+        memory_budget="50%",
+        lossy="execute-predicted",
+        predictor=predictor,
+        tokens=40,
+        as_json=True,
+    )
+    said = json.loads(capsys.readouterr().out)
+    assert (said["exact"], said["mode"], said["predictor"]) == (False, "execute-predicted", predictor)
+    assert [line["domain"] for line in said["domains"]] == ["one", "two"]
+    # the rule that weighs predicted experts rounds in another order than the router
+    assert all((abs(line["delta"]) < 1e-5) is same for line in said["domains"])
+    assert (said["deviation"]["set_agreement"] == 1) is same
+    parts = [part["token_layers"] for part in said["deviation_by_domain"].values()]
+    assert said["deviation"]["token_layers"] == sum(parts) > 0
+
+
+def test_quality_refuses_what_it_would_ignore(tiny: Tiny, texts: Path) -> None:
+    model = str(tiny("qwen3_moe"))
+    with pytest.raises(ConfigError, match="need --lossy"):
+        quality(model, [str(texts)], predictor="next-gate")
+    with pytest.raises(ConfigError, match="leave --against away"):
+        quality(model, [str(texts)], against=model, lossy="skip-late")
+    with pytest.raises(ConfigError, match="oracle"):
+        quality(model, [str(texts)], lossy="execute-predicted", predictor="oracle", memory_budget="50%")
+
+
+def test_run_says_that_outputs_may_differ_before_anything_else(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"memory_budget": "100%", "max_new_tokens": 3, "prompt": "some words to begin with", "stats": True}
+    run(str(tiny("qwen3_moe")), lossy="execute-predicted", **given)  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert said.startswith("--lossy execute-predicted: outputs may differ")
+    assert "set_agreement" in said
+    run(str(tiny("qwen3_moe")), **given)  # type: ignore[arg-type]
+    assert "lossy" not in capsys.readouterr().err
