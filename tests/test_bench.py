@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from foregate.bench.arms import RESIDENT, choose, standard_arms
-from foregate.bench.summary import paired
+from foregate.bench.figure import parts
+from foregate.bench.grid import worst
+from foregate.bench.lineup import line_up, parse_rivals, rivals_source
+from foregate.bench.prompts import exact_prompts, parse_lengths
+from foregate.bench.rivals import RIVALS
+from foregate.bench.rivals.readahead import setting_of
+from foregate.bench.session import Session, Setting
+from foregate.bench.summary import _domains, bound, disk_limit, paired, summarise
+from foregate.checkpoint.locate import locate
+from foregate.checkpoint.opening import open_checkpoint
+from foregate.checkpoint.pack import pack
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
-from foregate.errors import ConfigError
+from foregate.errors import ConfigError, ForegateError
 from foregate.testing.cgroup import Limits, available, confined
 
 needs_cgroup = pytest.mark.skipif(available() is None, reason="no memory limit can be set here")
 
 
+def _sets_read_ahead() -> bool:
+    try:
+        return os.access(setting_of(Path()), os.W_OK) and os.geteuid() == 0
+    except ForegateError:
+        return False
+
+
+needs_read_ahead = pytest.mark.skipif(not _sets_read_ahead(), reason="read-ahead cannot be set here")
+
+
 def test_an_arm_that_does_not_exist_is_refused_with_the_choices() -> None:
-    arms = standard_arms("next-gate", 2, "lfru")
+    arms = standard_arms(["next-gate"], 2, "lfru")
     assert [arm.name for arm in choose(arms, "oracle,cache-only:lru")] == [
         "oracle@1", "oracle@2", "oracle@4", "cache-only:lru",
     ]  # fmt: skip
@@ -36,6 +58,151 @@ def test_ratios_pair_runs_of_the_same_prompt_and_round() -> None:
         for arm, seconds in zip(("slow", "fast"), pair, strict=True)
     ]
     assert paired(runs, "fast", "slow") == {"median": 2.5, "min": 2.0, "max": 3.0, "pairs": 2}
+
+
+def test_every_predictor_under_test_has_its_own_arms_at_its_own_lookahead() -> None:
+    names = [arm.name for arm in standard_arms(["next-gate", "pre-attention-gate"], None, "lfru")]
+    assert {
+        "cache+prefetch:next-gate@1",
+        "cache+prefetch:pre-attention-gate@0",
+        "prefetch-only:pre-attention-gate@0",
+    } <= set(names)
+    assert len(set(names)) == len(names)
+    with pytest.raises(ConfigError, match="'nex-gate'"):
+        standard_arms(["nex-gate"], None, "lfru")
+
+
+def _run(arm: str, seconds: float, prompt: str = "code/1", number: int = 0, ttft_s: float = 1.0) -> dict[str, Any]:
+    return {
+        "arm": arm, "prompt": prompt, "round": number, "step_s": [seconds],
+        "report": {"ttft_s": ttft_s, "prefill": {"read_bytes": 10**9}},
+    }  # fmt: skip
+
+
+def test_a_gain_in_one_domain_does_not_hide_the_loss_in_another() -> None:
+    times = {"code/1": (2.0, 1.0), "prose/1": (0.9, 1.0)}
+    runs = [_run("cache-only:lru", both[0], prompt) for prompt, both in times.items()]
+    runs += [_run("cache+prefetch:x@1", both[1], prompt) for prompt, both in times.items()]
+    cell = {"budget": "25%", "throttle_bps": None, "domains": _domains(runs)}
+    found = worst([cell])
+    assert found is not None
+    assert (found["domain"], found["median"], found["by_arm"]) == ("prose", 0.9, {"cache+prefetch:x@1": 0.9})
+    assert worst([{**cell, "domains": {}}]) is None
+
+
+def test_a_bound_counts_contention_only_where_the_disk_works() -> None:
+    reading = {"read_mb_per_token": 100.0, "tpot_ms": {"median": 200.0}}
+    assert bound(reading, 80.0, 1.5, disk=2.0) == {"bound_ms": 120.0, "distance_to_bound": pytest.approx(5 / 3)}
+    assert bound(reading, 80.0, 1.5, disk=0.5)["bound_ms"] == 200.0
+    assert bound({**reading, "read_mb_per_token": 0.0}, 80.0, 1.5, disk=2.0)["bound_ms"] == 80.0
+    assert disk_limit({"disk_gb_per_s_best": 1.4}, 300_000_000) == 0.3
+    assert disk_limit({"disk_gb_per_s_best": 0.2}, 300_000_000) == 0.2
+
+
+def test_a_prompt_has_exactly_as_many_tokens_as_asked_for_and_a_short_text_is_refused(tmp_path: Path) -> None:
+    def encode(text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+    found = exact_prompts(encode, [], None, [64, 512])
+    assert {name: len(ids) for name, ids in found.items()} == {
+        "code/64": 64, "code/512": 512, "prose/64": 64, "prose/512": 512,
+    }  # fmt: skip
+    assert found["code/512"][:64] == found["code/64"]
+    short = tmp_path / "short.txt"
+    short.write_text("only four words here")
+    with pytest.raises(ConfigError, match="no text of 64 tokens"):
+        exact_prompts(encode, [str(short)], None, [64])
+    with pytest.raises(ConfigError, match="'6x'"):
+        parse_lengths("64,6x")
+
+
+PROTOCOL = """
+import json, sys
+from foregate.bench.rivals.outcome import measure, read_tokens
+tokens = read_tokens(__import__("pathlib").Path(sys.argv[1]))
+print("chatter of a library")
+print(measure(tokens, lambda: lambda ids: ids[-1], rival="echo", version="1", settings={"threads": 1}).line())
+"""
+
+
+class Echo:
+    """A program that follows the rivals' protocol, to test who starts it and reads it; no measure of anything."""
+
+    FORMAT = "none"
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def available(self) -> str | None:
+        return None
+
+    def prepare(self, model_dir: Path, work_dir: Path, progress: Any) -> Path:
+        file = work_dir / "weights"
+        file.write_bytes(bytes(1 << 16))
+        return file
+
+    def command(self, prepared: Path, tokens_file: Path, threads: int) -> list[str]:
+        return [sys.executable, "-c", self.source, str(tokens_file)]
+
+    def files(self, prepared: Path) -> list[Path]:
+        return [prepared]
+
+
+@needs_cgroup
+@needs_read_ahead
+def test_a_rival_runs_in_the_same_limit_and_one_that_fails_is_listed_with_its_reason(tmp_path: Path) -> None:
+    known = {
+        "echo": Echo(PROTOCOL),
+        "greedy": Echo("x = bytearray(3 << 30)"),
+        "broken": Echo("import sys; sys.exit('error: no such tensor')"),
+        "silent": Echo("print('done')"),
+    }
+    lineup = line_up(list(known), open_checkpoint(locate("reference")), tmp_path, known, lambda text: None)
+    session = Session(
+        "reference", choose(standard_arms(["next-gate"], 1, "lfru"), "cache-only:lru,cache+prefetch"),
+        {"code/1": list(range(5, 15))}, tokens=3, rounds=1, threads=1, cgroup="auto", lineup=lineup,
+    )  # fmt: skip
+    outcome = session.run(Setting("25%"))
+    run = next(run for run in outcome.runs if run["arm"] == "rival:echo")
+    assert run["limit_bytes"] == outcome.limit_bytes
+    assert len(run["step_s"]) == 2
+    assert run["rival"]["argmax"] == [14, *outcome.runs[0]["report"]["token_ids"][:2]]
+    assert set(outcome.rivals_failed) == {"rival:greedy", "rival:broken", "rival:silent"}
+    assert "more than" in outcome.rivals_failed["rival:greedy"]
+    assert "no such tensor" in outcome.rivals_failed["rival:broken"]
+    assert "last line" in outcome.rivals_failed["rival:silent"]
+    found = summarise(outcome, {"disk_gb_per_s_best": 1.0})
+    assert found["rivals_failed"] == outcome.rivals_failed
+    assert {"cache+prefetch:next-gate@1 vs rival:echo", "cache-only:lru vs rival:echo (TTFT)"} <= set(found["ratios"])
+    assert found["outputs_identical"]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_rival_that_is_missing_is_listed_and_an_unknown_one_refused(tmp_path: Path) -> None:
+    class Missing(Echo):
+        def available(self) -> str | None:
+            return "No module named 'nothing'"
+
+    lineup = line_up(["m"], open_checkpoint(locate("reference")), tmp_path, {"m": Missing("")}, lambda text: None)
+    assert lineup.as_dict() == {"m": {"runs": False, "reason": "No module named 'nothing'"}}
+    with pytest.raises(ConfigError, match=r"'lama\.cpp'.*llama\.cpp, accelerate"):
+        parse_rivals("lama.cpp", RIVALS)
+
+
+def test_rivals_are_given_the_checkpoint_that_a_pack_was_made_from_and_no_other(tmp_path: Path, tiny: Any) -> None:
+    pack(locate("reference"), tmp_path / "packed")
+    with pytest.raises(ConfigError, match="--rivals-model"):
+        rivals_source(str(tmp_path / "packed"), None)
+    with pytest.raises(ConfigError, match="fingerprints differ"):
+        rivals_source(str(tmp_path / "packed"), str(tiny("qwen3_moe")))
+    assert rivals_source(str(tmp_path / "packed"), "reference").directory == locate("reference")
+
+
+def test_the_parts_of_a_bar_add_up_to_its_token() -> None:
+    arm = {"tpot_ms": {"median": 10.0}, "compute_ms": 6.0, "exposed_io_ms": 3.0}
+    assert sum(parts(arm)) == 10.0
+    assert parts({**arm, "compute_ms": 8.0}) == [8.0, 3.0, 0.0, 0.0]
+    assert parts({"tpot_ms": {"median": 7.0}}) == [0.0, 0.0, 0.0, 7.0]
 
 
 def test_a_reset_engine_is_cold_and_says_the_same_tokens() -> None:
@@ -69,27 +236,62 @@ def test_a_box_kills_what_takes_too_much_memory() -> None:
 
 @needs_cgroup
 def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "foregate", "bench", "reference", "--budget", "25%", "--tokens", "4"]
-    command += [
-        "--rounds",
-        "1",
-        "--out",
-        str(tmp_path),
-        "--arms",
-        "cache-only:lru,cache+prefetch,oracle@1,all-resident",
-    ]
+    command = [
+        sys.executable, "-m", "foregate", "bench", "reference", "--budget", "25%", "--tokens", "4", "--rounds", "1",
+        "--out", str(tmp_path), "--arms", "cache-only:lru,cache+prefetch,oracle@1,all-resident", "--lookahead", "2",
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["outputs_identical"] is True
     assert set(found["arms"]) == {"cache-only:lru", "cache+prefetch:next-gate@2", "oracle@1", RESIDENT}
     assert found["arms"]["cache-only:lru"]["read_mb_per_token"] > found["arms"][RESIDENT]["read_mb_per_token"]
-    assert found["limits"]["disk_gb_per_s_best"] > 0
+    limits = found["limits"]
+    assert min(limits["disk_gb_per_s_best"], limits["memory_read_gb_per_s"]) > 0
+    assert limits["contention"] >= 1
+    assert {"bf16", "int8", "int4/32"} <= set(limits["matmul"])
     assert {"cache+prefetch:next-gate@2 vs cache-only:lru", "oracle@1 vs cache-only:lru"} <= set(found["ratios"])
+    assert set(found["ratios"]["worst"]["by_arm"]) == {"cache+prefetch:next-gate@2"}
+    assert found["model"]["fingerprint"] == open_checkpoint(locate("reference")).fingerprint
+    assert {"name", "model"} <= set(found["disk"])
     assert json.loads((tmp_path / "bench.json").read_text()) == found
+    assert b"bound" in (tmp_path / "bench.svg").read_bytes()
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    said = [done.stdout.index(text) for text in ("physical limits", "TPOT ms", "how many times faster")]
+    assert said == sorted(said)
 
 
-@pytest.mark.parametrize("option", [["--throttle", "fast"], ["--arms", "nothing"], ["--budget", "-3%"]])
+@pytest.mark.rivals
+@pytest.mark.timeout(600)
+@needs_cgroup
+@needs_read_ahead
+def test_llama_cpp_and_accelerate_run_beside_our_arms(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "foregate", "bench", "reference", "--budget", "50%", "--tokens", "4", "--rounds", "1",
+        "--arms", "cache+prefetch,all-resident", "--rivals", "llama.cpp,accelerate,flyweight-llm",
+        "--work-dir", str(tmp_path), "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["arms"]["rival:llama.cpp"]["agreement"] > 0.8
+    assert "all-resident vs rival:llama.cpp:all-resident" in found["ratios"]
+    assert {"rival:accelerate"} <= {*found["arms"], *found["cells"][0]["rivals_failed"]}
+    assert "flyweight" in found["rivals"]["flyweight-llm"]["reason"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--throttle", "fast"],
+        ["--arms", "nothing"],
+        ["--budget", "-3%"],
+        ["--predictor", "seer"],
+        ["--prompt-tokens", "0"],
+        ["--rivals", "lama.cpp"],
+        ["--work-dir", "elsewhere"],
+    ],
+)
 def test_bad_input_is_one_line_with_the_value(option: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "foregate", "bench", "reference", *option], capture_output=True, text=True

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from foregate.errors import ConfigError
 from foregate.experts.policy import POLICIES
-from foregate.predictors import PREDICTORS
+from foregate.predictors import PREDICTORS, choice
+from foregate.predictors.file import load
 
 RESIDENT = "all-resident"
 BASELINE = "cache-only"
+PREFETCH = "cache+prefetch"
+ORACLE = "oracle@"
+RIVAL = "rival:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,33 +35,45 @@ def _arm(name: str, slots_of_top_k: int | None = None, **settings: Any) -> Arm:
     return Arm(name, MappingProxyType(settings), slots_of_top_k)
 
 
-def standard_arms(predictor: str, lookahead: int, policy: str) -> list[Arm]:
-    """What an honest comparison needs, the predictor under test among it."""
+def standard_arms(predictors: Sequence[str], lookahead: int | None, policy: str) -> list[Arm]:
+    """What an honest comparison needs, the predictors under test among it. ``lookahead`` None: each one's own."""
     quiet: dict[str, Any] = {"predictor": "none", "prefetch": "auto", "lookahead": None}
     found = [
         _arm("on-demand-sequential", 1, **{**quiet, "prefetch": "off"}, cache_policy="lru", reader_threads=0),
         _arm("on-demand-parallel", 1, **quiet, cache_policy="lru"),
     ]
     found += [_arm(f"{BASELINE}:{name}", **quiet, cache_policy=name) for name in POLICIES.names]
-    found += [
-        _arm(
-            f"prefetch-only:{_short(predictor)}",
-            1 + lookahead,
-            predictor=predictor,
-            prefetch="auto",
-            lookahead=lookahead,
-            cache_policy="lru",
-        ),
-        prefetch_arm(predictor, lookahead, policy),
-    ]
+    for predictor, label in _labels(predictors).items():
+        ahead = own_lookahead(predictor) if lookahead is None else lookahead
+        found += [_prefetch_only(predictor, label, ahead), _both(predictor, label, ahead, policy)]
     found += [_oracle(ahead, policy) for ahead in (1, 2, 4)]
     return [*found, Arm(RESIDENT, MappingProxyType({**quiet, "cache_policy": "lru"}), whole=True)]
 
 
-def prefetch_arm(predictor: str, lookahead: int, policy: str) -> Arm:
+def own_lookahead(predictor: str) -> int:
+    """What ``predictor``, a name or a file, looks ahead if not told. Raises ConfigError or PredictorError."""
+    choice.check(predictor)
+    if choice.is_file(predictor):
+        return load(Path(predictor).expanduser()).lookahead
+    return int(getattr(PREDICTORS.load(predictor), "default_lookahead", 1))
+
+
+def _prefetch_only(predictor: str, label: str, lookahead: int) -> Arm:
+    """Slots for the layer that runs and for those that are predicted: no cache to speak of."""
+    return _arm(
+        f"prefetch-only:{label}@{lookahead}",
+        1 + lookahead,
+        predictor=predictor,
+        prefetch="auto",
+        lookahead=lookahead,
+        cache_policy="lru",
+    )
+
+
+def _both(predictor: str, label: str, lookahead: int, policy: str) -> Arm:
     """Cache and prefetch together, decided by the controller: what ``foregate run`` does."""
     return _arm(
-        f"cache+prefetch:{_short(predictor)}@{lookahead}",
+        f"{PREFETCH}:{label}@{lookahead}",
         predictor=predictor,
         prefetch="auto",
         lookahead=lookahead,
@@ -65,12 +82,14 @@ def prefetch_arm(predictor: str, lookahead: int, policy: str) -> Arm:
 
 
 def _oracle(lookahead: int, policy: str) -> Arm:
-    return _arm(f"oracle@{lookahead}", predictor="oracle", prefetch="auto", lookahead=lookahead, cache_policy=policy)
+    return _arm(f"{ORACLE}{lookahead}", predictor="oracle", prefetch="auto", lookahead=lookahead, cache_policy=policy)
 
 
-def _short(predictor: str) -> str:
-    """A predictor's name, or the stem of its file."""
-    return predictor if predictor in PREDICTORS.names else predictor.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+def _labels(predictors: Sequence[str]) -> dict[str, str]:
+    """Predictor → its name, or the stem of its file; the whole path where two files have the same stem."""
+    unique = list(dict.fromkeys(predictors))
+    stems = [name if name in PREDICTORS.names else Path(name).stem for name in unique]
+    return {name: stem if stems.count(stem) == 1 else name for name, stem in zip(unique, stems, strict=True)}
 
 
 def choose(arms: list[Arm], wanted: str) -> list[Arm]:

@@ -2,40 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from foregate.bench.arms import BASELINE, RESIDENT
+from foregate.bench.arms import BASELINE, ORACLE, PREFETCH, RESIDENT, RIVAL
 from foregate.bench.session import Outcome
 
-PREFETCH, ORACLE = "cache+prefetch", "oracle@"
+Runs = Sequence[Mapping[str, Any]]
 
 
 def summarise(outcome: Outcome, limits: Mapping[str, Any]) -> dict[str, Any]:
     """Figures of every arm of ``outcome`` by name, with ``ratios`` beside: see docs/bench.md for each of them."""
-    names = list(dict.fromkeys(run["arm"] for run in outcome.runs))
-    arms = {name: _arm([run for run in outcome.runs if run["arm"] == name], outcome.dense_s) for name in names}
-    contention = float(limits.get("contention", 1.0))
-    for arm in arms.values():
-        bound = max(arm["compute_ms"] * contention, arm["io_ms"])
-        arm["distance_to_bound"] = arm["tpot_ms"]["median"] / bound if bound else None
+    disk = disk_limit(limits, outcome.setting.throttle_bps)
+    ours = [run for run in outcome.runs if "report" in run]
+    arms = {name: _arm(runs, outcome.dense_s) for name, runs in _by_arm(ours).items()}
+    compute_ms = min(arm["compute_ms"] for arm in arms.values())
     best = best_cache_only(arms)
     for name, arm in arms.items():
+        arm |= bound(arm, compute_ms, float(limits.get("contention", 1.0)), disk)
         arm["oracle_gain"] = _gain(arms, best, name)
+    arms |= {name: _rival_arm(runs) for name, runs in _by_arm(outcome.runs).items() if name.startswith(RIVAL)}
+    for name, runs in _by_arm(outcome.runs).items():
+        arms[name]["prompts"] = by_prompt(runs, disk)
     return {
         "budget": outcome.setting.budget,
         "throttle_bps": outcome.setting.throttle_bps,
+        "disk_limit_gb_per_s": disk,
         "limit_bytes": outcome.limit_bytes,
         "peak_bytes": outcome.peak_bytes,
         "dense_ms": outcome.dense_s * 1e3,
+        "compute_ms": compute_ms,
         "best_cache_only": best,
-        "outputs_identical": identical(outcome.runs),
+        "outputs_identical": identical(ours),
+        "rivals_failed": outcome.rivals_failed,
         "arms": arms,
-        "ratios": ratios(arms, outcome.runs, best),
+        "ratios": ratios(outcome.runs),
+        "domains": _domains(outcome.runs),
     }
+
+
+def disk_limit(limits: Mapping[str, Any], throttle_bps: int | None) -> float:
+    """GB/s that the disk can give: the best that was measured, or the throttle where that is less."""
+    best = float(limits["disk_gb_per_s_best"])
+    return best if throttle_bps is None else min(best, throttle_bps / 1e9)
+
+
+def bound(arm: Mapping[str, Any], compute_ms: float, contention: float, disk: float) -> dict[str, Any]:
+    """What a token of this arm must take at least: max(C x contention, D), and TPOT over it.
+
+    C is the compute of the arm in the cell that has least; D is what this arm reads at the disk's limit. An arm that
+    reads nothing meets no contention.
+    """
+    reading_ms = arm["read_mb_per_token"] / disk
+    at_least = max(compute_ms * (contention if reading_ms else 1.0), reading_ms)
+    return {"bound_ms": at_least, "distance_to_bound": arm["tpot_ms"]["median"] / at_least if at_least else None}
+
+
+def by_prompt(runs: Runs, disk: float) -> dict[str, Any]:
+    """Each prompt of one arm: TTFT, TPOT, and the disk bandwidth of the prompt's pass as share of ``disk``."""
+    found = {}
+    for name in dict.fromkeys(run["prompt"] for run in runs):
+        own = [run for run in runs if run["prompt"] == name]
+        ttft_s = median(map(_ttft, own))
+        gb_per_s = median(_prefill_bytes(run) / _ttft(run) / 1e9 for run in own)
+        found[name] = {
+            "ttft_s": ttft_s,
+            "tpot_ms": median(float(np.mean(run["step_s"])) * 1e3 for run in own),
+            "prefill_read_mb": median(_prefill_bytes(run) / 1e6 for run in own),
+            "prefill_gb_per_s": gb_per_s,
+            "prefill_disk_share": gb_per_s / disk,
+        }
+    return found
+
+
+def _ttft(run: Mapping[str, Any]) -> float:
+    return float(run["report" if "report" in run else "rival"]["ttft_s"])
+
+
+def _prefill_bytes(run: Mapping[str, Any]) -> int:
+    return int(run["report"]["prefill"]["read_bytes"] if "report" in run else run["rival"]["prefill_read_bytes"])
+
+
+def _by_arm(runs: Runs) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(run["arm"], []).append(run)
+    return found
+
+
+def domain(prompt: str) -> str:
+    """The domain of a prompt's name."""
+    return prompt.split("/", 1)[0]
+
+
+def _domains(runs: Runs) -> dict[str, Any]:
+    """Ratios of every domain on its own: a gain in one must not hide a loss in another."""
+    names = dict.fromkeys(domain(run["prompt"]) for run in runs)
+    return {name: ratios([run for run in runs if domain(run["prompt"]) == name]) for name in names}
 
 
 def best_cache_only(arms: Mapping[str, Any]) -> str | None:
@@ -50,33 +116,80 @@ def identical(runs: Sequence[Mapping[str, Any]]) -> bool:
     return all(seen.setdefault(run["prompt"], run["report"]["token_ids"]) == run["report"]["token_ids"] for run in runs)
 
 
-def ratios(arms: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], best: str | None) -> dict[str, Any]:
-    """How many times faster: TPOT of the second name over TPOT of the first, over paired runs: median and range."""
-    found = {}
-    subjects = [name for name in arms if name.startswith((PREFETCH, ORACLE))]
-    for name in subjects:
-        for other in [best, "on-demand-sequential", "on-demand-parallel"]:
-            if other in arms:
-                found[f"{name} vs {other}"] = paired(runs, name, str(other))
-    if best and RESIDENT in arms:
-        found[f"{best} vs {RESIDENT}"] = paired(runs, best, RESIDENT)
+def ratios(runs: Runs) -> dict[str, Any]:
+    """How many times faster the first name is: TPOT of the second over TPOT of the first, over paired runs.
+
+    A name with ``(TTFT)`` is about the time to the first token. ``best`` is chosen among these runs.
+    """
+    arms = {name: {"tpot_ms": {"median": median(_means(own))}} for name, own in _by_arm(runs).items()}
+    best = best_cache_only(arms)
+    rivals = [name for name in arms if name.startswith(RIVAL)]
+    limited = [name for name in rivals if not name.endswith(RESIDENT)]
+    pairs: list[tuple[str | None, str | None]] = [
+        (name, other)
+        for name in arms
+        if name.startswith((PREFETCH, ORACLE))
+        for other in (best, "on-demand-sequential", "on-demand-parallel", *limited)
+    ]
+    pairs += [(best, other) for other in (RESIDENT, *limited)]
+    pairs += [(RESIDENT, name) for name in rivals if name.endswith(RESIDENT)]
+    found: dict[str, Any] = {}
+    for name, other in pairs:
+        if name in arms and other in arms:
+            found[f"{name} vs {other}"] = paired(runs, str(name), str(other))
+            if str(other).startswith(RIVAL) and not str(name).startswith(ORACLE):
+                found[f"{name} vs {other} (TTFT)"] = paired(runs, str(name), str(other), _ttft)
     return found
 
 
-def paired(runs: Sequence[Mapping[str, Any]], name: str, other: str) -> dict[str, float]:
-    """TPOT of ``other`` over TPOT of ``name``, each round and prompt on its own: above 1, ``name`` is faster."""
-    mine, theirs = _by_round(runs, name), _by_round(runs, other)
+def _mean_step(run: Mapping[str, Any]) -> float:
+    return float(np.mean(run["step_s"]))
+
+
+def _means(runs: Runs) -> list[float]:
+    return [_mean_step(run) * 1e3 for run in runs]
+
+
+def paired(
+    runs: Runs, name: str, other: str, seconds: Callable[[Mapping[str, Any]], float] = _mean_step
+) -> dict[str, float]:
+    """Seconds of ``other`` over those of ``name``, each round and prompt on its own: above 1, ``name`` is faster."""
+    mine, theirs = _by_round(runs, name, seconds), _by_round(runs, other, seconds)
     values = [theirs[key] / mine[key] for key in mine if key in theirs]
     return {"median": median(values), "min": min(values), "max": max(values), "pairs": len(values)}
 
 
-def _by_round(runs: Sequence[Mapping[str, Any]], name: str) -> dict[tuple[str, int], float]:
-    return {(run["prompt"], run["round"]): float(np.mean(run["step_s"])) for run in runs if run["arm"] == name}
+def _by_round(runs: Runs, name: str, seconds: Callable[[Mapping[str, Any]], float]) -> dict[tuple[str, int], float]:
+    return {(run["prompt"], run["round"]): seconds(run) for run in runs if run["arm"] == name}
+
+
+def _rival_arm(runs: Runs) -> dict[str, Any]:
+    """One rival over its runs. ``agreement``: share of our tokens that it would have chosen too."""
+    found = [run["rival"] for run in runs]
+    steps = np.concatenate([run["step_s"] for run in runs]) * 1e3
+    means = _means(runs)
+    same = [a == b for run in runs for a, b in zip(run["rival"]["argmax"], run["token_ids"], strict=False)]
+    return {
+        "tpot_ms": {
+            "median": median(means), "min": min(means), "max": max(means), "p95": float(np.percentile(steps, 95)),
+        },
+        "ttft_s": median(one["ttft_s"] for one in found),
+        "read_mb_per_token": sum(one["decode_read_bytes"] for one in found) / steps.size / 1e6,
+        "load_s": median(one["load_s"] for one in found),
+        "load_read_mb": median(one["load_read_bytes"] for one in found) / 1e6,
+        "peak_rss_bytes": max(one["peak_rss_bytes"] for one in found),
+        "limit_bytes": runs[0]["limit_bytes"],
+        "agreement": sum(same) / len(same),
+        "version": found[-1]["version"],
+        "settings": found[-1]["settings"],
+        "tokens": int(steps.size),
+        "runs": len(runs),
+    }  # fmt: skip
 
 
 def _arm(runs: Sequence[Mapping[str, Any]], dense_s: float) -> dict[str, Any]:
     """One arm over its runs. TPOT of a run is the mean over its tokens; ``p95`` is over all tokens."""
-    means = [float(np.mean(run["step_s"])) * 1e3 for run in runs]
+    means = _means(runs)
     steps = np.concatenate([run["step_s"] for run in runs]) * 1e3
     decode = [run["report"]["decode"] for run in runs]
     per_token = {name: _mean(decode, name) for name in PER_TOKEN}
@@ -104,6 +217,7 @@ def _arm(runs: Sequence[Mapping[str, Any]], dense_s: float) -> dict[str, Any]:
         },
         "overlap": 1 - stall_ms / (per_token["io_s_per_token"] * 1e3) if per_token["io_s_per_token"] else 1.0,
         "overhead_ms": tpot - compute_ms - stall_ms,
+        "overhead_share": (tpot - compute_ms - stall_ms) / tpot,
         "predict_ms": per_token["predict_s_per_token"] * 1e3,
         "amplification": read / (needed * slot) if needed else None,
         "prefetch": fates,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from foregate.cli.bench_tables import arms_table, limits_table, ratios_table, rivals_table
 from foregate.cli.output import console, print_json, result
 from foregate.config import RunConfig, parse_budget
 from foregate.errors import BudgetError, ConfigError
@@ -28,55 +26,103 @@ def bench(
         "25%,50%,75%"
     ),
     arms: Annotated[str, typer.Option(help="all, or names (or their beginnings), with commas.")] = "all",
-    predictor: Annotated[str, typer.Option(help="The predictor under test: a name or a file.")] = _RUN.predictor,
-    lookahead: Annotated[int, typer.Option(help="Layers it looks ahead.")] = 2,
+    predictor: Annotated[list[str] | None, typer.Option(help="Under test: a name or a file (again for more).")] = None,
+    lookahead: Annotated[int | None, typer.Option(help="Layers they look ahead; each one's own if not given.")] = None,
     cache_policy: Annotated[str, typer.Option(help=f"One of: {', '.join(POLICIES.names)}.")] = _RUN.cache_policy,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in a run.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Times that every arm runs, interleaved.")] = 3,
     dataset: Annotated[list[str] | None, typer.Option(help="Prompts from a data set (again for more).")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Directory with local copies of data sets.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each data set.")] = 1,
+    prompt_tokens: Annotated[
+        str | None, typer.Option(help="Exact lengths of prompts, with commas: real text, cut. For TTFT.")
+    ] = None,
     throttle: Annotated[str, typer.Option(help="Bytes a second the disk may give (300MB), or none; with commas.")] = (
         "none"
     ),
     cgroup: Annotated[str, typer.Option(help="auto, v1, v2 or systemd-run.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Compute threads; torch's choice if not given.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for bench.json and bench.svg.")] = None,
+    rivals: Annotated[
+        str | None, typer.Option(help="llama.cpp, accelerate, airllm, flyweight-llm, with commas: docs/rivals.md.")
+    ] = None,
+    rivals_model: Annotated[str | None, typer.Option(help="What a pack was made from: rivals read no packs.")] = None,
+    work_dir: Annotated[Path | None, typer.Option(help="Where rivals' weights are kept; the cache directory.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for bench.json, bench.svg and bench.png.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the JSON line.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same: no table.")] = False,
 ) -> None:
     """Compare arms under a memory limit, cold, interleaved. The last line of stdout is one JSON object."""
     from foregate.bench.arms import choose, standard_arms
+    from foregate.bench.figure import check_figure, draw
+    from foregate.bench.grid import merged
     from foregate.bench.limits import physical_limits
+    from foregate.bench.provenance import provenance
     from foregate.bench.session import Session, Setting
     from foregate.bench.summary import summarise
 
-    chosen = choose(standard_arms(predictor, lookahead, POLICIES.check(cache_policy)), arms)
+    tested = predictor or [_RUN.predictor]
+    chosen = choose(standard_arms(tested, lookahead, POLICIES.check(cache_policy)), arms)
     settings = [Setting(each, bps) for bps in _throttles(throttle) for each in _budgets(budget)]
-    ids = _prompt_ids(model, dataset or [], data_dir, prompts)
-    shown = console()
-    silent = quiet or as_json
+    if out:
+        check_figure(out)
+    if rivals is None and (rivals_model or work_dir):
+        raise ConfigError(f"{rivals_model or work_dir} is for rivals: give --rivals too")
+    ids = _prompt_ids(model, dataset or [], data_dir, prompts, prompt_tokens)
+    shown, silent = console(), quiet or as_json
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=shown, disable=silent or not shown.is_terminal,
     ) as progress:  # fmt: skip
-        task = progress.add_task("limits")
-        limits = physical_limits(model, threads, lambda text: progress.update(task, description=text))
+        task = progress.add_task("limits", total=None)
+
+        def say(text: str) -> None:
+            progress.update(task, description=text)
+
+        lineup = _lineup(rivals, model, rivals_model, work_dir, say)
+        limits = physical_limits(model, threads, say)
+        if not silent:
+            _print(limits_table(limits))
         session = Session(
-            model, chosen, ids, tokens=tokens, rounds=rounds, threads=threads, cgroup=cgroup,
+            model, chosen, ids, tokens=tokens, rounds=rounds, threads=threads, cgroup=cgroup, lineup=lineup,
             progress=lambda text: progress.update(task, advance=1, description=text),
         )  # fmt: skip
         progress.update(task, total=session.steps * len(settings))
         cells = [summarise(session.run(setting), limits) for setting in settings]
-    found = {"limits": limits, **_merged(cells), "cells": cells, **_provenance(model, ids, tokens, rounds)}
+    found = {
+        "limits": limits,
+        **merged(cells),
+        "cells": cells,
+        "rivals": lineup.as_dict(),
+        **provenance(model, ids, tokens=tokens, rounds=rounds, predictors=tested),
+    }
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+        draw(cells, out)
     if not silent:
         for cell in cells:
-            shown = result()
-            shown.print(table(cell), width=max(WIDTH, shown.width))
+            _print(arms_table(cell))
+        _print(ratios_table(cells, found["ratios"].get("worst")))
+        if rivals:
+            _print(rivals_table(found["rivals"], cells))
     print_json(found)
+
+
+def _print(table: Any) -> None:
+    shown = result()
+    shown.width = max(WIDTH, shown.width)
+    shown.print(table)
+
+
+def _lineup(rivals: str | None, model: str, source: str | None, work_dir: Path | None, say: Any) -> Any:
+    from foregate.bench.lineup import Lineup
+
+    if rivals is None:
+        return Lineup()
+    from foregate.bench.lineup import default_work_dir, line_up, parse_rivals, rivals_source
+    from foregate.bench.rivals import RIVALS
+
+    names = parse_rivals(rivals, RIVALS)
+    return line_up(names, rivals_source(model, source), work_dir or default_work_dir(), RIVALS, say)
 
 
 def _budgets(text: str) -> list[str]:
@@ -101,78 +147,16 @@ def _throttles(text: str) -> list[int | None]:
     return found
 
 
-def _prompt_ids(model: str, datasets: list[str], data_dir: Path | None, each: int) -> dict[str, list[int]]:
-    from foregate.bench.prompts import load_prompts
+def _prompt_ids(
+    model: str, datasets: list[str], data_dir: Path | None, each: int, lengths: str | None
+) -> dict[str, list[int]]:
+    from foregate.bench.prompts import exact_prompts, load_prompts, parse_lengths
     from foregate.checkpoint.locate import locate
     from foregate.engine.model import load_tokenizer
     from foregate.engine.text import encode
 
     tokenizer = load_tokenizer(locate(model))
+    if lengths is not None:
+        plain = lambda text: encode(tokenizer, text, template="off", context=2**31)  # noqa: E731
+        return exact_prompts(plain, datasets, data_dir, parse_lengths(lengths))
     return load_prompts(lambda text: encode(tokenizer, text, template="auto", context=2**31), datasets, data_dir, each)
-
-
-def _merged(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """``arms`` and ``ratios`` of all cells; names carry the cell where there is more than one."""
-    if len(cells) == 1:
-        return {name: cells[0][name] for name in ("arms", "ratios", "outputs_identical")}
-    found: dict[str, Any] = {"arms": {}, "ratios": {}, "outputs_identical": all(c["outputs_identical"] for c in cells)}
-    for cell in cells:
-        place = _place(cell)
-        found["arms"] |= {f"{name} [{place}]": arm for name, arm in cell["arms"].items()}
-        found["ratios"] |= {f"{name} [{place}]": ratio for name, ratio in cell["ratios"].items()}
-    return found
-
-
-def _place(cell: dict[str, Any]) -> str:
-    bps = cell["throttle_bps"]
-    return f"{cell['budget']}, {bps / 1e6:.0f} MB/s" if bps else str(cell["budget"])
-
-
-def _provenance(model: str, ids: dict[str, list[int]], tokens: int, rounds: int) -> dict[str, Any]:
-    from foregate import __version__
-    from foregate.checkpoint.locate import locate
-    from foregate.checkpoint.opening import open_checkpoint
-
-    checkpoint = open_checkpoint(locate(model))
-    return {
-        "model": {"name": model, "fingerprint": checkpoint.fingerprint, "packed": checkpoint.packed},
-        "prompts": {name: len(prompt) for name, prompt in ids.items()},
-        "tokens": tokens,
-        "rounds": rounds,
-        "cold": True,
-        "foregate": __version__,
-        "commit": _commit(),
-        "kernel": platform.release(),
-        "machine": platform.machine(),
-    }
-
-
-def _commit() -> str | None:
-    """Commit of the source tree that runs, where it is one."""
-    here = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip() or None
-
-
-def table(cell: dict[str, Any]) -> Table:
-    """One cell of the grid: an arm a row."""
-    same = "yes" if cell["outputs_identical"] else "NO"
-    shown = Table(title=f"{_place(cell)}, cold; outputs identical: {same}", title_justify="left")
-    names = ("arm", "TPOT ms (range)", "p95", "TTFT s", "hit", "MB/token", "stall ms", "overlap", "overhead", "x reads")
-    for name in names:
-        shown.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
-    for name, arm in cell["arms"].items():
-        tpot = arm["tpot_ms"]
-        shown.add_row(
-            name,
-            f"{tpot['median']:.0f} ({tpot['min']:.0f}-{tpot['max']:.0f})",
-            f"{tpot['p95']:.0f}",
-            f"{arm['ttft_s']:.2f}",
-            f"{arm['hit']:.0%}",
-            f"{arm['read_mb_per_token']:.0f}",
-            f"{arm['exposed_io_ms']:.0f}",
-            f"{arm['overlap']:.0%}",
-            f"{arm['overhead_ms']:.1f}",
-            f"{arm['amplification']:.2f}" if arm["amplification"] else "-",
-        )
-    return shown
