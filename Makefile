@@ -55,7 +55,7 @@ rivals: .venv-rivals/.installed  ## llama.cpp (compiled here: ten minutes a core
 airllm: .venv-airllm/.installed  ## airllm, which wants transformers 4: an environment more.
 
 rivals-test: $(VENV)/.installed rivals  ## What the rivals compute against transformers (minutes).
-	$(BIN)/pytest -m rivals tests/test_rivals.py
+	$(BIN)/pytest -m rivals tests/test_rivals.py tests/test_bench.py
 
 .venv-rivals/.installed: rivals-constraints.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv-rivals

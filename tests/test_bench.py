@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from foregate.bench.grid import worst
 from foregate.bench.lineup import line_up, parse_rivals, rivals_source
 from foregate.bench.prompts import exact_prompts, parse_lengths
 from foregate.bench.rivals import RIVALS
-from foregate.bench.rivals.readahead import setting_of
+from foregate.bench.rivals.readahead import read_ahead, setting_of
 from foregate.bench.session import Session, Setting
 from foregate.bench.summary import _domains, bound, disk_limit, paired, summarise
 from foregate.checkpoint.locate import locate
@@ -148,14 +149,26 @@ class Echo:
         return [prepared]
 
 
+def _read_ahead_in(folder: Path) -> tuple[Any, Path]:
+    """``read_ahead`` on a copy of /sys, and the file of the setting: other tests may hold the machine's."""
+    device = folder.stat().st_dev
+    setting = folder / "dev" / "block" / f"{os.major(device)}:{os.minor(device)}" / "queue" / "read_ahead_kb"
+    setting.parent.mkdir(parents=True)
+    setting.write_text("8192")
+    return partial(read_ahead, sys=folder, state=folder / "state"), setting
+
+
 @needs_cgroup
-@needs_read_ahead
-def test_a_rival_runs_in_the_same_limit_and_one_that_fails_is_listed_with_its_reason(tmp_path: Path) -> None:
+def test_a_rival_runs_in_the_same_limit_and_one_that_fails_is_listed_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_for_a_while, setting = _read_ahead_in(tmp_path)
+    monkeypatch.setattr("foregate.bench.lineup.read_ahead", set_for_a_while)
     known = {
         "echo": Echo(PROTOCOL),
         "greedy": Echo("x = bytearray(3 << 30)"),
         "broken": Echo("import sys; sys.exit('error: no such tensor')"),
-        "silent": Echo("print('done')"),
+        "silent": Echo(f"print('read-ahead', open({str(setting)!r}).read(), end='')"),
     }
     lineup = line_up(list(known), open_checkpoint(locate("reference")), tmp_path, known, lambda text: None)
     session = Session(
@@ -170,7 +183,8 @@ def test_a_rival_runs_in_the_same_limit_and_one_that_fails_is_listed_with_its_re
     assert set(outcome.rivals_failed) == {"rival:greedy", "rival:broken", "rival:silent"}
     assert "more than" in outcome.rivals_failed["rival:greedy"]
     assert "no such tensor" in outcome.rivals_failed["rival:broken"]
-    assert "last line" in outcome.rivals_failed["rival:silent"]
+    assert "last line 'read-ahead 128'" in outcome.rivals_failed["rival:silent"]
+    assert setting.read_text().strip() == "8192"
     found = summarise(outcome, {"disk_gb_per_s_best": 1.0})
     assert found["rivals_failed"] == outcome.rivals_failed
     assert {"cache+prefetch:next-gate@1 vs rival:echo", "cache-only:lru vs rival:echo (TTFT)"} <= set(found["ratios"])

@@ -136,11 +136,12 @@ def _outcome(done: subprocess.CompletedProcess[str], limits: Limits) -> dict[str
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise ForegateError(f"exit code {done.returncode}: {said[-1] if said else 'it said nothing'}")
+    line = (done.stdout.strip().splitlines() or [""])[-1]
     try:
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(line)
         return {name: found[name] for name in NEEDED}
-    except (IndexError, ValueError, KeyError, TypeError) as error:
-        raise ForegateError(f"its last line is not the JSON that docs/rivals.md describes ({error!r})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ForegateError(f"its last line {line[:80]!r} is not the JSON that docs/rivals.md describes") from error
 
 
 NEEDED = (

@@ -215,7 +215,7 @@ def _arm(runs: Sequence[Mapping[str, Any]], dense_s: float) -> dict[str, Any]:
             "demand": per_token["demand_stall_s_per_token"] * 1e3,
             "late_prefetch": per_token["late_stall_s_per_token"] * 1e3,
         },
-        "overlap": 1 - stall_ms / (per_token["io_s_per_token"] * 1e3) if per_token["io_s_per_token"] else 1.0,
+        "overlap": max(0.0, 1 - stall_ms / (per_token["io_s_per_token"] * 1e3)) if per_token["io_s_per_token"] else 1.0,
         "overhead_ms": tpot - compute_ms - stall_ms,
         "overhead_share": (tpot - compute_ms - stall_ms) / tpot,
         "predict_ms": per_token["predict_s_per_token"] * 1e3,

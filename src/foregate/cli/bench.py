@@ -16,7 +16,7 @@ from foregate.errors import BudgetError, ConfigError
 from foregate.experts.policy import POLICIES
 
 _RUN = RunConfig()
-WIDTH = 130
+WIDTH = 150
 """Columns of the table where the terminal does not say."""
 
 

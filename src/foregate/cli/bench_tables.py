@@ -36,8 +36,8 @@ def arms_table(cell: Mapping[str, Any]) -> Table:
     """One cell of the grid: an arm a row."""
     same = "yes" if cell["outputs_identical"] else "NO"
     names = (
-        "arm", "TPOT ms (range)", "p95", "TTFT s", "disk in prefill", "hit", "MB/token", "C ms", "stall ms", "overlap",
-        "overhead", "x reads", "x bound",
+        "arm", "TPOT ms (range)", "p95", "TTFT s", "disk, prefill", "hit", "MB/ token", "C ms", "stall ms", "over- lap",
+        "over- head", "x reads", "x bound",
     )  # fmt: skip
     shown = _table(f"{place(cell)}, cold; outputs identical: {same}", names)
     for name, arm in cell["arms"].items():
@@ -88,7 +88,7 @@ def rivals_table(rivals: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) 
 def _table(title: str, columns: Sequence[str]) -> Table:
     shown = Table(title=title, title_justify="left")
     for number, name in enumerate(columns):
-        shown.add_column(name, justify="left" if number == 0 or len(columns) < 4 else "right", no_wrap=len(columns) > 4)
+        shown.add_column(name, justify="left" if number == 0 or len(columns) < 4 else "right", no_wrap=number == 0)
     return shown
 
 
