@@ -24,6 +24,7 @@ from foregate.bench.summary import _domains, bound, disk_limit, paired, summaris
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import open_checkpoint
 from foregate.checkpoint.pack import pack
+from foregate.cli.main import main
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
 from foregate.errors import ConfigError, ForegateError
@@ -306,10 +307,13 @@ def test_llama_cpp_and_accelerate_run_beside_our_arms(tmp_path: Path) -> None:
         ["--work-dir", "elsewhere"],
     ],
 )
-def test_bad_input_is_one_line_with_the_value(option: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "foregate", "bench", "reference", *option], capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert option[1].split(",")[0] in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_bad_input_is_one_line_with_the_value(
+    option: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["foregate", "bench", "reference", *option])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert option[1].split(",")[0] in said
+    assert len(said.strip().splitlines()) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +20,9 @@ BUILT_IN = {
 
 LONG = {"code": "argparse", "prose": "pydoc_data.topics"}
 """Domain → module of the standard library whose source is the text of built-in prompts of a given length."""
+
+CHARACTERS = (6, 24, 96)
+"""Of text that are tried for each token wanted: encoding a whole book for 64 tokens would take long."""
 
 Encode = Callable[[str], list[int]]
 
@@ -70,12 +73,14 @@ def _texts(name: str, data_dir: Path | None) -> list[tuple[str, str, str]]:
     return [(prompt.domain, prompt.id, prompt.text) for prompt in open_dataset(name, data_dir=local).prompts]
 
 
-def _cut(encode: Encode, texts: Iterable[str], length: int, domain: str) -> list[int]:
-    so_far = ""
-    for text in texts:
-        # whole texts, but of a long one no more than surely is enough: a token is at most some dozens of characters
-        so_far += text[: 64 * length + 4096] + "\n"
-        ids = encode(so_far)
+def _cut(encode: Encode, texts: Sequence[str], length: int, domain: str) -> list[int]:
+    for enough in CHARACTERS:
+        so_far = ""
+        for text in texts:
+            so_far += text + "\n"
+            if len(so_far) >= enough * length:
+                break
+        ids = encode(so_far[: enough * length])
         if len(ids) >= length:
             return ids[:length]
     raise ConfigError(f"domain {domain!r} has no text of {length} tokens; name a longer data set")
