@@ -238,3 +238,37 @@ def test_a_reason_known_beforehand_is_final() -> None:
     c = controller(None, off_reason="no staging")
     c.begin_step()
     assert (c.allowance(4), c.decision.reason) == (0, "no staging")
+
+
+def test_a_prompt_keeps_what_it_used_most_not_what_it_read_last() -> None:
+    with bench(slots=12) as b:
+        for layer in range(LAYERS):
+            b.pipeline.stream(layer, range(8), lambda e, s: None, lambda: None, keep={1, 6})
+        kept = {(layer, expert) for layer in range(LAYERS) for expert in (1, 6)}
+        assert kept <= {tuple(key) for key in b.cache.resident}
+        b.pipeline.stats.hits = 0
+        b.stream(0, range(8))
+        assert b.pipeline.stats.hits >= 2
+
+
+def test_what_was_read_ahead_in_vain_is_given_up_before_the_layer_runs() -> None:
+    with bench(slots=20) as b:
+        b.cache.set_staging(8)
+        b.prefetcher.stream_ahead(1)
+        seen: list[int] = []
+        b.pipeline.stream(1, [2, 5], lambda e, s: seen.append(b.prefetcher.pending), lambda: None)
+        assert seen == [0, 0]
+        b.cache.check_integrity(idle=True)
+
+
+def test_the_next_layer_is_queued_before_the_first_expert_of_this_one_runs() -> None:
+    with bench(slots=20) as b:
+        b.cache.set_staging(8)
+        queued: list[bool] = []
+        b.pipeline.stream(
+            0,
+            range(8),
+            lambda e, s: queued.append(all(b.cache.state(ExpertKey(1, x)) is not None for x in range(8))),
+            lambda: b.prefetcher.stream_ahead(1),
+        )
+        assert all(queued)

@@ -37,7 +37,7 @@ class PrefillWatch:
             self.first = event
 
     def summary(self) -> dict[str, float]:
-        """Seconds and bytes. ``disk_busy_s``: at least one read ran; ``disk_span_s``: from the first read to the last."""
+        """Seconds and bytes. ``disk_busy_s``: at least one read ran; ``disk_span_s``: first read to last."""
         assert self.first is not None, "no token was made"
         first, last = _ends(self.reads)
         nbytes, busy = sum(span.nbytes for span in self.reads), _covered(self.reads)

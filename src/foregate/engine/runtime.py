@@ -33,8 +33,12 @@ order into one fp32 sum. Chosen by T alone, never by residency: the order of acc
 
 log = logging.getLogger("foregate")
 
-STREAM_SHARE = 0.75
-"""Share of a layer's experts that a long prompt must use for the next layer to be read ahead whole."""
+STAGING_SHARE = 4
+"""One slot in so many is set aside for reading the next layer ahead, if the pool cannot hold all experts."""
+
+STREAM_SHARE = 0.5
+"""Share of a layer's experts that a long prompt must use for the next layer to be read ahead whole: the disk would
+idle, and what turns out not to be needed is cancelled at once."""
 
 
 class ExpertRuntime:
@@ -179,7 +183,7 @@ class ExpertRuntime:
             self._pipeline.decode(layer, needed, compute, lambda: self._predict(layer, Moment.AFTER_ROUTING))
         else:
             self._make_staging(layer)
-            self._pipeline.stream(layer, needed, compute, self._ahead(layer, len(needed)))
+            self._pipeline.stream(layer, needed, compute, self._ahead(layer, len(needed)), self._keep(layer, index))
         if self._events.on:
             self._events.emit(TimeSpent(began, perf_counter_ns(), Part.EXPERTS, layer))
 
@@ -235,8 +239,20 @@ class ExpertRuntime:
             return
         slots, held = self._cache.pool.slots, self._cache.resident
         absent = self._experts[layer] - sum(key.layer == layer for key in held)
-        least = 0 if slots >= sum(self._experts) else slots // 4
-        self._cache.set_staging(min(self._experts[layer], max(slots - len(held) - absent, least), slots - 1))
+        after = sum(self._experts[layer + 1 : layer + 2]) - sum(key.layer == layer + 1 for key in held)
+        least = 0 if slots >= sum(self._experts) else slots // STAGING_SHARE
+        self._cache.set_staging(min(after, max(slots - len(held) - absent, least), slots - 1))
+
+    def _keep(self, layer: int, index: Tensor) -> set[int] | None:
+        """The layer's fair share of the slots, given to the experts most used: for the next chunk and for decoding."""
+        slots, experts = self._cache.pool.slots, self._experts[layer]
+        if slots >= sum(self._experts):
+            return None
+        room = slots - slots // STAGING_SHARE - slots // 16
+        share = room * experts // sum(self._experts)
+        chosen = index.flatten()
+        counts = torch.bincount(chosen[(chosen >= 0) & (chosen < experts)], minlength=experts)
+        return set(counts.sort(descending=True, stable=True).indices[:share].tolist())
 
     def _ahead(self, layer: int, used: int) -> Callable[[], None]:
         if used < STREAM_SHARE * self._experts[layer]:

@@ -63,6 +63,7 @@ class ExpertCache:
         self._loading: dict[ExpertKey, int] = {}
         self._staged: dict[ExpertKey, int] = {}
         self._pins: dict[ExpertKey, int] = {}
+        self._spent: dict[ExpertKey, None] = {}
         self._evictable = _Evictable(self._resident, self._pins)
         self._staging = self._checked(staging)
 
@@ -123,6 +124,7 @@ class ExpertCache:
         """A hit: tell the policy. Loads need none: reserve, adopt and promote count as the first access."""
         if key not in self._resident:
             raise IntegrityError(f"{key} touched but not resident")
+        self._spent.pop(key, None)
         self.policy.touch(key)
 
     def pin(self, keys: Iterable[ExpertKey]) -> None:
@@ -204,6 +206,11 @@ class ExpertCache:
             self.policy.forget(key)
             self._tell(key, Move.EVICTED)
 
+    def spend(self, key: ExpertKey) -> None:
+        """A resident that is worth less than any other, until it is touched: evicted before the policy is asked."""
+        if key in self._resident:
+            self._spent[key] = None
+
     def set_staging(self, staging: int) -> None:
         """Change the reserve, evicting residents to make room. Staged experts above a smaller reserve stay until used
         or dropped. Raises BudgetError if no slot would remain for residents."""
@@ -233,6 +240,8 @@ class ExpertCache:
             raise IntegrityError(f"pins do not balance: {self._pins}")
         if idle and (self._pins or self._loading):
             raise IntegrityError(f"idle with pins {sorted(self._pins)} and loads {sorted(self._loading)}")
+        if not self._spent.keys() <= self._resident.keys():
+            raise IntegrityError(f"spent but not resident: {sorted(self._spent.keys() - self._resident.keys())}")
         if self._excess(0) and not self._pins and not self._loading:
             raise IntegrityError(f"{self._excess(0)} experts over the quota of {self.quota}, nothing pinned or loading")
 
@@ -256,7 +265,8 @@ class ExpertCache:
     def _evict(self) -> bool:
         if not self._evictable:
             return False
-        key = self.policy.victim(self._evictable)
+        spent = next((key for key in self._spent if key in self._evictable), None)
+        key = self.policy.victim(self._evictable) if spent is None else spent
         self.pool.give(self._leave(key, self._resident))
         self.policy.forget(key)
         self.evictions += 1
@@ -288,6 +298,7 @@ class ExpertCache:
     def _leave(self, key: ExpertKey, held: dict[ExpertKey, int]) -> int:
         if key not in held:
             raise IntegrityError(f"{key} is {getattr(self.state(key), 'value', 'absent')}, not in the expected state")
+        self._spent.pop(key, None)
         return held.pop(key)
 
     def _expect_absent(self, key: ExpertKey) -> None:

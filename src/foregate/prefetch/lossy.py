@@ -6,7 +6,7 @@ Prompts are always served exactly: the owner sets ``lossy`` for decode steps alo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from time import perf_counter, perf_counter_ns
 
 from foregate.events import ReadSubmitted, Use
@@ -66,10 +66,17 @@ class SkippingPipeline(LossyPipeline):
             self._abandon(flight)
             self._cache.unpin(pinned)
 
-    def stream(self, layer: int, needed: Sequence[int], compute: Compute, ahead: Callable[[], None]) -> None:
+    def stream(
+        self,
+        layer: int,
+        needed: Sequence[int],
+        compute: Compute,
+        ahead: Callable[[], None],
+        keep: Collection[int] | None = None,
+    ) -> None:
         """A prompt waits for everything, what an earlier step left out included."""
         self.settle()
-        super().stream(layer, needed, compute, ahead)
+        super().stream(layer, needed, compute, ahead, keep)
 
     def settle(self) -> None:
         """Wait until what was left out has arrived. Raises TransferError where a read has failed for good."""

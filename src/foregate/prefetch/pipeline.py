@@ -6,7 +6,7 @@ No torch here: the caller's ``compute(expert, slot)`` does the arithmetic, so a 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from time import perf_counter, perf_counter_ns, sleep
 
 from foregate.errors import IntegrityError
@@ -56,16 +56,26 @@ class Pipeline:
             self._abandon(flight)
             self._cache.unpin(pinned)
 
-    def stream(self, layer: int, needed: Sequence[int], compute: Compute, ahead: Callable[[], None]) -> None:
+    def stream(
+        self,
+        layer: int,
+        needed: Sequence[int],
+        compute: Compute,
+        ahead: Callable[[], None],
+        keep: Collection[int] | None = None,
+    ) -> None:
         """A step of many tokens: experts in ascending order, as many reads ahead as the cache has room for.
 
-        ``ahead`` runs once every read of this layer is submitted: the disk's next work is the next layer's.
+        ``ahead`` runs once every read of this layer is submitted: the disk's next work is the next layer's. Experts
+        outside ``keep`` (None: all are kept) make room first, once computed.
         """
         keys = [ExpertKey(layer, expert) for expert in sorted(needed)]
         flight: dict[ExpertKey, Ticket] = {}
         pinned: set[ExpertKey] = set()
         waiting = deque(keys)
         kept = self._keep_residents(keys)
+        # What was read ahead in vain must not take the disk from what is needed.
+        self._prefetcher.expire(layer, but=set(keys))
         try:
             for key in keys:
                 while waiting and self._acquire(waiting[0], flight, pinned):
@@ -77,6 +87,8 @@ class Pipeline:
                     kept.remove(key)
                     self._cache.unpin([key])
                 self._serve(key, compute, pinned)
+                if keep is not None and key.expert not in keep:
+                    self._cache.spend(key)
         finally:
             self._abandon(flight)
             self._cache.unpin([*pinned, *kept])

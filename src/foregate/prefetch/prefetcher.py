@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 from time import perf_counter, perf_counter_ns, sleep
 
@@ -112,9 +112,9 @@ class Prefetcher:
                 self.tell_end(ticket)
         return ticket
 
-    def expire(self, layer: int | None = None) -> None:
-        """Give up what is staged for ``layer`` (None: for any) and was not used."""
-        for key in [k for k in self._tickets if layer is None or k.layer == layer]:
+    def expire(self, layer: int | None = None, but: Collection[ExpertKey] = ()) -> None:
+        """Give up what is staged for ``layer`` (None: for any) and was not used, ``but`` what still will be."""
+        for key in [k for k in self._tickets if (layer is None or k.layer == layer) and k not in but]:
             self._give_up(key, self._tickets.pop(key))
         self._reap()
 
