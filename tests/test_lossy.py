@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from foregate.bench.quality import Tried, judge_modes
 from foregate.checkpoint.pack import pack
 from foregate.checkpoint.precision import Precision
 from foregate.checkpoint.quantise import parse_scheme
+from foregate.cli.bench_quality import quality_table, quality_texts
 from foregate.cli.quality import quality
 from foregate.cli.run import run
 from foregate.config import RunConfig, SamplingConfig
@@ -386,3 +388,27 @@ def test_run_says_that_outputs_may_differ_before_anything_else(tiny: Tiny, capsy
     assert "set_agreement" in said
     run(str(tiny("qwen3_moe")), **given)  # type: ignore[arg-type]
     assert "lossy" not in capsys.readouterr().err
+
+
+def test_bench_judges_every_mode_that_has_something_to_do(packs: tuple[Path, Path]) -> None:
+    exact, low = packs
+    tried = Tried(str(exact), ["50%"], ["stale-gate"], "lru", low_precision_pack=str(low))
+    words = "The quick brown fox jumps over the lazy dog and runs away from it, again and again. "
+    found = judge_modes(tried, [("one", words), ("two", words[9:])], tokens=24, say=lambda text: None)
+    assert [(line["mode"], line["predictor"]) for line in found] == [
+        ("execute-predicted", "stale-gate"),
+        ("skip-late", "none"),
+        ("skip-late", "stale-gate"),
+        ("low-precision-miss", "none"),
+        ("low-precision-miss", "stale-gate"),
+    ]
+    assert all(line["exact"] is False and line["tpot_s"] > 0 and 0 <= line["agreement"] <= 1 for line in found)
+    assert quality_table(found).row_count == 5
+    assert len(Tried(str(exact), ["25%", "50%"], ["stale-gate"], "lru").configs()) == 2 * 3
+
+
+def test_bench_refuses_quality_without_texts() -> None:
+    with pytest.raises(ConfigError, match="give --dataset"):
+        quality_texts(True, None, [], None)
+    with pytest.raises(ConfigError, match="low-precision pack x"):
+        quality_texts(False, "x", [], None)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from foregate.cli.bench_quality import QUALITY_TOKENS, quality_table, quality_texts
 from foregate.cli.bench_tables import arms_table, limits_table, ratios_table, rivals_table
 from foregate.cli.output import console, print_json, result
 from foregate.config import RunConfig, parse_budget
@@ -47,6 +48,8 @@ def bench(
     ] = None,
     rivals_model: Annotated[str | None, typer.Option(help="What a pack was made from: rivals read no packs.")] = None,
     work_dir: Annotated[Path | None, typer.Option(help="Where rivals' weights are kept; the cache directory.")] = None,
+    quality: Annotated[bool, typer.Option("--quality", help="Also every lossy mode: loss against speed.")] = False,
+    low_precision_pack: Annotated[str | None, typer.Option(help="With --quality: for low-precision-miss.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for bench.json, bench.svg and bench.png.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the JSON line.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same: no table.")] = False,
@@ -57,6 +60,7 @@ def bench(
     from foregate.bench.grid import merged
     from foregate.bench.limits import physical_limits
     from foregate.bench.provenance import provenance
+    from foregate.bench.quality import Tried, judge_modes
     from foregate.bench.session import Session, Setting
     from foregate.bench.summary import summarise
 
@@ -67,6 +71,7 @@ def bench(
         check_figure(out)
     if rivals is None and (rivals_model or work_dir):
         raise ConfigError(f"{rivals_model or work_dir} is for rivals: give --rivals too")
+    texts = quality_texts(quality, low_precision_pack, dataset or [], data_dir)
     ids = _prompt_ids(model, dataset or [], data_dir, prompts, prompt_tokens)
     shown, silent = console(), quiet or as_json
     with Progress(
@@ -88,11 +93,14 @@ def bench(
         )  # fmt: skip
         progress.update(task, total=session.steps * len(settings))
         cells = [summarise(session.run(setting), limits) for setting in settings]
+        tried = Tried(model, _budgets(budget), tested, cache_policy, threads, low_precision_pack)
+        judged = judge_modes(tried, texts, tokens=QUALITY_TOKENS, say=say) if quality else []
     found = {
         "limits": limits,
         **merged(cells),
         "cells": cells,
         "rivals": lineup.as_dict(),
+        "quality": judged,
         **provenance(model, ids, tokens=tokens, rounds=rounds, predictors=tested),
     }
     if out:
@@ -102,6 +110,8 @@ def bench(
         for cell in cells:
             _print(arms_table(cell))
         _print(ratios_table(cells, found["ratios"].get("worst")))
+        if quality:
+            _print(quality_table(judged))
         if rivals:
             _print(rivals_table(found["rivals"], cells))
     print_json(found)
