@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -114,12 +115,15 @@ class Engine:
             raise ConfigError(f"{', '.join(sorted(fixed))} cannot change in an engine that runs")
         listeners = self.runtime.observers
         self.transfer.close()
-        self._views.clear()
+        self.cache.clear()
         with self._guarded():
             self.config = replace(self.config, **changes)
             self._check_config(self.config)
-            self.plan = self._plan()
-            self._build()
+            plan, before = self._plan(), self.plan
+            self.plan = plan
+            self._build(None if plan.slots != before.slots else self.pool)
+            # The old pool hangs in cycles of the old parts; two pools at once would break the budget.
+            gc.collect()
         self.runtime.observers = listeners
         self._runs = 0
 
@@ -218,9 +222,12 @@ class Engine:
             check_supported(module, layout, spec.model_type)
         self.signals = ModelSignals(self.model, spec.module_paths, spec.experts_per_layer, spec.top_k, spec.model_type)
 
-    def _build(self) -> None:
+    def _build(self, pool: SlotPool | None = None) -> None:
         config = self.config
-        self.pool = SlotPool(self.plan.slots, self.plan.slot_bytes)
+        if pool is None:
+            self.pool = SlotPool(self.plan.slots, self.plan.slot_bytes)
+            self._views = SlotViews(self.pool)
+        self.pool.peak_slots = 0
         self.readers = choose(parse_readers(config.reader_threads), self.store, self.pool, self.spec.experts_per_layer)
         reading: Any = {"threads": self.readers.threads, "timeout_s": config.read_timeout_s}
         low = self._low_pack()
@@ -230,7 +237,6 @@ class Engine:
             self.transfer = low.join(self.transfer, self.pool, **reading)
             self._extra = {"low": low.checkpoint}
         self.predictor: Predictor = choice.make_predictor(config.predictor, config.lookahead, self._identity)
-        self._views = SlotViews(self.pool)
         self._assemble()
 
     def _low_pack(self) -> LowPack | None:
