@@ -13,7 +13,7 @@ from foregate.experts.cache import ExpertCache, SlotState
 from foregate.experts.policy import Lru
 from foregate.experts.slots import SlotPool
 from foregate.experts.transfer import ThreadedTransfer
-from foregate.prefetch.controller import PROBE_EVERY, Controller
+from foregate.prefetch.controller import PROBE_EVERY, Controller, Guess
 from foregate.prefetch.pipeline import Pipeline
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.testing.faults import Fault, FaultyStore, Kind
@@ -34,7 +34,7 @@ class Bench:
         self.pool = SlotPool(slots, self.memory.slot_bytes)
         self.cache = ExpertCache(self.pool, Lru(), staging)
         self.transfer = ThreadedTransfer(self.store, self.pool, threads=2, retries=1, timeout_s=5.0)
-        self.controller = Controller(limit, expert_bytes=self.memory.slot_bytes, chunk_bytes=4096)
+        self.controller = Controller(limit, expert_bytes=self.memory.slot_bytes, chunk_bytes=4096, layers=LAYERS)
         self.prefetcher = Prefetcher(
             self.cache, self.transfer, self.controller, experts=(EXPERTS,) * LAYERS, top_k=TOP_K
         )
@@ -196,7 +196,7 @@ def test_an_error_leaves_cache_and_pool_consistent() -> None:
 
 
 def controller(limit: int | None = None, **settings: str) -> Controller:
-    return Controller(limit, expert_bytes=8 * 2**20, chunk_bytes=2**20, **settings)
+    return Controller(limit, expert_bytes=8 * 2**20, chunk_bytes=2**20, layers=LAYERS, **settings)
 
 
 def test_a_fixed_limit_is_taken_as_it_is() -> None:
@@ -205,21 +205,45 @@ def test_a_fixed_limit_is_taken_as_it_is() -> None:
 
 
 def judged(used: int, wasted: int) -> Controller:
+    """After steps of ten reads of 8 ms each, in windows of 10 ms, as many of which were used."""
     c = controller()
-    c.saw_io(8 * 2**20, 0.008)
-    c.saw_prediction(0.0001, 2)
-    c.saw_window(0.010)
-    for outcome in [True] * used + [False] * wasted:
-        c.judge(used=outcome)
+    outcomes = [True] * used + [False] * wasted
+    for step in range(0, len(outcomes), 10):
+        c.begin_step()
+        c.saw_io(8 * 2**20, 0.008)
+        c.saw_misses(1, 0.008, 0.0)
+        c.saw_prediction(0.0001)
+        c.saw_window(1, 1, 0.010)
+        for outcome in outcomes[step : step + 10]:
+            c.judge(Guess(1, 1, 0), used=outcome)
     return c
 
 
 def test_speculation_that_pays_stays_on() -> None:
-    c = judged(used=50, wasted=5)
+    c = judged(used=50, wasted=0)
     c.begin_step()
     assert c.decision.enabled
-    assert "pays" in c.decision.reason
-    assert c.allowance(4) == 1  # one read of 8 ms fits the window of 10 ms
+    assert "pays: saves" in c.decision.reason
+    assert c.allowance(4) == 4
+
+
+def test_a_read_is_worth_what_its_window_has_room_for() -> None:
+    c = judged(used=60, wasted=0)
+    first, second, third = (c.value(Guess(1, 1, 0), queued) for queued in (0, 1, 2))
+    assert first > second > 0 >= third  # 8 ms fit the window of 10 ms, then 2 ms are left, then nothing
+    assert judged(used=20, wasted=60).value(Guess(1, 1, 0), 0) < first
+
+
+def test_hits_lost_to_the_reserve_count_against_speculation() -> None:
+    c = judged(used=50, wasted=0)
+    for _ in range(60):
+        c.begin_step()
+        c.judge(Guess(1, 1, 0), used=True)
+        for _ in range(5):
+            c.saw_ghost()
+    c.begin_step()
+    assert not c.decision.enabled
+    assert "hits lost" in c.decision.reason
 
 
 def test_speculation_that_wastes_is_switched_off_but_probed() -> None:
@@ -230,7 +254,7 @@ def test_speculation_that_wastes_is_switched_off_but_probed() -> None:
         allowed.append(c.allowance(4))
     assert not c.decision.enabled
     assert "does not pay" in c.decision.reason
-    assert sum(value > 0 for value in allowed) == 2
+    assert sum(value > 0 for value in allowed) == 1  # the first probe was among the steps that judged
     assert c.switches == 1
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from foregate.cli.explain import explain
 from foregate.cli.output import console, print_json, size, two_columns
 from foregate.config import LOSSY_MODES, RunConfig, SamplingConfig
 from foregate.errors import ConfigError, PromptError
@@ -69,6 +70,9 @@ def run(
     trace_events: Annotated[
         Path | None, typer.Option(help="Write the run as a timeline for Perfetto and foregate timeline (JSON).")
     ] = None,
+    explain_prefetch: Annotated[
+        bool, typer.Option("--explain-prefetch", help="On stderr at the end: what was read ahead by layer, and why.")
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="A table of figures on stderr at the end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of the text.")] = False,
 ) -> None:
@@ -110,6 +114,9 @@ def run(
         sys.stdout.write("\n")
     if stats:
         console().print(stats_table(report))
+    if explain_prefetch:
+        for line in explain(report["prefetch_ledger"], report["controller"]["reason"]):
+            console().print(line)
 
 
 @contextmanager

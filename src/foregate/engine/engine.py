@@ -255,6 +255,7 @@ class Engine:
             parse_prefetch(config.prefetch),
             expert_bytes=spec.expert_slot_bytes,
             chunk_bytes=CHUNK_BYTES,
+            layers=spec.layers,
             off_reason=off_reason,
         )
         self.prefetcher = Prefetcher(
@@ -388,7 +389,7 @@ class Engine:
         else:
             self.runtime.begin_decode(position, ids[-1])
             out = self._call(torch.tensor([ids]), past, keep=1)
-            self.prefetcher.controller.saw_io(*self._meter.io())
+            self._inform(self.prefetcher.controller)
         return out.logits[0, -1], out.past_key_values
 
     def _chunks(self, ids: list[int], *, keep: int) -> Iterator[Any]:
@@ -400,6 +401,12 @@ class Engine:
             out = self._call(torch.tensor([ids[first:last]]), past, keep=keep)
             past = out.past_key_values
             yield out
+
+    def _inform(self, controller: Controller) -> None:
+        """Tell ``controller`` what the step that just ran has read and waited for."""
+        step = self._meter.so_far()
+        controller.saw_io(step.demand_bytes + step.prefetch_bytes, step.io_s)
+        controller.saw_misses(step.misses - step.late, step.demand_stall_s, step.late_stall_s)
 
     def _learned(self) -> None:
         """The first pass has shown whether the model's routers can be asked ahead; if not, say so and do not."""
@@ -444,6 +451,7 @@ class Engine:
         self._add_leftovers(report, self._meter.lap())
         controller = self.prefetcher.controller
         report.controller = {**asdict(controller.decision), "switches": controller.switches}
+        report.ledger = controller.ledger.as_dict()
         report.resident_bytes_peak = self.pool.peak_bytes
         report.rss_peak_bytes = rss_peak()
         report.direct_io = self.store.direct_io

@@ -28,14 +28,11 @@ class Meter:
         """Differences of every counter since the last call; ``wall_s`` is the time between."""
         now, before = self._now(), self._last
         self._last = now
-        names = StepStats.__dataclass_fields__
-        return StepStats(**{name: getattr(now, name) - getattr(before, name) for name in names})
+        return _difference(now, before)
 
-    def io(self) -> tuple[int, float]:
-        """Bytes read since the last lap, and the seconds in which at least one read was running."""
-        now, last = self._now(), self._last
-        read = now.demand_bytes + now.prefetch_bytes - last.demand_bytes - last.prefetch_bytes
-        return read, now.io_s - last.io_s
+    def so_far(self) -> StepStats:
+        """What ``lap`` would give, without ending the lap."""
+        return _difference(self._now(), self._last)
 
     def _now(self) -> StepStats:
         total = StepStats(wall_s=perf_counter(), evictions=self._cache.evictions)
@@ -45,3 +42,8 @@ class Meter:
         total.demand_bytes, total.prefetch_bytes = moved.demand_bytes, moved.prefetch_bytes
         total.retries, total.io_s = moved.retries + moved.rereads, moved.active_s
         return total
+
+
+def _difference(now: StepStats, before: StepStats) -> StepStats:
+    names = StepStats.__dataclass_fields__
+    return StepStats(**{name: getattr(now, name) - getattr(before, name) for name in names})

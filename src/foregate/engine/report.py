@@ -31,6 +31,7 @@ class RunReport:
     staging_slots: int = 0
     overhead_bytes: int = 0
     controller: dict[str, Any] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
     readers: dict[str, Any] = field(default_factory=dict)
     lossy: dict[str, Any] | None = None
     """Mode and measured deviation of a run whose tokens may differ from the exact one's."""
@@ -95,6 +96,7 @@ class RunReport:
             "lookahead": self.lookahead,
             "cache_policy": self.cache_policy,
             "controller": self.controller,
+            "prefetch_ledger": self.ledger,
             "store": self.store,
             "readers": self.readers,
             "direct_io": self.direct_io,

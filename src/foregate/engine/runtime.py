@@ -78,7 +78,6 @@ class ExpertRuntime:
     def begin_prefill(self) -> None:
         """A prompt starts: staging will hold whole layers."""
         self.phase, self.position = Phase.PREFILL, 0
-        self._prefetcher.streaming = True
         self._prefetcher.begin()
         self.predictor.reset()
 
@@ -89,7 +88,6 @@ class ExpertRuntime:
     def end_prefill(self) -> None:
         """The prompt has been read: nothing of it stays staged."""
         self.finish()
-        self._prefetcher.streaming = False
         self._cache.set_staging(0)
 
     def begin_decode(self, position: int, token_id: int) -> None:
@@ -213,7 +211,7 @@ class ExpertRuntime:
     def _predict(self, layer: int, moment: Moment) -> None:
         if self.predictor.moment is not moment or self.phase is Phase.PREFILL or not self._prefetcher.wanted:
             return
-        began, before = perf_counter(), self._prefetcher.stats.issued
+        began = perf_counter()
         self._signals.layer, self._signals.moment = layer, moment
         try:
             predictions = self.predictor.predict(self._signals)
@@ -223,7 +221,7 @@ class ExpertRuntime:
         self._prefetcher.consider(layer, moment, predictions)
         ended = perf_counter()
         self._prefetcher.stats.predict_s += ended - began
-        self._prefetcher.controller.saw_prediction(ended - began, self._prefetcher.stats.issued - before)
+        self._prefetcher.controller.saw_prediction(ended - began)
         if self._events.on:
             self._events.emit(TimeSpent(ns(began), ns(ended), Part.PREDICT, layer))
 

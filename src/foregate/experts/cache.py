@@ -64,6 +64,7 @@ class ExpertCache:
         self._staged: dict[ExpertKey, int] = {}
         self._pins: dict[ExpertKey, int] = {}
         self._spent: dict[ExpertKey, None] = {}
+        self._ghosts: dict[ExpertKey, None] = {}
         self._evictable = _Evictable(self._resident, self._pins)
         self._staging = self._checked(staging)
 
@@ -117,6 +118,10 @@ class ExpertCache:
             if key in held:
                 return held[key]
         return None
+
+    def squeezed_out(self, key: ExpertKey) -> bool:
+        """Whether ``key`` was evicted so lately that the slots of the staging reserve would have kept it. Told once."""
+        return self._ghosts.pop(key, self) is None
 
     # Doing
 
@@ -270,6 +275,7 @@ class ExpertCache:
         self.pool.give(self._leave(key, self._resident))
         self.policy.forget(key)
         self.evictions += 1
+        self._remember(key)
         self._tell(key, Move.EVICTED)
         return True
 
@@ -279,6 +285,12 @@ class ExpertCache:
         self._make_room(1)
         self.policy.touch(key)
         return slot
+
+    def _remember(self, key: ExpertKey) -> None:
+        """Keep the names of as many evicted experts as the reserve has slots: without it, they would be resident."""
+        self._ghosts[key] = None
+        while len(self._ghosts) > self._staging:
+            del self._ghosts[next(iter(self._ghosts))]
 
     def _settle(self, key: ExpertKey, slot: int, move: Move) -> None:
         self._resident[key] = slot

@@ -1,27 +1,36 @@
-"""Decides how many experts a layer may read ahead, from what reading ahead has earned so far. No torch, no I/O.
+"""Decides what is worth reading ahead, from what reading ahead has earned so far. No torch, no I/O.
 
-A speculative read saves ``min(read, window)`` seconds of stall with probability p; otherwise it costs the CPU time of
-its bytes and half a chunk's time on a busy disk (demand overtakes at the next chunk). Asking the predictor costs its
-own time. Speculation stops where the sum is negative.
+Two questions. *Is this read worth it?* An expert that is predicted for layer l at distance d and rank r is used with
+probability p (measured by layer, and by distance and rank). If it is, it saves the stall of one miss, as far as the
+window of l has room behind what is queued already; if not, it costs the CPU time of its bytes and half a chunk's time.
+*Does speculation pay at all?* Its reads together must save more than the predictor's time, the wasted reads and the
+hits that the slots set aside for it would have been (counted: misses of experts that were evicted last).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from foregate.prefetch.average import Average
+from foregate.prefetch.ledger import Ledger
+
 CPU_SECONDS_PER_BYTE = 60e-12
-"""60 ms per GB: what O_DIRECT reads cost in CPU time on a virtual disk (50-70 ms measured)."""
+"""60 ms per GB: what O_DIRECT reads cost in CPU time on a virtual disk (25 to 90 measured, checksums included)."""
 
 PROBE_EVERY = 16
-"""Switched off, one step in this many still speculates, so that a change of workload is noticed."""
+"""Switched off, one step in this many still speculates, so that a change of workload is noticed. Doubled, up to
+``PROBE_MOST``, each time that the probe finds nothing: a probe costs evictions."""
+PROBE_MOST = 128
 
 _WARM_UP = 8
 """Speculative reads judged before the first decision."""
+_PRIOR = 4.0
+"""Reads that the precision of a distance and rank counts for, where a layer has few of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the controller decided for a step, and why. Seconds are estimates for one layer."""
+    """What the controller decided for a step, and why. Seconds are estimates for one token."""
 
     enabled: bool
     reason: str
@@ -30,15 +39,29 @@ class Decision:
     loss_s: float = 0.0
 
 
-class Average:
-    """Exponentially weighted mean; None until the first value."""
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """Why a read was issued: for ``layer``, from ``distance`` layers before, ``rank``-th of the predicted (from 0)."""
 
-    def __init__(self, weight: float = 0.05) -> None:
-        self.value: float | None = None
-        self._weight = weight
+    layer: int
+    distance: int
+    rank: int
 
-    def add(self, value: float) -> None:
-        self.value = value if self.value is None else self.value + self._weight * (value - self.value)
+
+class _Share:
+    """How often something was so, with a prior that fades as cases come in."""
+
+    def __init__(self) -> None:
+        self.recent = Average(0.03)
+        self.cases = 0
+
+    def add(self, so: bool) -> None:
+        self.cases += 1
+        self.recent.add(1.0 if so else 0.0)
+
+    def blended(self, prior: float) -> float:
+        """The recent share, drawn towards ``prior`` while there are few cases."""
+        return (self.recent.get() * self.cases + prior * _PRIOR) / (self.cases + _PRIOR)
 
 
 class Controller:
@@ -47,34 +70,57 @@ class Controller:
     ``off_reason`` switches speculation off for good, for a reason known beforehand (no staging room, all fits).
     """
 
-    def __init__(self, limit: int | None, *, expert_bytes: int, chunk_bytes: int, off_reason: str = "") -> None:
+    def __init__(
+        self, limit: int | None, *, expert_bytes: int, chunk_bytes: int, layers: int = 1, off_reason: str = ""
+    ) -> None:
         self.fixed = limit
         self.off_reason = off_reason
         self.switches = 0
+        self.ledger = Ledger(layers)
         started = "start" if limit is None else f"{limit} a layer, as asked"
         self.decision = Decision(not off_reason and limit != 0, off_reason or started)
+        self.ledger.decided(0, self.decision.enabled, self.decision.reason)
         self._expert_bytes = expert_bytes
         self._chunk_share = min(1.0, chunk_bytes / expert_bytes)
         self._judged = 0
         self._precision = Average()
+        self._by_guess: dict[tuple[int, int], _Share] = {}
+        self._by_layer = [_Share() for _ in range(layers)]
+        self._windows: dict[tuple[int, int], Average] = {}
         self._read_s = Average()
-        self._window_s = Average()
+        self._miss_s = Average()
         self._ask_s = Average()
-        self._asked = Average()
+        self._used = Average()
+        self._unused = Average()
+        self._ghosts = Average()
+        self._late_s = Average()
+        self._now = _Counts()
         self._step = 0
+        self._probe_at = PROBE_EVERY
+        self._probe_every = PROBE_EVERY
 
     def switch_off(self, reason: str) -> None:
         """No speculation from now on."""
         self.off_reason = reason
         self.decision = Decision(False, reason)
+        self.ledger.decided(self._step, False, reason)
 
     def begin_step(self) -> None:
         """A decode step starts: decide for all of it."""
+        self._close_step()
+        probed = self._probing
         self._step += 1
         if self.off_reason or self.fixed is not None:
             return
         decided = self._decide()
-        self.switches += decided.enabled != self.decision.enabled
+        if decided.enabled != self.decision.enabled:
+            self.switches += 1
+            self.ledger.decided(self._step, decided.enabled, decided.reason)
+            self._probe_every = PROBE_EVERY
+            self._probe_at = self._step + self._probe_every
+        elif probed:
+            self._probe_every = min(2 * self._probe_every, PROBE_MOST)
+            self._probe_at = self._step + self._probe_every
         self.decision = decided
 
     @property
@@ -84,52 +130,132 @@ class Controller:
             return False
         if self.fixed is not None:
             return self.fixed > 0
-        return self.decision.enabled or self._step % PROBE_EVERY == 0
+        return self.decision.enabled or self._probing
 
     def allowance(self, width: int) -> int:
         """Speculative reads that one layer may issue now: at most ``width``, or the fixed limit."""
         if not self.speculating:
             return 0
-        if self.fixed is not None:
-            return self.fixed
-        fits = self._fits()
-        return width if fits is None else max(1, min(width, fits))
+        return width if self.fixed is None else self.fixed
 
-    def judge(self, *, used: bool) -> None:
-        """A speculative read has turned out to be used or not."""
+    def value(self, guess: Guess, queued: int) -> float:
+        """Seconds that a read for ``guess``, behind ``queued`` reads in flight, saves more than it costs. Expected."""
+        p = self.precision(guess)
+        return p * self._saving(guess, queued) - (1.0 - p) * self._waste()
+
+    @property
+    def trusting(self) -> bool:
+        """Whether every read is taken as worth it: a fixed limit, or too little is known yet."""
+        return self.fixed is not None or self._judged < _WARM_UP or self._read_s.value is None
+
+    def precision(self, guess: Guess) -> float:
+        """Probability that what ``guess`` reads is used."""
+        shared = self._by_guess.get((guess.distance, guess.rank))
+        overall = self._precision.get(1.0)
+        general = shared.blended(overall) if shared else overall
+        layer = self._by_layer[guess.layer].blended(overall)
+        return min(1.0, general * layer / overall) if overall > 0 else 0.0
+
+    # Being told
+
+    def issued(self, guess: Guess) -> None:
+        """A read for ``guess`` was submitted."""
+        self.ledger.accounts[guess.layer].issued += 1
+
+    def declined(self, guess: Guess) -> None:
+        """A read for ``guess`` was not worth it."""
+        self.ledger.accounts[guess.layer].declined += 1
+
+    def judge(self, guess: Guess, *, used: bool, late: bool = False) -> None:
+        """The read for ``guess`` turned out to be used or not; ``late``: it was still under way when needed."""
         self._judged += 1
         self._precision.add(1.0 if used else 0.0)
+        self._by_guess.setdefault((guess.distance, guess.rank), _Share()).add(used)
+        self._by_layer[guess.layer].add(used)
+        account = self.ledger.accounts[guess.layer]
+        account.used += used
+        account.unused += not used
+        account.late += late
+        account.precision = self._by_layer[guess.layer].recent.value
+        self._now.used += used
+        self._now.unused += not used
 
     def saw_io(self, nbytes: int, seconds: float) -> None:
         """``nbytes`` were read in ``seconds`` in which at least one read was running."""
         if nbytes > 0 and seconds > 0:
             self._read_s.add(seconds * self._expert_bytes / nbytes)
 
-    def saw_window(self, seconds: float) -> None:
-        """``seconds`` passed between the predictions for a layer and its routing."""
-        self._window_s.add(seconds)
+    def saw_window(self, layer: int, distance: int, seconds: float) -> None:
+        """``seconds`` passed between the prediction of ``layer``, ``distance`` layers before it, and its routing."""
+        self._windows.setdefault((layer, distance), Average()).add(seconds)
+        account = self.ledger.accounts[layer]
+        account.window_s = max(self._windows[key].get() for key in self._windows if key[0] == layer)
 
-    def saw_prediction(self, seconds: float, issued: int) -> None:
-        """Asking the predictor took ``seconds`` and led to ``issued`` reads."""
-        self._ask_s.add(seconds)
-        self._asked.add(issued)
+    def saw_prediction(self, seconds: float) -> None:
+        """Asking the predictor took ``seconds``."""
+        self._now.ask_s += seconds
 
-    def _fits(self) -> int | None:
-        """Reads that one window has room for: M = floor(window x bandwidth / expert bytes)."""
-        if not self._read_s.value or self._window_s.value is None:
-            return None
-        return int(self._window_s.value / self._read_s.value)
+    def saw_misses(self, misses: int, stall_s: float, late_stall_s: float) -> None:
+        """In this step the model waited ``stall_s`` for ``misses`` experts that nobody had read ahead, and
+        ``late_stall_s`` for reads ahead that were late."""
+        if misses > 0:
+            self._miss_s.add(stall_s / misses)
+        self._now.late_s += late_stall_s
+
+    def saw_ghost(self) -> None:
+        """A miss would have been a hit, had its slot not been set aside for speculation."""
+        self._now.ghosts += 1
+
+    # Deciding
+
+    @property
+    def _probing(self) -> bool:
+        return not self.decision.enabled and self._step >= self._probe_at
+
+    def _close_step(self) -> None:
+        now, self._now = self._now, _Counts()
+        if not self._step or not self.speculating:
+            return
+        self._ask_s.add(now.ask_s)
+        self._used.add(now.used)
+        self._unused.add(now.unused)
+        self._ghosts.add(now.ghosts)
+        self._late_s.add(now.late_s)
+
+    def _saving(self, guess: Guess, queued: int) -> float:
+        """Seconds of stall that the read saves if it is used: one miss's, as far as its window has room for it."""
+        window = self._windows.get((guess.layer, guess.distance))
+        miss_s = self._miss_s.get(self._read_s.get())
+        if window is None:
+            return miss_s
+        return min(miss_s, max(0.0, window.get() - queued * self._read_s.get()))
+
+    def _waste(self) -> float:
+        """Seconds that a read costs which nobody uses."""
+        return self._expert_bytes * CPU_SECONDS_PER_BYTE + 0.5 * self._chunk_share * self._read_s.get()
 
     def _decide(self) -> Decision:
-        precision = 1.0 if self._precision.value is None else self._precision.value
-        if self._judged < _WARM_UP or self._read_s.value is None or self._window_s.value is None:
+        precision = self._precision.get(1.0)
+        if self._judged < _WARM_UP or self._read_s.value is None:
             return Decision(True, "warming up", precision)
-        reads = self._asked.value or 0.0
-        wasted = self._expert_bytes * CPU_SECONDS_PER_BYTE + 0.5 * self._chunk_share * self._read_s.value
-        gain = reads * precision * min(self._read_s.value, self._window_s.value)
-        loss = reads * (1.0 - precision) * wasted + (self._ask_s.value or 0.0)
+        miss_s = self._miss_s.get(self._read_s.get())
+        gain = max(0.0, self._used.get() * miss_s - self._late_s.get())
+        loss = self._unused.get() * self._waste() + self._ask_s.get() + self._ghosts.get() * miss_s
         enabled = gain > loss
         verdict = "pays" if enabled else "does not pay"
-        return Decision(
-            enabled, f"{verdict}: gains {gain * 1e6:.0f} µs, costs {loss * 1e6:.0f} µs a layer", precision, gain, loss
+        reason = (
+            f"{verdict}: saves {gain * 1e3:.2f} ms, costs {loss * 1e3:.2f} ms a token "
+            f"({self._used.get():.1f} used, {self._unused.get():.1f} unused reads, {self._ghosts.get():.1f} hits lost)"
         )
+        return Decision(enabled, reason, precision, gain, loss)
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Of the step that runs."""
+
+    used: int = 0
+    unused: int = 0
+    ghosts: int = 0
+    late_s: float = 0.0
+    ask_s: float = 0.0

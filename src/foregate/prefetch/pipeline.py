@@ -162,6 +162,8 @@ class Pipeline:
     def _read(self, key: ExpertKey, slot: int, flight: dict[ExpertKey, Ticket]) -> None:
         self.stats.misses += 1
         self._tell_use(key, Use.MISS)
+        if self._cache.squeezed_out(key):
+            self._prefetcher.controller.saw_ghost()
         flight[key] = self._transfer.submit(key, slot, speculative=False)
         if self._events.on:
             self._events.emit(ReadSubmitted(perf_counter_ns(), key, False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from time import perf_counter, perf_counter_ns, sleep
 
@@ -11,7 +11,7 @@ import numpy as np
 from foregate.events import SILENCE, EventHub, Fate, PredictionMade, ReadEnded, ReadSubmitted, SpeculationEnded
 from foregate.experts.cache import ExpertCache
 from foregate.interfaces import Ticket, Transfer
-from foregate.prefetch.controller import Controller
+from foregate.prefetch.controller import Controller, Guess
 from foregate.types import ExpertKey, Moment, Prediction, StepStats
 
 SETTLE_S = 1.0
@@ -47,9 +47,8 @@ class Prefetcher:
         self._tickets: dict[ExpertKey, Ticket] = {}
         self._dying: dict[ExpertKey, Ticket] = {}
         self._told: set[ExpertKey] = set()
-        self._predicted_at: dict[int, float] = {}
-        # True in prefill, whose whole-layer reads say nothing about the predictor.
-        self.streaming = False
+        self._guesses: dict[ExpertKey, Guess] = {}
+        self._predicted_at: dict[int, dict[int, float]] = {}
 
     @property
     def pending(self) -> int:
@@ -73,27 +72,40 @@ class Prefetcher:
         self._reap()
         now = perf_counter()
         self._tell_predictions(layer, moment, predictions)
-        width = self.controller.fixed or self._top_k
+        limit = self.controller.fixed
+        width = limit or self._top_k + max(1, self._top_k // 2)
         first = layer + (moment is Moment.AFTER_ROUTING)
+        wanted: list[Guess] = []
+        experts: dict[Guess, int] = {}
         for prediction in sorted(predictions, key=lambda p: p.layer):
-            if first <= prediction.layer < first + len(self._experts):
-                target = prediction.layer % len(self._experts)
-                self._predicted_at.setdefault(target, now)
-                there = self._experts[target]
-                real = (int(e) for e in prediction.experts if _is_expert(e, there))
-                self._submit(target, list(islice(real, width)), self.controller.allowance(self._top_k))
+            if not first <= prediction.layer < first + len(self._experts):
+                continue
+            target, distance = prediction.layer % len(self._experts), prediction.layer - layer
+            self._predicted_at.setdefault(target, {}).setdefault(distance, now)
+            there = self._experts[target]
+            ranked = list(islice((int(e) for e in prediction.experts if _is_expert(e, there)), 2 * width))
+            self._withdraw(target, ranked)
+            guesses = {Guess(target, distance, rank): expert for rank, expert in enumerate(ranked[:width])}
+            experts |= guesses
+            wanted += guesses
+        if limit is not None:
+            self._submit_limited(wanted, experts, limit)
+        else:
+            self._submit_valued(wanted, experts)
 
     def stream_ahead(self, layer: int) -> None:
         """Prefill: read the whole of ``layer`` ahead, as far as staging has room."""
         self._reap()
         if layer < len(self._experts) and self.may_stream:
-            self._submit(layer, range(self._experts[layer]), self._experts[layer])
+            for expert in range(self._experts[layer]):
+                if not self._submit(ExpertKey(layer, expert), None):
+                    return
 
     def arrived(self, layer: int) -> None:
         """The routing of ``layer`` is known: its window is over."""
-        predicted = self._predicted_at.pop(layer, None)
-        if predicted is not None:
-            self.controller.saw_window(perf_counter() - predicted)
+        now = perf_counter()
+        for distance, predicted in self._predicted_at.pop(layer, {}).items():
+            self.controller.saw_window(layer, distance, now - predicted)
 
     def claim(self, key: ExpertKey) -> Ticket | None:
         """The ticket of a staged expert that is needed now, or None. One that is being cancelled is revived."""
@@ -106,7 +118,7 @@ class Prefetcher:
                 self._tell_fate(key, Fate.REVIVED)
         if ticket is not None:
             self.stats.used += 1
-            self._judge(used=True)
+            self._judge(key, used=True, late=not ticket.ok)
             self._tell_fate(key, Fate.USED)
             if ticket.ok:
                 self.tell_end(ticket)
@@ -126,24 +138,63 @@ class Prefetcher:
             sleep(1e-4)
         self._reap()
 
-    def _submit(self, layer: int, experts: Sequence[int], allowed: int) -> None:
-        for expert in experts:
-            if allowed <= 0 or not self._cache.staging_room:
+    def _submit_limited(self, wanted: Sequence[Guess], experts: Mapping[Guess, int], limit: int) -> None:
+        """At most ``limit`` reads a target layer, in the order of ``wanted``."""
+        left = dict.fromkeys((guess.layer for guess in wanted), limit)
+        for guess in wanted:
+            key = ExpertKey(guess.layer, experts[guess])
+            if left[guess.layer] and self._cache.state(key) is None:
+                if not self._submit(key, guess):
+                    return
+                left[guess.layer] -= 1
+
+    def _submit_valued(self, wanted: Sequence[Guess], experts: Mapping[Guess, int]) -> None:
+        """What is expected to save more than it costs, the most valuable first; experts weigh the same bytes."""
+        absent = [guess for guess in wanted if self._cache.state(ExpertKey(guess.layer, experts[guess])) is None]
+        controller = self.controller
+        queued = sum(not ticket.done for ticket in self._tickets.values()) if absent else 0
+        if controller.trusting:
+            absent = [guess for guess in absent if guess.rank < self._top_k]
+        else:
+            absent.sort(key=lambda guess: -controller.value(guess, queued))
+        for guess in absent:
+            if not controller.trusting and controller.value(guess, queued) <= 0:
+                controller.declined(guess)
+            elif self._submit(ExpertKey(guess.layer, experts[guess]), guess):
+                queued += 1
+            else:
                 return
-            key = ExpertKey(layer, expert)
-            if self._cache.state(key) is not None:
-                continue
-            slot = self._cache.stage(key)
-            if slot is None:
-                return
-            self._tickets[key] = self._transfer.submit(key, slot, speculative=True)
-            if self.events.on:
-                self.events.emit(ReadSubmitted(perf_counter_ns(), key, True))
-            self.stats.issued += 1
-            allowed -= 1
+
+    def _withdraw(self, target: int, ranked: Sequence[int]) -> None:
+        """Cancel what an earlier prediction wanted of ``target``, this one does not, and is not read yet."""
+        gone = [
+            key
+            for key, ticket in self._tickets.items()
+            if key.layer == target and key.expert not in ranked and not ticket.done
+        ]
+        for key in gone:
+            self._give_up(key, self._tickets.pop(key))
+
+    def _submit(self, key: ExpertKey, guess: Guess | None) -> bool:
+        """Read ``key`` ahead unless it is there already; False when staging is full."""
+        if not self._cache.staging_room:
+            return False
+        if self._cache.state(key) is not None:
+            return True
+        slot = self._cache.stage(key)
+        if slot is None:
+            return False
+        self._tickets[key] = self._transfer.submit(key, slot, speculative=True)
+        if self.events.on:
+            self.events.emit(ReadSubmitted(perf_counter_ns(), key, True))
+        self.stats.issued += 1
+        if guess is not None:
+            self._guesses[key] = guess
+            self.controller.issued(guess)
+        return True
 
     def _give_up(self, key: ExpertKey, ticket: Ticket) -> None:
-        self._judge(used=False)
+        self._judge(key, used=False)
         if ticket.done:
             self.stats.wasted += 1
             self._tell_fate(key, Fate.WASTED)
@@ -156,9 +207,10 @@ class Prefetcher:
         else:
             self._dying[key] = ticket
 
-    def _judge(self, *, used: bool) -> None:
-        if not self.streaming:
-            self.controller.judge(used=used)
+    def _judge(self, key: ExpertKey, *, used: bool, late: bool = False) -> None:
+        guess = self._guesses.pop(key, None)
+        if guess is not None:
+            self.controller.judge(guess, used=used, late=late)
 
     def _reap(self) -> None:
         if self.events.on:

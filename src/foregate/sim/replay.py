@@ -95,7 +95,9 @@ class Simulation:
         self._clock = VirtualClock()
         self._transfer = SimTransfer(device, self._clock)
         self._cache = ExpertCache(SlotPool(plan.slots, ALIGNMENT), _policy(plan.policy, future))
-        controller = Controller(plan.reads, expert_bytes=device.expert_bytes, chunk_bytes=device.chunk_bytes)
+        controller = Controller(
+            plan.reads, expert_bytes=device.expert_bytes, chunk_bytes=device.chunk_bytes, layers=shape.layers
+        )
         self._prefetcher = Prefetcher(
             self._cache, self._transfer, controller, experts=shape.experts_per_layer, top_k=max(shape.top_k)
         )
