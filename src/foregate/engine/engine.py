@@ -21,6 +21,7 @@ from foregate.checkpoint.origin import original_fingerprint
 from foregate.checkpoint.readplan import CHUNK_BYTES
 from foregate.config import DEFAULT_READERS, RunConfig, SamplingConfig, parse_prefetch, parse_readers
 from foregate.engine.chunks import READ_WHOLE, chunk_bounds
+from foregate.engine.dense import DenseKernels
 from foregate.engine.deviation import Deviation
 from foregate.engine.lossy import MODES, LowPack, check_family, deviation_of
 from foregate.engine.memory import SlotPlan, overhead, plan_slots, rss_peak
@@ -175,6 +176,7 @@ class Engine:
         self.transfer.close()
         self.store.close()
         self.signals.close()
+        self.dense.close()
         uninstall(self._modules)
         self._views.clear()
 
@@ -220,6 +222,7 @@ class Engine:
         self._modules = [self.model.get_submodule(path) for path in spec.module_paths]
         for module, layout in zip(self._modules, self.checkpoint.layouts, strict=True):
             check_supported(module, layout, spec.model_type)
+        self.dense = DenseKernels(self.model)
         self.signals = ModelSignals(self.model, spec.module_paths, spec.experts_per_layer, spec.top_k, spec.model_type)
 
     def _build(self, pool: SlotPool | None = None) -> None:
@@ -388,7 +391,8 @@ class Engine:
             self._learned()
         else:
             self.runtime.begin_decode(position, ids[-1])
-            out = self._call(torch.tensor([ids]), past, keep=1)
+            with self.dense.decode():
+                out = self._call(torch.tensor([ids]), past, keep=1)
             self._inform(self.prefetcher.controller)
         return out.logits[0, -1], out.past_key_values
 

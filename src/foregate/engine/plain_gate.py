@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foregate.native import kernels
+
 ENOUGH = 8
 """Tokens whose choice the matrix alone must have explained before it is believed; one that it does not, ends it."""
 
@@ -20,6 +22,7 @@ class PlainGate:
 
     def __init__(self, router: nn.Module | None, experts: int) -> None:
         self._weight, self._bias = _matrix(router, experts)
+        self._matrix = _native(self._weight, self._bias)
         self._agreed = 0
         self.trusted = False
 
@@ -33,7 +36,7 @@ class PlainGate:
         if self._weight is None or router_input.dtype != self._weight.dtype:
             self._weight = None
             return
-        best = F.linear(router_input, self._weight, self._bias).topk(chosen.shape[1]).indices
+        best = torch.cat([self._product(row[None]) for row in router_input]).topk(chosen.shape[1]).indices
         if not np.array_equal(np.sort(best.numpy()), np.sort(chosen)):
             self._weight, self.trusted = None, False
             return
@@ -42,8 +45,21 @@ class PlainGate:
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores [E] of ``x`` [1, D]; only when ``trusted``."""
+        return self._product(x)[0]
+
+    def _product(self, x: Tensor) -> Tensor:
+        """[1, E] for ``x`` [1, D]; by the compiled kernel where it can, which takes a tenth of torch's time."""
         assert self._weight is not None
-        return F.linear(x, self._weight, self._bias)[0]
+        if self._matrix is None or not x.is_contiguous():
+            return F.linear(x, self._weight, self._bias)
+        return kernels.linear(self._matrix, x, len(self._weight))
+
+
+def _native(weight: Tensor | None, bias: Tensor | None) -> kernels.Matrix | None:
+    if weight is None or bias is not None or weight.dtype is not torch.bfloat16 or not weight.is_contiguous():
+        return None
+    fits = weight.device.type == "cpu" and weight.shape[1] <= kernels.MOST_COLUMNS and kernels.library() is not None
+    return kernels.matrix(weight, None) if fits else None
 
 
 def order(logits: Tensor, top_k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

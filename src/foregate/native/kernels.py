@@ -28,6 +28,20 @@ ACTIVATIONS = {torch.bfloat16: _BF16, torch.float32: _F32}
 """Dtypes of inputs and outputs."""
 
 
+_threads: int | None = None
+
+
+def use_threads(threads: int | None) -> None:
+    """Threads of the kernels from now on; None: as many as torch has."""
+    global _threads
+    _threads = threads
+
+
+def num_threads() -> int:
+    """Threads that the kernels compute with. Their results do not depend on it."""
+    return _threads or torch.get_num_threads()
+
+
 class Matrix(ctypes.Structure):
     """``matrix`` of kernels.c. Holds no reference: whoever makes one keeps the tensors."""
 
@@ -97,7 +111,7 @@ class FusedExpert:
         x = x.contiguous()
         out = torch.empty_like(x)
         kind = ACTIVATIONS[x.dtype]
-        threads = torch.get_num_threads()
+        threads = num_threads()
         code = self._run(
             *self._parts, self._hidden, x.data_ptr(), width, kind, tokens, out.data_ptr(), width, kind, threads
         )
@@ -111,7 +125,7 @@ def linear(weight: Matrix, x: Tensor, width: int) -> Tensor:
     assert found is not None
     x = x.contiguous()
     out = x.new_empty(len(x), width)
-    kind, threads = ACTIVATIONS[x.dtype], torch.get_num_threads()
+    kind, threads = ACTIVATIONS[x.dtype], num_threads()
     _check(found.foregate_linear(weight, x.data_ptr(), x.shape[1], kind, len(x), out.data_ptr(), width, kind, threads))
     return out
 
@@ -121,7 +135,7 @@ def expand(weight: Matrix, out: Tensor) -> Tensor:
     found = library()
     assert found is not None
     rows, width = out.shape
-    _check(found.foregate_expand(weight, out.data_ptr(), rows, width, torch.get_num_threads()))
+    _check(found.foregate_expand(weight, out.data_ptr(), rows, width, num_threads()))
     return out
 
 

@@ -1,0 +1,92 @@
+"""Who computes the dense layers of a decode step: kernels for large matrices, torch on one thread for the rest.
+
+Waking a second thread costs torch more than a small operation does (measured: 0.54 ms for a router of 32 x 2048 on two
+threads that wait passively, 0.03 ms on one), so it is worth it only where torch has large matrices left to multiply.
+Shapes: T tokens, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foregate.checkpoint.dense_int8 import Int8Linear
+from foregate.native import kernels
+
+SMALLEST = 1 << 20
+"""Weights of a bf16 matrix from which on the kernel is faster than torch, whatever the threads do."""
+
+LARGE_SHARE = 0.9
+"""Share of the weights in linear layers that the kernels must have for torch to be left one thread."""
+
+
+class DenseKernels:
+    """Large bf16 matrices of ``model`` multiplied by the compiled kernels, until ``close``.
+
+    ``sufficient``: so much of a decode step is theirs that torch needs one thread only. What is chosen depends on the
+    model and the installation alone, so every budget and predictor computes the same bits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._replaced: list[nn.Module] = []
+        linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Int8Linear))]
+        weights = {module: module.weight.numel() for module in linears}
+        native = 0
+        for module in linears:
+            if isinstance(module, Int8Linear):
+                native += weights[module] * (kernels.library() is not None)
+            elif _suits(module):
+                object.__setattr__(module, "forward", _forward(module))
+                self._replaced.append(module)
+                native += weights[module]
+        self.sufficient = bool(weights) and native >= LARGE_SHARE * sum(weights.values())
+
+    def close(self) -> None:
+        """The model is as it was."""
+        for module in self._replaced:
+            module.__dict__.pop("forward", None)
+        self._replaced.clear()
+
+    @contextmanager
+    def decode(self) -> Iterator[None]:
+        """Around a decode step."""
+        threads = torch.get_num_threads()
+        if not self.sufficient or threads == 1:
+            yield
+            return
+        kernels.use_threads(threads)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            kernels.use_threads(None)
+
+
+def _suits(module: nn.Module) -> bool:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    fits = type(module) is nn.Linear and weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
+    large = weight.numel() >= SMALLEST and weight.shape[1] <= kernels.MOST_COLUMNS
+    return fits and large and weight.is_contiguous() and kernels.library() is not None
+
+
+def _forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``module.forward`` by the kernel for few tokens. The choice depends on the number of tokens alone."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    outputs, inputs = weight.shape
+    matrix = kernels.matrix(weight, None)
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, inputs)
+        if len(rows) > kernels.MOST_TOKENS or x.dtype is not torch.bfloat16:
+            return F.linear(x, weight, bias)  # type: ignore[arg-type]
+        out = kernels.linear(matrix, rows, outputs)
+        return (out if bias is None else out + bias).view(*x.shape[:-1], outputs)  # type: ignore[operator]
+
+    return forward
