@@ -93,7 +93,7 @@ def test_chat_template_is_used_unless_off(foregate: Foregate, tiny: Tiny) -> Non
         (["--memory-budget", "12 parsecs"], ["12 parsecs", "parsecs"]),
         (["--memory-budget", "-5%"], ["-5%"]),
         (["--memory-budget", "100"], ["100 bytes", "minimum", "24,576"]),
-        (["--predictor", "crystal-ball"], ["crystal-ball", "none, stale-gate, next-gate"]),
+        (["--predictor", "crystal-ball"], ["crystal-ball", "choose from: none, popularity", "next-gate"]),
         (["--cache-policy", "fifo"], ["fifo", "lru, lfu, lfru, echo"]),
         (["--prefetch", "sometimes"], ["sometimes", "auto, off"]),
         (["--memory-budget", "1e308TB"], ["1e308TB"]),

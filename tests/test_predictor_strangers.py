@@ -37,7 +37,7 @@ def installed(site: Path, name: str, module: str, entry_points: str) -> None:
 def foregate(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *sys.path])}
     command = [sys.executable, "-m", "foregate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
 
 
 def test_the_predictor_of_the_documentation_runs_from_its_package(tmp_path: Path) -> None:

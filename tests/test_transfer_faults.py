@@ -70,8 +70,9 @@ def eager(request: pytest.FixtureRequest) -> Make:
 
 @pytest.fixture(autouse=True)
 def no_leaked_threads() -> Iterator[None]:
+    before = set(threading.enumerate())  # other tests' engines may not have been collected yet
     yield
-    until(lambda: not [t for t in threading.enumerate() if t.name.startswith("foregate-read")])
+    until(lambda: not [t for t in set(threading.enumerate()) - before if t.name.startswith("foregate-read")])
 
 
 def until(condition: Callable[[], bool]) -> None:
