@@ -6,7 +6,7 @@ Shapes: B tokens, L layers, l of them in a step, H hops, E experts, D hidden, R 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,6 @@ class FusionOptions(LearnOptions):
     learning_rate: float = 2e-3
     width: int = 64
     misses: float = 1.0
-    loss: str = field(default="both", metadata={"choices": ("both", "kl")})
 
 
 class Fusion(Learner):
