@@ -48,12 +48,12 @@ def test_the_predictor_of_the_documentation_runs_from_its_package(tmp_path: Path
     installed(tmp_path, "foregate_recent", module, f"[{GROUP}]\n{name} = {target}\n")
 
     def generated(*options: str) -> dict[str, Any]:
-        ran = foregate(tmp_path, "run", "-p", "2 + 2 =", "--max-new-tokens", "8", "--budget", "30%", "--json", *options)
+        ran = foregate(tmp_path, "run", "-p", "2 + 2 =", "--max-new-tokens", "8", "--budget", "13%", "--json", *options)
         assert ran.returncode == 0, ran.stderr
         report: dict[str, Any] = json.loads(ran.stdout)
         return report
 
-    with_it = generated("--predictor", name, "--prefetch", "2")
+    with_it = generated("--predictor", name, "--prefetch", "4")
     assert with_it["token_ids"] == generated("--predictor", "none")["token_ids"]
     assert with_it["predictor"] == name
     assert with_it["prefetch"]["issued"] > 0
