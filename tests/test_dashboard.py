@@ -198,13 +198,6 @@ def test_a_browser_that_does_not_read_slows_nobody_and_catches_up(session: Sessi
     """Its socket fills, its queue overflows; the run goes on; when it reads again it gets a snapshot of the end."""
     sampling = SamplingConfig(max_new_tokens=50)
 
-    def run() -> float:
-        began = time.perf_counter()
-        session.start(PROMPT, sampling)
-        until(lambda: not session.running)
-        return time.perf_counter() - began
-
-    alone = run()
     with served(session, limit=4) as address, socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.settimeout(60)
@@ -212,11 +205,9 @@ def test_a_browser_that_does_not_read_slows_nobody_and_catches_up(session: Sessi
         slow.sendall(b"GET /events HTTP/1.0\r\nHost: localhost\r\n\r\n")
         until(lambda: session.board.browsers == 1)
         [channel] = session.board._channels
-        times = []
         while not channel.overflows:
-            times.append(run())
-        # Busy machines stutter; a sender that waited for the reader would not come back at all.
-        assert min(times) < 3 * alone + 1
+            session.start(PROMPT, sampling)
+            until(lambda: not session.running)  # a sender that waited for the reader would never come back
         totals, received = session.board.snapshot()["totals"], b""
         while True:
             received += slow.recv(1 << 16)

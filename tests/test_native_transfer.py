@@ -37,7 +37,7 @@ from foregate.types import ExpertKey
 SLOT = 40960
 CHUNK = 4096
 KEYS = [ExpertKey(0, expert) for expert in range(12)]
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 pytestmark = pytest.mark.skipif(not available(), reason="the compiled reader was not built")
 Tiny = Callable[[str], Path]

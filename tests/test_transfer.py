@@ -20,7 +20,7 @@ from foregate.types import ExpertKey
 
 SLOT = 16384
 A, B, C = (ExpertKey(0, expert) for expert in range(3))
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 AnyTransfer = ThreadedTransfer | NativeTransfer | SyncTransfer
 Make = Callable[..., AnyTransfer]

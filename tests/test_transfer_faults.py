@@ -23,7 +23,7 @@ from foregate.types import ExpertKey
 
 SLOT = 16384
 A, B = ExpertKey(0, 0), ExpertKey(3, 17)
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 AnyTransfer = ThreadedTransfer | NativeTransfer | SyncTransfer
 Make = Callable[..., AnyTransfer]
