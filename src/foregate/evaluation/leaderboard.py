@@ -23,9 +23,9 @@ from foregate.trace.reader import TraceReader
 from foregate.training import TRAINERS
 
 DOMAINS: dict[str, tuple[Sequence[str], int]] = {
-    "mathematics": (("gsm8k", "--data-dir", "{data}"), 220),
+    "mathematics": (("gsm8k", "--data-dir", "{data}"), 440),
     "code": (("humaneval",), 164),
-    "prose": (("held-out", "--split", "prose"), 200),
+    "prose": (("held-out", "--split", "prose"), 400),
     "synthetic": (("synthetic",), 150),
 }
 """Domain → data set and its options, prompts. The zoo is trained and judged on the real ones, the first three."""

@@ -6,7 +6,7 @@ Shapes: B tokens, L layers, H hops, E experts of the widest layer, D hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,11 @@ from foregate.training.view import Targets, View
 
 @dataclass(frozen=True)
 class LearnOptions(Options):
-    """Options of every method that is trained by gradients. ``batch`` and ``block`` are tokens (of L layers each)."""
+    """Options of every method that is trained by gradients. ``batch`` and ``block`` are tokens (of L layers each).
+
+    ``precision`` is that of matrix products while training (sums and weights stay float32): ``auto`` is bfloat16 where
+    the processor has instructions for it.
+    """
 
     epochs: int = 6
     patience: int = 2
@@ -29,6 +33,7 @@ class LearnOptions(Options):
     weight_decay: float = 1e-4
     batch: int = 256
     block: int = 2048
+    precision: str = field(default="auto", metadata={"choices": ("auto", "float32", "bfloat16")})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,6 +41,13 @@ class LearnOptions(Options):
             self.at_least(name, 1)
         for name in ("learning_rate", "weight_decay"):
             self.at_least(name, 0)
+
+    @property
+    def halves(self) -> bool:
+        """Whether training multiplies in bfloat16."""
+        if self.precision == "auto":
+            return bool(torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported())
+        return self.precision == "bfloat16"
 
 
 class Learner(nn.Module):

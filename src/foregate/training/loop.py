@@ -55,7 +55,7 @@ class Training:
         data.require(TRAIN, VALIDATION)
         self._learner, self._data, self._options, self._watch = learner, data, options, watch
         self._optimizer = torch.optim.AdamW(
-            _groups(learner, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98)
+            _groups(learner, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98), fused=True
         )
         self._at = Progress()
         self._total = data.tokens(TRAIN)
@@ -106,7 +106,9 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = self._options.learning_rate * self._rate()
         layers = learner.choose_layers(self._data.layers, generator)
-        loss = learner.loss(learner.scores(view, layers), view.targets(learner.hops, layers))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._options.halves):
+            scores = learner.scores(view, layers)
+        loss = learner.loss(scores.float(), view.targets(learner.hops, layers))
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
