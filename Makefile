@@ -21,6 +21,7 @@ slow: $(VENV)/.installed  ## The long tests (minutes).
 
 cgroup: $(VENV)/.installed  ## Several gigabytes of experts, four times the budget, under a hard memory limit. Needs root.
 	$(BIN)/python -m foregate.testing.cgroup_run --dir $(OUT)/large --gigabytes 4
+	$(BIN)/python -m foregate.testing.cgroup_run --dir $(OUT)/large --gigabytes 4 --prompt-tokens 2048 --tokens 4
 
 traces: $(VENV)/.installed  ## Traces of the reference model, five domains (an hour; resumes). DATA=directory with gsm8k_test.jsonl, mmlu/
 	$(BIN)/python -m foregate.trace.make_traces --data-dir $(DATA) --out $(OUT)/traces

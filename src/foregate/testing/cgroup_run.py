@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from foregate.checkpoint.opening import open_checkpoint
 from foregate.config import DEFAULT_READERS
 from foregate.engine.memory import overhead
@@ -32,13 +34,15 @@ def main() -> int:
     beside = overhead(slot_bytes=spec.expert_slot_bytes, readers=DEFAULT_READERS, packed=options.packed)
     limit = spec.dense_bytes + budget + beside
     command = [sys.executable, "-m", "foregate", "run", str(model), "--memory-budget", str(budget), "--json"]
-    command += ["--max-new-tokens", str(options.tokens), "-p", options.prompt, "--predictor", options.predictor]
+    prompt = _long(source, options.prompt, options.prompt_tokens)
+    command += ["--max-new-tokens", str(options.tokens), "-p", prompt, "--predictor", options.predictor]
     done = run_limited(command, limit, options.cgroup)
     if done.returncode != 0:
         print(f"failed with exit code {done.returncode} (-9: killed for memory): {done.stderr.strip()[-500:]}")
         return 1
     figures = json.loads(done.stdout)
     assert len(figures["token_ids"]) == options.tokens
+    assert figures["prompt_tokens"] >= options.prompt_tokens
     report = {
         "experts_bytes": spec.total_expert_bytes,
         "dense_bytes": spec.dense_bytes,
@@ -46,6 +50,7 @@ def main() -> int:
         "overhead_bytes": beside,
         "limit_bytes": limit,
         "cgroup_peak_bytes": done.peak_bytes,
+        "prompt_tokens": figures["prompt_tokens"],
         **{name: figures[name] for name in ("rss_peak_bytes", "resident_bytes_peak", "ttft_s", "tpot_s", "direct_io")},
         "tokens": len(figures["token_ids"]),
         "outcome": "ran to the end",
@@ -60,6 +65,12 @@ def _packed(source: Path) -> Path:
     return out
 
 
+def _long(source: Path, text: str, tokens: int) -> str:
+    """``text``, again and again until it is at least ``tokens`` tokens long."""
+    each = len(AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"])
+    return text * max(1, -(-tokens // each))
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, required=True, help="where the checkpoint is, or will be built")
@@ -67,6 +78,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=4, help="experts are this many times the budget")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt", default="The quick brown fox jumps over the lazy dog. " * 4)
+    parser.add_argument("--prompt-tokens", type=int, default=0, help="the prompt again and again, at least this long")
     parser.add_argument("--predictor", default="next-gate")
     parser.add_argument("--packed", action="store_true", help="pack first, run from the pack")
     parser.add_argument("--cgroup", default="auto", help="auto, v1, v2 or systemd-run")
