@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,26 @@ from typing import Any
 import pytest
 
 from foregate.bench.arms import RESIDENT, choose, standard_arms
+from foregate.bench.contention import contention
 from foregate.bench.figure import parts
-from foregate.bench.grid import worst
+from foregate.bench.grid import never_below, worst
+from foregate.bench.kept import Kept
 from foregate.bench.lineup import line_up, parse_rivals, rivals_source
+from foregate.bench.overhead import STEP, measured_overhead
 from foregate.bench.prompts import exact_prompts, parse_lengths
 from foregate.bench.rivals import RIVALS
+from foregate.bench.rivals.pagecache import drop
 from foregate.bench.rivals.readahead import read_ahead, setting_of
-from foregate.bench.session import Session, Setting
-from foregate.bench.summary import _domains, bound, disk_limit, paired, summarise
+from foregate.bench.session import Outcome, Session, Setting
+from foregate.bench.summary import _domains, bound, disk_limit, paired, ratios, summarise
+from foregate.bench.usage import gauged
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import open_checkpoint
 from foregate.checkpoint.pack import pack
 from foregate.cli.main import main
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
-from foregate.errors import ConfigError, ForegateError
+from foregate.errors import ConfigError, ForegateError, KilledError
 from foregate.testing.cgroup import Limits, available, confined
 
 needs_cgroup = pytest.mark.skipif(available() is None, reason="no memory limit can be set here")
@@ -86,17 +92,27 @@ def test_a_gain_in_one_domain_does_not_hide_the_loss_in_another() -> None:
     runs = [_run("cache-only:lru", both[0], prompt) for prompt, both in times.items()]
     runs += [_run("cache+prefetch:x@1", both[1], prompt) for prompt, both in times.items()]
     cell = {"budget": "25%", "throttle_bps": None, "domains": _domains(runs)}
+    assert "never below 0.90 of the best cache-only arm over 1 cells and 2 domains" in str(never_below([cell]))
     found = worst([cell])
     assert found is not None
     assert (found["domain"], found["median"], found["by_arm"]) == ("prose", 0.9, {"cache+prefetch:x@1": 0.9})
     assert worst([{**cell, "domains": {}}]) is None
 
 
-def test_a_bound_counts_contention_only_where_the_disk_works() -> None:
+def test_prefetch_is_held_against_every_cache_policy_and_not_only_the_one_that_lost() -> None:
+    seconds = {"cache-only:lru": (3.0, 1.0), "cache-only:echo": (2.0, 1.5), "cache+prefetch:x@1": (1.0, 1.0)}
+    runs = [_run(arm, value, number=number) for arm, both in seconds.items() for number, value in enumerate(both)]
+    found = ratios(runs)
+    assert found["cache+prefetch:x@1 vs cache-only:lru"] == {"median": 2.0, "min": 1.0, "max": 3.0, "pairs": 2}
+    assert found["cache+prefetch:x@1 vs best-cache-only"] == {
+        "against": "cache-only:echo", "median": 1.75, "min": 1.5, "max": 2.0, "pairs": 2,
+    }  # fmt: skip
+
+
+def test_a_bound_is_the_slower_of_arithmetic_and_reading_and_no_more() -> None:
     reading = {"read_mb_per_token": 100.0, "tpot_ms": {"median": 200.0}}
-    assert bound(reading, 80.0, 1.5, disk=2.0) == {"bound_ms": 120.0, "distance_to_bound": pytest.approx(5 / 3)}
-    assert bound(reading, 80.0, 1.5, disk=0.5)["bound_ms"] == 200.0
-    assert bound({**reading, "read_mb_per_token": 0.0}, 80.0, 1.5, disk=2.0)["bound_ms"] == 80.0
+    assert bound(reading, 80.0, disk=2.0) == {"bound_ms": 80.0, "distance_to_bound": 2.5}
+    assert bound(reading, 80.0, disk=0.5)["bound_ms"] == 200.0
     assert disk_limit({"disk_gb_per_s_best": 1.4}, 300_000_000) == 0.3
     assert disk_limit({"disk_gb_per_s_best": 0.2}, 300_000_000) == 0.2
 
@@ -240,6 +256,77 @@ def test_a_reset_engine_is_cold_and_says_the_same_tokens() -> None:
             engine.reset(model="other")
 
 
+def test_contention_compares_experts_beside_reads_with_experts_without() -> None:
+    busy = [(1000 * i, 1000 * i + 300) for i in range(30)]
+    quiet = [(100_000 + 1000 * i, 100_000 + 1000 * i + 100) for i in range(30)]
+    grazed = [(29_900, 40_000)]
+    found = contention([*quiet, *busy, *grazed], [(15_000, 30_000), (0, 20_000)])
+    assert found["ratio"] == pytest.approx(3.0)
+    assert (found["experts_while_reading"], found["experts_without"]) == (30, 30)
+    assert contention(quiet, [])["ratio"] is None
+    assert contention([], [])["experts_without"] == 0
+
+
+def test_what_is_kept_is_found_again_only_where_nothing_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def measure() -> dict[str, Any]:
+        calls.append(1)
+        return {"value": len(calls)}
+
+    kept = Kept(tmp_path)
+    assert [kept.measured("25%-none", {"tokens": 4}, measure)["value"] for _ in range(2)] == [1, 1]
+    assert kept.has("25%-none", {"tokens": 4})
+    assert kept.measured("25%-none", {"tokens": 5}, measure)["value"] == 2
+    monkeypatch.setattr("foregate.bench.kept.code_hash", lambda: "another version")
+    assert kept.measured("25%-none", {"tokens": 4}, measure)["value"] == 3
+    assert Kept(None).measured("25%-none", {"tokens": 4}, measure)["value"] == 4
+    for file in tmp_path.iterdir():
+        file.write_text("{")
+    with pytest.raises(ConfigError, match="not a kept measurement"):
+        kept.measured("25%-none", {"tokens": 4}, measure)
+
+
+def test_an_outcome_that_was_kept_is_the_one_that_was_measured() -> None:
+    outcome = Outcome(Setting("25%", 300_000_000), 10**9, dense_s=0.5, runs=[_run("cache-only:lru", 1.0)], warm=True)
+    outcome.used("foregate", 10**9, {"allocated_bytes": 5, "page_cache_bytes": 7})
+    outcome.used("foregate", 10**9, {"allocated_bytes": 4, "page_cache_bytes": 9})
+    assert outcome.uses["foregate"] == {"limit_bytes": 10**9, "allocated_bytes": 5, "page_cache_bytes": 9}
+    assert Outcome.from_json(json.loads(json.dumps(asdict(outcome)))) == outcome
+
+
+def test_the_measured_overhead_is_one_under_which_a_run_has_come_through() -> None:
+    tried: list[int] = []
+
+    def trial(overhead: int) -> dict[str, int]:
+        tried.append(overhead)
+        if overhead < 5 * STEP:
+            raise KilledError("killed")
+        return {"allocated_bytes": 1000 + 2 * STEP, "page_cache_bytes": 0}
+
+    assert measured_overhead(trial, stated=24 * STEP, held=1000) == 5 * STEP
+    assert tried == [24 * STEP, 3 * STEP, 4 * STEP, 5 * STEP]
+    assert measured_overhead(trial, stated=5 * STEP, held=1000) == 5 * STEP
+    with pytest.raises(ForegateError, match="systemd-run"):
+        measured_overhead(lambda overhead: None, stated=STEP, held=0)
+
+
+@needs_cgroup
+def test_a_box_tells_what_was_allocated_apart_from_page_cache(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(8 << 20))
+    drop([file])
+    source = f"x = bytearray(b'1') * (64 << 20); y = open({str(file)!r}, 'rb').read(); import time; time.sleep(0.6)"
+    with confined(Limits(512 << 20)) as box, gauged(box) as usage:
+        subprocess.run(box.command([sys.executable, "-c", source]), preexec_fn=box.join, check=True)
+    found = usage.as_dict()
+    assert found is not None
+    assert 64 << 20 <= found["allocated_bytes"] < 128 << 20
+    assert found["page_cache_bytes"] >= 8 << 20
+
+
 @needs_cgroup
 def test_a_box_kills_what_takes_too_much_memory() -> None:
     command = [sys.executable, "-c", "x = bytearray(300 << 20); print(len(x))"]
@@ -260,12 +347,21 @@ def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["outputs_identical"] is True
     assert set(found["arms"]) == {"cache-only:lru", "cache+prefetch:next-gate@2", "oracle@1", RESIDENT}
-    assert found["arms"]["cache-only:lru"]["read_mb_per_token"] > found["arms"][RESIDENT]["read_mb_per_token"]
+    assert found["arms"]["cache-only:lru"]["read_mb_per_token"] > 0
+    assert found["arms"][RESIDENT]["read_mb_per_token"] == 0
+    assert found["arms"][RESIDENT]["hit"] == 1
+    uses = found["cells"][0]["uses"]
+    assert set(uses) == {"foregate", f"foregate:{RESIDENT}"}
+    assert all(0 < used["allocated_bytes"] <= used["limit_bytes"] for used in uses.values())
     limits = found["limits"]
     assert min(limits["disk_gb_per_s_best"], limits["memory_read_gb_per_s"]) > 0
-    assert limits["contention"] >= 1
+    assert "contention" not in limits
+    watched = found["arms"]["cache-only:lru"]["contention"]
+    assert watched["experts_while_reading"] + watched["experts_without"] > 0
     assert {"bf16", "int8", "int4/32"} <= set(limits["matmul"])
-    assert {"cache+prefetch:next-gate@2 vs cache-only:lru", "oracle@1 vs cache-only:lru"} <= set(found["ratios"])
+    vs = ("cache+prefetch:next-gate@2 vs cache-only:lru", "oracle@1 vs best-cache-only")
+    assert set(vs) <= set(found["ratios"])
+    assert "never below" in found["summary"]
     assert set(found["ratios"]["worst"]["by_arm"]) == {"cache+prefetch:next-gate@2"}
     assert found["model"]["fingerprint"] == open_checkpoint(locate("reference")).fingerprint
     assert {"name", "model"} <= set(found["disk"])
@@ -299,6 +395,8 @@ def test_llama_cpp_and_accelerate_run_beside_our_arms(tmp_path: Path) -> None:
     "option",
     [
         ["--throttle", "fast"],
+        ["--domain", "poetry"],
+        ["--overhead", "little"],
         ["--arms", "nothing"],
         ["--budget", "-3%"],
         ["--predictor", "seer"],

@@ -39,6 +39,10 @@ class ExpertReadError(TransferError):
     """Reading one expert failed: names the file, the offset in bytes and the expert."""
 
 
+class KilledError(ForegateError):
+    """A confined process that the kernel killed: it needed more memory than its limit."""
+
+
 class TraceError(ForegateError):
     """A routing trace that is corrupted, truncated, of an unknown version or of another model."""
 

@@ -18,6 +18,8 @@ BASELINE = "cache-only"
 PREFETCH = "cache+prefetch"
 ORACLE = "oracle@"
 RIVAL = "rival:"
+BEST = "best-cache-only"
+"""In ratios: the fastest cache-only arm of the runs compared, chosen after the fact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class Arm:
     slots_of_top_k: int | None = None
     whole: bool = False
     """All experts resident: runs in a process of its own, outside the budget."""
+    warm: bool = False
+    """Every run is preceded by the same run, which is not counted: what it needs is in memory."""
 
 
 def _arm(name: str, slots_of_top_k: int | None = None, **settings: Any) -> Arm:
@@ -47,7 +51,7 @@ def standard_arms(predictors: Sequence[str], lookahead: int | None, policy: str)
         ahead = own_lookahead(predictor) if lookahead is None else lookahead
         found += [_prefetch_only(predictor, label, ahead), _both(predictor, label, ahead, policy)]
     found += [_oracle(ahead, policy) for ahead in (1, 2, 4)]
-    return [*found, Arm(RESIDENT, MappingProxyType({**quiet, "cache_policy": "lru"}), whole=True)]
+    return [*found, Arm(RESIDENT, MappingProxyType({**quiet, "cache_policy": "lru"}), whole=True, warm=True)]
 
 
 def own_lookahead(predictor: str) -> int:

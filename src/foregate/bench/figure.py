@@ -90,4 +90,4 @@ def _legend() -> tuple[list[Any], list[str]]:
 
     handles: list[Any] = [Patch(color=color) for _, color in PARTS]
     handles.append(Line2D([], [], color="black", linewidth=2.0))
-    return handles, [name for name, _ in PARTS] + ["bound: max(C x contention, D)"]
+    return handles, [name for name, _ in PARTS] + ["bound: max(C, D)"]

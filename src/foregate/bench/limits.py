@@ -6,12 +6,10 @@ Shapes: D hidden, F expert hidden.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from foregate.checkpoint.manifest import EXPERTS_FILE
 from foregate.checkpoint.naming import layouts
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.checkpoint.readplan import CHUNK_BYTES
-from foregate.errors import ForegateError
 from foregate.experts.diskspeed import FILE_BYTES, disk_speed
 from foregate.experts.kernel_speed import KINDS, KernelSpeed, kernel_speed
 
@@ -43,14 +40,11 @@ ROUNDS = 3
 MOST_READS = 256
 """For one figure of the disk: experts of a toy would take minutes to fill FILE_BYTES."""
 
-STRETCH = 8
-"""Experts read between two looks whether the computing is over."""
-
 Say = Callable[[str], None]
 
 
 def physical_limits(model: str, threads: int | None, say: Say = lambda text: None) -> dict[str, Any]:
-    """Disk, memory, kernels, and how much slower kernels are while a run's readers work. docs/bench.md has each figure.
+    """Disk, memory and kernels, each alone; what reads cost arithmetic is measured in the arms. docs/bench.md.
 
     Raises ForegateError where the weights cannot be read.
     """
@@ -66,10 +60,6 @@ def physical_limits(model: str, threads: int | None, say: Say = lambda text: Non
     for kind in KINDS:
         say(f"limits: {kind}")
         matmul[kind] = _figures(_kernel(kind, checkpoint))
-    own, readers = own_format(checkpoint), fewest(by_depth)
-    say("limits: contention")
-    quiet = _kernel(own, checkpoint)
-    loaded, reading = _while_reading(file, nbytes, readers, lambda: _kernel(own, checkpoint))
     return {
         "expert_bytes": nbytes,
         "disk_file": file.name,
@@ -79,11 +69,8 @@ def physical_limits(model: str, threads: int | None, say: Say = lambda text: Non
         "direct_io": reads_direct(file),
         "memory_read_gb_per_s": max(speed["read_gb_per_s"] for speed in matmul.values()),
         "matmul": matmul,
-        "format": own,
-        "matmul_gb_per_s_while_reading": loaded.gb_per_s,
-        "disk_gb_per_s_while_computing": reading,
-        "readers": readers,
-        "contention": max(1.0, quiet.gb_per_s / loaded.gb_per_s),
+        "format": own_format(checkpoint),
+        "readers": fewest(by_depth),
         "threads": torch.get_num_threads(),
     }
 
@@ -134,28 +121,3 @@ def _kernel(kind: str, checkpoint: Checkpoint) -> KernelSpeed:
 def _figures(speed: KernelSpeed) -> dict[str, Any]:
     names = ("expert_us", "gb_per_s", "read_gb_per_s", "share", "instructions")
     return {name: getattr(speed, name) for name in names}
-
-
-def _while_reading(file: Path, nbytes: int, readers: int, work: Callable[[], KernelSpeed]) -> tuple[KernelSpeed, float]:
-    """What ``work`` gives while ``readers`` read experts all the time, and the GB/s that they reach meanwhile."""
-    over = threading.Event()
-    found: list[float] = []
-    failed: list[BaseException] = []
-
-    def read() -> None:
-        try:
-            while not over.is_set():
-                found.append(disk_speed(file, nbytes, depths=(readers,), point_bytes=STRETCH * nbytes)[0].gb_per_s)
-        except ForegateError as error:
-            failed.append(error)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        speed = work()
-    finally:
-        over.set()
-        reader.join()
-    if failed:
-        raise failed[0]
-    return speed, median(found)

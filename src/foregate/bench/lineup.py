@@ -15,13 +15,18 @@ from foregate.bench.arms import RESIDENT, RIVAL
 from foregate.bench.rivals.pagecache import drop
 from foregate.bench.rivals.readahead import USUAL_KIB, read_ahead
 from foregate.bench.rivals.rival import Rival
+from foregate.bench.usage import gauged
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.errors import ConfigError, ForegateError
 from foregate.testing.cgroup import Limits, confined
 
 MAPPED = ("llama.cpp",)
-"""Their weights are the page cache, so with enough of it they are compared with our all-resident arm."""
+"""Their weights are the page cache, so with enough of it they are compared with our all-resident arm; then they run
+``--warm``, as that arm does."""
+
+BITS = {"bf16": "bf16", "Q8_0": "int8"}
+"""How a rival's ``FORMAT`` begins → our format with the same bits a weight (but for Q8_0's scales)."""
 
 SHORT = {"airllm": 2}
 """Tokens of the stream, and then one round only: seconds to minutes a token."""
@@ -43,14 +48,21 @@ class Lineup:
         rival, prepared = self.ready[name]
         return sum(file.stat().st_size for file in rival.files(prepared))
 
-    def arms(self, resident: bool) -> list[tuple[str, str, bool]]:
-        """(name of the arm, rival, whether everything fits); the latter only where our all-resident arm runs too."""
-        found = [(RIVAL + name, name, False) for name in self.ready]
-        return found + [(f"{RIVAL}{name}:{RESIDENT}", name, True) for name in self.ready if resident and name in MAPPED]
+    def arms(self, *, resident: bool, warm: bool = False) -> list[tuple[str, str, bool]]:
+        """(name of the arm, rival, whether everything fits); the latter only where our all-resident arm runs too.
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON form: who ran with which weights, and who did not and why."""
-        ran = {name: {"runs": True, "format": rival.FORMAT} for name, (rival, _) in self.ready.items()}
+        ``warm``: the cell has room for everything, so mapped weights run at their full size only.
+        """
+        found = [(RIVAL + name, name, False) for name in self.ready if not (warm and name in MAPPED)]
+        full = resident or warm
+        return found + [(f"{RIVAL}{name}:{RESIDENT}", name, True) for name in self.ready if full and name in MAPPED]
+
+    def as_dict(self, ours: str = "") -> dict[str, Any]:
+        """JSON form: who ran with which weights, and who did not and why. ``ours``: the format of our experts."""
+        ran = {
+            name: {"runs": True, "format": rival.FORMAT, "same_bits": BITS.get(rival.FORMAT.split(",")[0]) == ours}
+            for name, (rival, _) in self.ready.items()
+        }
         return {**ran, **{name: {"runs": False, "reason": why} for name, why in self.absent.items()}}
 
 
@@ -115,19 +127,30 @@ def stream_for(name: str, token_ids: Sequence[int]) -> list[int]:
 
 
 def run_rival(
-    rival: Rival, prepared: Path, tokens: Mapping[str, list[int]], limits: Limits, *, cgroup: str, threads: int
+    rival: Rival,
+    prepared: Path,
+    tokens: Mapping[str, list[int]],
+    limits: Limits,
+    *,
+    cgroup: str,
+    threads: int,
+    warm: bool = False,
 ) -> dict[str, Any]:
-    """One cold run: its ``Outcome`` as a dict, and ``peak_bytes`` of the group. Raises ForegateError saying why not."""
+    """One run: its ``Outcome`` as a dict, ``peak_bytes`` of the group and what it ``uses``. The start is cold.
+
+    ``warm``: everything once before, not counted. Raises ForegateError saying why not.
+    """
     with tempfile.TemporaryDirectory() as folder, read_ahead(prepared, USUAL_KIB), confined(limits, cgroup) as box:
         file = Path(folder) / "tokens.json"
         file.write_text(json.dumps(tokens))
         drop(rival.files(prepared))
-        command = box.command(list(rival.command(prepared, file, threads)))
+        command = box.command([*rival.command(prepared, file, threads), *(["--warm"] if warm else [])])
         try:
-            done = subprocess.run(command, capture_output=True, text=True, preexec_fn=box.join, timeout=TIMEOUT_S)
+            with gauged(box) as usage:
+                done = subprocess.run(command, capture_output=True, text=True, preexec_fn=box.join, timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
             raise ForegateError(f"gave no answer within {TIMEOUT_S} s") from error
-        return {**_outcome(done, limits), "peak_bytes": box.peak_bytes()}
+        return {**_outcome(done, limits), "peak_bytes": box.peak_bytes(), "uses": usage.as_dict()}
 
 
 def _outcome(done: subprocess.CompletedProcess[str], limits: Limits) -> dict[str, Any]:

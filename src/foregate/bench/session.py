@@ -7,20 +7,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from foregate.bench.arms import Arm
+from foregate.bench.arms import RESIDENT, Arm
 from foregate.bench.lineup import SHORT, Lineup, run_rival, stream_for
+from foregate.bench.usage import Usage, gauged
 from foregate.bench.worker import WorkerSpec
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import open_checkpoint
 from foregate.config import DEFAULT_READERS
-from foregate.engine.memory import FIXED_OVERHEAD, overhead, plan_slots
-from foregate.errors import ForegateError
+from foregate.engine.memory import FIXED_OVERHEAD, SlotPlan, overhead, plan_slots
+from foregate.errors import ForegateError, KilledError
 from foregate.testing.cgroup import Box, Limits, confined
 
 
@@ -41,8 +42,25 @@ class Outcome:
     dense_s: float = 0.0
     runs: list[dict[str, Any]] = field(default_factory=list)
     peak_bytes: int | None = None
+    warm: bool = False
+    """The budget holds every expert: all arms run warm."""
+    watched: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Arm → what ``contention`` found in it."""
     rivals_failed: dict[str, str] = field(default_factory=dict)
     """Arm of a rival → why it did not get through."""
+    uses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Process → its limit, and the most that it used of it: ``foregate``, ``foregate:all-resident``, rivals' arms."""
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> Outcome:
+        """What ``asdict`` made."""
+        return cls(**{**kept, "setting": Setting(**kept["setting"])})
+
+    def used(self, process: str, limit_bytes: int, usage: Mapping[str, int] | None) -> None:
+        """Keep the most of every run of ``process``."""
+        before = self.uses.setdefault(process, {"limit_bytes": limit_bytes})
+        for name, nbytes in (usage or {}).items():
+            before[name] = max(nbytes, before.get(name, 0))
 
 
 class Session:
@@ -59,19 +77,26 @@ class Session:
         threads: int | None,
         cgroup: str,
         lineup: Lineup | None = None,
+        overhead_bytes: int | None = None,
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._model, self._arms, self._prompts = model, arms, {name: list(ids) for name, ids in prompts.items()}
         self._tokens, self._rounds, self._threads, self._cgroup = tokens, rounds, threads, cgroup
         self._progress = progress
         self._lineup = lineup or Lineup()
-        self._rivals = self._lineup.arms(resident=any(arm.whole for arm in arms))
         self._checkpoint = open_checkpoint(locate(model))
+        readers = DEFAULT_READERS
+        slot_bytes, packed = self._checkpoint.spec.expert_slot_bytes, self._checkpoint.packed
+        self.stated_overhead = overhead(slot_bytes=slot_bytes, readers=readers, packed=packed)
+        self.overhead_bytes = self.stated_overhead if overhead_bytes is None else overhead_bytes
 
-    @property
-    def steps(self) -> int:
+    def steps(self, setting: Setting) -> int:
         """Runs of one setting."""
-        return (len(self._arms) + len(self._rivals)) * self._rounds * len(self._prompts)
+        return (len(self._arms) + len(self._rivals(setting))) * self._rounds * len(self._prompts)
+
+    def holds_all(self, setting: Setting) -> bool:
+        """Whether the budget has a slot for every expert: such a cell runs warm."""
+        return self._plan(setting.budget).slots == self._checkpoint.spec.experts
 
     def run(self, setting: Setting) -> Outcome:
         """Every arm under ``setting``. Raises ForegateError when a worker fails or is killed for memory.
@@ -79,18 +104,51 @@ class Session:
         Without rivals one process does all rounds of our arms. With rivals, which are processes of their own, each
         round is a new process of ours and then one of each rival: A B A B all the same.
         """
-        outcome = Outcome(setting, self._limit(setting.budget))
-        if not self._rivals:
+        outcome = Outcome(setting, self._limit(setting.budget), warm=self.holds_all(setting))
+        rivals = self._rivals(setting)
+        if not rivals:
             self._ours(setting, outcome, self._rounds)
             return outcome
         for number in range(self._rounds):
             self._ours(setting, outcome, 1, first=number)
-            for arm, name, whole in self._rivals:
+            for arm, name, whole in rivals:
                 self._rival_round(outcome, arm, name, whole, number)
         return outcome
 
+    def trial(self, overhead_bytes: int) -> Mapping[str, int] | None:
+        """The first arm on the longest prompt with a full pool of a few slots and so much overhead: what it used.
+
+        Raises KilledError where that is too little.
+        """
+        spec = self._checkpoint.spec
+        name = max(self._prompts, key=lambda name: len(self._prompts[name]))
+        # a prompt streams through every slot of so small a pool, so all of it is committed
+        budget = str(self.trial_slots * spec.expert_slot_bytes)
+        arm = next((arm for arm in self._arms if not arm.whole), self._arms[0])
+        given = WorkerSpec(
+            self._model, budget, self._threads, [WorkerSpec.arm(arm)], {name: self._prompts[name]},
+            min(self._tokens, TRIAL_TOKENS), 1,
+        )  # fmt: skip
+        limit = self._plan(budget).budget_bytes + spec.dense_bytes + overhead_bytes
+        usage, _ = self._confined(given, Limits(limit), lambda line: None)
+        return usage.as_dict()
+
+    @property
+    def trial_slots(self) -> int:
+        """Slots of ``trial``'s pool."""
+        return min(4 * self._checkpoint.spec.top_k, self._checkpoint.spec.experts)
+
+    @property
+    def trial_held(self) -> int:
+        """Bytes that ``trial`` holds beside its overhead: its pool, and dense weights."""
+        return self.trial_slots * self._checkpoint.spec.expert_slot_bytes + self._checkpoint.spec.dense_bytes
+
+    def _rivals(self, setting: Setting) -> list[tuple[str, str, bool]]:
+        resident = any(arm.whole for arm in self._arms)
+        return self._lineup.arms(resident=resident, warm=self.holds_all(setting))
+
     def _ours(self, setting: Setting, outcome: Outcome, rounds: int, first: int = 0) -> None:
-        small = [arm for arm in self._arms if not arm.whole]
+        small = [replace(arm, warm=outcome.warm) for arm in self._arms if not arm.whole]
         whole = [arm for arm in self._arms if arm.whole]
         if small:
             self._work(setting, setting.budget, small, outcome, rounds, first)
@@ -110,10 +168,11 @@ class Session:
             limits = Limits(limit, bps, prepared)
             threads = self._threads or torch.get_num_threads()
             try:
-                found = run_rival(rival, prepared, tokens, limits, cgroup=self._cgroup, threads=threads)
+                found = run_rival(rival, prepared, tokens, limits, cgroup=self._cgroup, threads=threads, warm=whole)
             except ForegateError as error:
                 outcome.rivals_failed[arm] = str(error)
                 continue
+            outcome.used(arm, limit, found["uses"])
             steps = [ms / 1e3 for ms in found["tpot_ms"]]
             line = {"kind": "run", "arm": arm, "prompt": prompt, "round": number, "step_s": steps}
             outcome.runs.append({**line, "rival": found, "limit_bytes": limit, "token_ids": chosen})
@@ -123,36 +182,52 @@ class Session:
         return max(self._limit("100%"), self._lineup.weight_bytes(name) + FIXED_OVERHEAD)
 
     def _limit(self, budget: str) -> int:
-        """Dense weights + budget + the stated overhead: what the contract says is enough."""
+        """Dense weights + budget + overhead: the stated one is what the contract says is enough."""
+        return int(self._checkpoint.spec.dense_bytes + self._plan(budget).budget_bytes + self.overhead_bytes)
+
+    def _plan(self, budget: str) -> SlotPlan:
         spec = self._checkpoint.spec
-        readers = DEFAULT_READERS
-        beside = overhead(slot_bytes=spec.expert_slot_bytes, readers=readers, packed=self._checkpoint.packed)
-        plan = plan_slots(
+        return plan_slots(
             budget,
             slot_bytes=spec.expert_slot_bytes,
             experts=spec.experts,
             dense_bytes=spec.dense_bytes,
-            overhead_bytes=beside,
+            overhead_bytes=self.overhead_bytes,
         )
-        return int(spec.dense_bytes + plan.budget_bytes + beside)
 
     def _work(
         self, setting: Setting, budget: str, arms: Sequence[Arm], outcome: Outcome, rounds: int, first: int
     ) -> None:
         spec = WorkerSpec(
             self._model, budget, self._threads, [WorkerSpec.arm(arm) for arm in arms], self._prompts,
-            self._tokens, rounds,
+            self._tokens, rounds, watch=first == 0,
         )  # fmt: skip
         limits = Limits(self._limit(budget), setting.throttle_bps, self._checkpoint.directory)
+
+        def hear(line: dict[str, Any]) -> None:
+            if line["kind"] == "ready":
+                outcome.dense_s = outcome.dense_s or line["dense_s"]
+            elif line["kind"] == "watched":
+                outcome.watched[line["arm"]] = {k: v for k, v in line.items() if k not in ("kind", "arm")}
+            elif line["kind"] == "run":
+                outcome.runs.append({**line, "round": first + line["round"]})
+                self._progress(f"{setting.budget} {line['arm']}")
+
+        usage, peak = self._confined(spec, limits, hear)
+        whole = arms[0].whole
+        outcome.used(f"foregate:{RESIDENT}" if whole else "foregate", limits.memory_bytes, usage.as_dict())
+        if not whole:
+            outcome.peak_bytes = max(peak or 0, outcome.peak_bytes or 0) or None
+
+    def _confined(
+        self, spec: WorkerSpec, limits: Limits, hear: Callable[[dict[str, Any]], None]
+    ) -> tuple[Usage, int | None]:
+        """A worker in a box, each of its lines told to ``hear``; what it used, and the group's peak."""
         with confined(limits, self._cgroup) as box:
-            for line in self._lines(spec, box):
-                if line["kind"] == "ready":
-                    outcome.dense_s = outcome.dense_s or line["dense_s"]
-                elif line["kind"] == "run":
-                    outcome.runs.append({**line, "round": first + line["round"]})
-                    self._progress(f"{setting.budget} {line['arm']}")
-            if budget == setting.budget:
-                outcome.peak_bytes = max(box.peak_bytes() or 0, outcome.peak_bytes or 0) or None
+            with gauged(box) as usage:
+                for line in self._lines(spec, box):
+                    hear(line)
+            return usage, box.peak_bytes()
 
     def _lines(self, spec: WorkerSpec, box: Box) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
@@ -170,7 +245,7 @@ class Session:
             if worker.returncode:
                 errors.seek(0)
                 said = errors.read().strip().splitlines()
-                raise ForegateError(_why(worker.returncode, said[-1] if said else ""))
+                raise _error(worker.returncode, said[-1] if said else "")
 
     @staticmethod
     def _parse(worker: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
@@ -189,7 +264,10 @@ def _chosen(outcome: Outcome, prompt: str) -> list[int]:
     return found
 
 
-def _why(code: int, said: str) -> str:
-    if code == -9:
-        return "a benchmark process was killed: it needed more memory than budget, dense weights and overhead"
-    return f"a benchmark process failed with exit code {code}: {said}"
+def _error(code: int, said: str) -> ForegateError:
+    if code in (-9, 137):
+        return KilledError("a benchmark process was killed: it needed more than budget, dense weights and overhead")
+    return ForegateError(f"a benchmark process failed with exit code {code}: {said}")
+
+
+TRIAL_TOKENS = 4

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from foregate.bench.arms import BASELINE, ORACLE, PREFETCH, RESIDENT, RIVAL
+from foregate.bench.arms import BASELINE, BEST, ORACLE, PREFETCH, RESIDENT, RIVAL
 from foregate.bench.session import Outcome
 
 Runs = Sequence[Mapping[str, Any]]
@@ -22,7 +22,8 @@ def summarise(outcome: Outcome, limits: Mapping[str, Any]) -> dict[str, Any]:
     compute_ms = min(arm["compute_ms"] for arm in arms.values())
     best = best_cache_only(arms)
     for name, arm in arms.items():
-        arm |= bound(arm, compute_ms, float(limits.get("contention", 1.0)), disk)
+        arm |= bound(arm, compute_ms, disk)
+        arm["contention"] = outcome.watched.get(name)
         arm["oracle_gain"] = _gain(arms, best, name)
     arms |= {name: _rival_arm(runs) for name, runs in _by_arm(outcome.runs).items() if name.startswith(RIVAL)}
     for name, runs in _by_arm(outcome.runs).items():
@@ -30,9 +31,11 @@ def summarise(outcome: Outcome, limits: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "budget": outcome.setting.budget,
         "throttle_bps": outcome.setting.throttle_bps,
+        "warm": outcome.warm,
         "disk_limit_gb_per_s": disk,
         "limit_bytes": outcome.limit_bytes,
         "peak_bytes": outcome.peak_bytes,
+        "uses": outcome.uses,
         "dense_ms": outcome.dense_s * 1e3,
         "compute_ms": compute_ms,
         "best_cache_only": best,
@@ -50,14 +53,13 @@ def disk_limit(limits: Mapping[str, Any], throttle_bps: int | None) -> float:
     return best if throttle_bps is None else min(best, throttle_bps / 1e9)
 
 
-def bound(arm: Mapping[str, Any], compute_ms: float, contention: float, disk: float) -> dict[str, Any]:
-    """What a token of this arm must take at least: max(C x contention, D), and TPOT over it.
+def bound(arm: Mapping[str, Any], compute_ms: float, disk: float) -> dict[str, Any]:
+    """What a token of this arm must take at least: max(C, D), and TPOT over it.
 
-    C is the compute of the arm in the cell that has least; D is what this arm reads at the disk's limit. An arm that
-    reads nothing meets no contention.
+    C is the compute of the arm in the cell that has least; D is what this arm reads at the disk's limit. What reading
+    costs the arithmetic is not in it: ``contention`` says that for each arm.
     """
-    reading_ms = arm["read_mb_per_token"] / disk
-    at_least = max(compute_ms * (contention if reading_ms else 1.0), reading_ms)
+    at_least = max(compute_ms, arm["read_mb_per_token"] / disk)
     return {"bound_ms": at_least, "distance_to_bound": arm["tpot_ms"]["median"] / at_least if at_least else None}
 
 
@@ -119,27 +121,37 @@ def identical(runs: Sequence[Mapping[str, Any]]) -> bool:
 def ratios(runs: Runs) -> dict[str, Any]:
     """How many times faster the first name is: TPOT of the second over TPOT of the first, over paired runs.
 
-    A name with ``(TTFT)`` is about the time to the first token. ``best`` is chosen among these runs.
+    A name with ``(TTFT)`` is about the time to the first token. ``BEST`` is the cache-only arm that was fastest in
+    these very runs (``against``), which is harder on us than any policy chosen beforehand; each policy stands beside.
     """
     arms = {name: {"tpot_ms": {"median": median(_means(own))}} for name, own in _by_arm(runs).items()}
     best = best_cache_only(arms)
-    rivals = [name for name in arms if name.startswith(RIVAL)]
-    limited = [name for name in rivals if not name.endswith(RESIDENT)]
-    pairs: list[tuple[str | None, str | None]] = [
-        (name, other)
-        for name in arms
-        if name.startswith((PREFETCH, ORACLE))
-        for other in (best, "on-demand-sequential", "on-demand-parallel", *limited)
-    ]
-    pairs += [(best, other) for other in (RESIDENT, *limited)]
-    pairs += [(RESIDENT, name) for name in rivals if name.endswith(RESIDENT)]
+    policies = [name for name in arms if name.startswith(f"{BASELINE}:")]
+    whole = [name for name in arms if name.startswith(RIVAL) and name.endswith(RESIDENT)]
+    limited = [name for name in arms if name.startswith(RIVAL) and name not in whole]
     found: dict[str, Any] = {}
-    for name, other in pairs:
+
+    def compare(name: str, other: str) -> None:
         if name in arms and other in arms:
-            found[f"{name} vs {other}"] = paired(runs, str(name), str(other))
-            if str(other).startswith(RIVAL) and not str(name).startswith(ORACLE):
-                found[f"{name} vs {other} (TTFT)"] = paired(runs, str(name), str(other), _ttft)
+            found[f"{name} vs {other}"] = paired(runs, name, other)
+            if other.startswith(RIVAL) and not name.startswith(ORACLE):
+                found[f"{name} vs {other} (TTFT)"] = paired(runs, name, other, _ttft)
+
+    # a rival that is only there at its full size is so in a cell that holds everything, as our arms then do
+    peers = limited or whole
+    for name in (name for name in arms if name.startswith((PREFETCH, ORACLE))):
+        if best is not None:
+            found[f"{name} vs {BEST}"] = {"against": best, **paired(runs, name, best)}
+        for other in (*(policies if name.startswith(PREFETCH) else ()), *ON_DEMAND, *peers):
+            compare(name, other)
+    for other in (RESIDENT, *peers) if best is not None else ():
+        compare(best or "", other)
+    for name in whole:
+        compare(RESIDENT, name)
     return found
+
+
+ON_DEMAND = ("on-demand-sequential", "on-demand-parallel")
 
 
 def _mean_step(run: Mapping[str, Any]) -> float:

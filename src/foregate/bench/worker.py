@@ -1,4 +1,4 @@
-"""One process, one model, one budget: runs arms in turn, each from a cold cache, and prints a JSON line a run.
+"""One process, one model, one budget: runs arms in turn, cold or warm as the arm says, and prints a JSON line a run.
 
 ``python -m foregate.bench.worker SPEC.json``, inside whatever limits the parent has set. The first line out says that
 the model is loaded, and what its parts cost with every expert resident or not.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from foregate.bench.arms import Arm
+from foregate.bench.contention import ContentionWatch
 from foregate.bench.dense import dense_seconds
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
@@ -22,7 +23,10 @@ from foregate.predictors.oracle import Oracle, RouteRecorder
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What a worker is to do. ``prompts``: name → token ids; every arm runs every prompt ``rounds`` times."""
+    """What a worker is to do. ``prompts``: name → token ids; every arm runs every prompt ``rounds`` times.
+
+    ``watch``: each arm once more before that, not timed, for what its reads cost its arithmetic.
+    """
 
     model: str
     budget: str
@@ -31,11 +35,14 @@ class WorkerSpec:
     prompts: dict[str, list[int]]
     tokens: int
     rounds: int
+    watch: bool = False
 
     @staticmethod
     def arm(arm: Arm) -> dict[str, Any]:
         """JSON form of an arm."""
-        return {"name": arm.name, "settings": dict(arm.settings), "slots_of_top_k": arm.slots_of_top_k}
+        return {
+            "name": arm.name, "settings": dict(arm.settings), "slots_of_top_k": arm.slots_of_top_k, "warm": arm.warm
+        }  # fmt: skip
 
 
 class Worker:
@@ -55,6 +62,9 @@ class Worker:
         for name, ids in self._spec.prompts.items():
             self._routes[name] = self._record(ids)
         say({"kind": "ready", "dense_s": dense_seconds(self._engine), "load_s": self._engine.load_s})
+        if self._spec.watch:
+            for arm in self._spec.arms:
+                say({"kind": "watched", "arm": arm["name"], **self._watch(arm)})
         for number in range(self._spec.rounds):
             for name, ids in self._spec.prompts.items():
                 for arm in self._spec.arms:
@@ -64,22 +74,39 @@ class Worker:
     def _record(self, ids: list[int]) -> RouteRecorder:
         recorder = RouteRecorder()
         self._engine.observers.append(recorder)
-        for _ in self._engine.stream(ids, self._sampling):
-            pass
+        self._generate(ids)
         self._engine.observers.remove(recorder)
         return recorder
 
+    def _watch(self, arm: dict[str, Any]) -> dict[str, Any]:
+        """What reading costs the experts' arithmetic in ``arm``, on the first prompt."""
+        self._prepare(arm, ids := next(iter(self._spec.prompts.values())))
+        watch = ContentionWatch()
+        leave = self._engine.listen(watch)
+        self._generate(ids)
+        leave()
+        return watch.as_dict()
+
     def _measure(self, arm: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+        self._prepare(arm, ids)
+        self._generate(ids)
+        assert self._engine.report is not None
+        report = self._engine.report.as_dict()
+        return {"report": report, "step_s": [step.stats.wall_s for step in self._engine.report.decode]}
+
+    def _prepare(self, arm: dict[str, Any], ids: list[int]) -> None:
+        """The engine as ``arm`` has it: an empty cache, or, if it is warm, what this very run leaves behind."""
         engine = self._engine
         engine.reset(**{**BASE, "memory_budget": self._budget(arm), **arm["settings"]})
         if isinstance(engine.predictor, Oracle):
             name = next(name for name, prompt in self._spec.prompts.items() if prompt == ids)
             engine.predictor.load(self._routes[name], (tuple(ids), self._sampling))
-        for _ in engine.stream(ids, self._sampling):
+        if arm["warm"]:
+            self._generate(ids)
+
+    def _generate(self, ids: list[int]) -> None:
+        for _ in self._engine.stream(ids, self._sampling):
             pass
-        assert engine.report is not None
-        report = engine.report.as_dict()
-        return {"report": report, "step_s": [step.stats.wall_s for step in engine.report.decode]}
 
     def _budget(self, arm: dict[str, Any]) -> str:
         times = arm["slots_of_top_k"]

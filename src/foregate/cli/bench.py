@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +11,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from foregate.cli.bench_quality import QUALITY_TOKENS, quality_table, quality_texts
-from foregate.cli.bench_tables import arms_table, limits_table, ratios_table, rivals_table
+from foregate.cli.bench_tables import arms_table, limits_table, memory_table, ratios_table, rivals_table
 from foregate.cli.output import console, print_json, result
 from foregate.config import RunConfig, parse_budget
-from foregate.errors import BudgetError, ConfigError
+from foregate.errors import ConfigError
 from foregate.experts.policy import POLICIES
 
 _RUN = RunConfig()
@@ -23,9 +24,10 @@ WIDTH = 150
 
 def bench(
     model: Annotated[str, typer.Argument(help="Directory, hub id, pack, or 'reference' (built in).")] = _RUN.model,
-    budget: Annotated[str, typer.Option("--memory-budget", "--budget", "--ram", help="One or more, with commas.")] = (
-        "25%,50%,75%"
-    ),
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--memory-budget", "--budget", "--ram", help="Again for more, or with commas; 25%,50%,75%."),
+    ] = None,
     arms: Annotated[str, typer.Option(help="all, or names (or their beginnings), with commas.")] = "all",
     predictor: Annotated[list[str] | None, typer.Option(help="Under test: a name or a file (again for more).")] = None,
     lookahead: Annotated[int | None, typer.Option(help="Layers they look ahead; each one's own if not given.")] = None,
@@ -38,9 +40,14 @@ def bench(
     prompt_tokens: Annotated[
         str | None, typer.Option(help="Exact lengths of prompts, with commas: real text, cut. For TTFT.")
     ] = None,
-    throttle: Annotated[str, typer.Option(help="Bytes a second the disk may give (300MB), or none; with commas.")] = (
-        "none"
-    ),
+    domain: Annotated[list[str] | None, typer.Option(help="Only prompts of this domain (again for more).")] = None,
+    throttle: Annotated[
+        list[str] | None,
+        typer.Option(help="Bytes a second the disk may give (300MB/s), or none; again for more, or with commas."),
+    ] = None,
+    overhead: Annotated[
+        str, typer.Option(help="Memory beside budget and dense weights: stated, measured (tight), or bytes (512MB).")
+    ] = "stated",
     cgroup: Annotated[str, typer.Option(help="auto, v1, v2 or systemd-run.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Compute threads; torch's choice if not given.")] = None,
     rivals: Annotated[
@@ -50,29 +57,34 @@ def bench(
     work_dir: Annotated[Path | None, typer.Option(help="Where rivals' weights are kept; the cache directory.")] = None,
     quality: Annotated[bool, typer.Option("--quality", help="Also every lossy mode: loss against speed.")] = False,
     low_precision_pack: Annotated[str | None, typer.Option(help="With --quality: for low-precision-miss.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for bench.json, bench.svg and bench.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for bench.json, a figure, and cells: what is there is not run again.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the JSON line.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same: no table.")] = False,
 ) -> None:
     """Compare arms under a memory limit, cold, interleaved. The last line of stdout is one JSON object."""
     from foregate.bench.arms import choose, standard_arms
     from foregate.bench.figure import check_figure, draw
-    from foregate.bench.grid import merged
+    from foregate.bench.grid import merged, never_below
+    from foregate.bench.kept import Kept
     from foregate.bench.limits import physical_limits
     from foregate.bench.provenance import provenance
     from foregate.bench.quality import Tried, judge_modes
-    from foregate.bench.session import Session, Setting
+    from foregate.bench.session import Outcome, Session, Setting
     from foregate.bench.summary import summarise
 
     tested = predictor or [_RUN.predictor]
     chosen = choose(standard_arms(tested, lookahead, POLICIES.check(cache_policy)), arms)
-    settings = [Setting(each, bps) for bps in _throttles(throttle) for each in _budgets(budget)]
+    budgets = _budgets(budget or ["25%,50%,75%"])
+    settings = [Setting(each, bps) for bps in _throttles(throttle or ["none"]) for each in budgets]
+    beside = _overhead(overhead)
     if out:
         check_figure(out)
     if rivals is None and (rivals_model or work_dir):
         raise ConfigError(f"{rivals_model or work_dir} is for rivals: give --rivals too")
     texts = quality_texts(quality, low_precision_pack, dataset or [], data_dir)
-    ids = _prompt_ids(model, dataset or [], data_dir, prompts, prompt_tokens)
+    ids = _of_domains(_prompt_ids(model, dataset or [], data_dir, prompts, prompt_tokens), domain or [])
     shown, silent = console(), quiet or as_json
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -84,36 +96,63 @@ def bench(
             progress.update(task, description=text)
 
         lineup = _lineup(rivals, model, rivals_model, work_dir, say)
-        limits = physical_limits(model, threads, say)
+        facts = provenance(model, ids, tokens=tokens, rounds=rounds, predictors=tested)
+        machine = {name: facts[name] for name in ("model", "kernel", "cpu", "disk")} | {"threads": threads}
+        kept = Kept(out / "cells" if out else None)
+        limits = kept.measured("limits", machine, lambda: physical_limits(model, threads, say))
         if not silent:
             _print(limits_table(limits))
-        session = Session(
-            model, chosen, ids, tokens=tokens, rounds=rounds, threads=threads, cgroup=cgroup, lineup=lineup,
-            progress=lambda text: progress.update(task, advance=1, description=text),
-        )  # fmt: skip
-        progress.update(task, total=session.steps * len(settings))
-        cells = [summarise(session.run(setting), limits) for setting in settings]
-        tried = Tried(model, _budgets(budget), tested, cache_policy, threads, low_precision_pack)
+
+        def session_with(overhead_bytes: int | None) -> Session:
+            return Session(
+                model, chosen, ids, tokens=tokens, rounds=rounds, threads=threads, cgroup=cgroup, lineup=lineup,
+                overhead_bytes=overhead_bytes,
+                progress=lambda text: progress.update(task, advance=1, description=text),
+            )  # fmt: skip
+
+        session = session_with(beside if isinstance(beside, int) else None)
+        same = {
+            **machine, **{name: facts[name] for name in ("predictors", "prompts", "tokens", "rounds")},
+            "cgroup": cgroup, "arms": [str(arm) for arm in chosen], "rivals": list(lineup.ready),
+        }  # fmt: skip
+        if beside == "measured":
+            say("overhead")
+            session = session_with(kept.measured("overhead", same, lambda: _measured(session))["overhead_bytes"])
+        same["overhead_bytes"] = session.overhead_bytes
+        progress.update(task, total=sum(map(session.steps, settings)))
+        cells = []
+        for setting in settings:
+            where, identity = f"{setting.budget}-{setting.throttle_bps or 'none'}", {**same, **asdict(setting)}
+            if kept.has(where, identity):
+                progress.update(task, advance=session.steps(setting), description=f"{where}: kept")
+            run = lambda setting=setting: asdict(session.run(setting))  # noqa: E731
+            cells.append(summarise(Outcome.from_json(kept.measured(where, identity, run)), limits))
+            if not silent:
+                _print(arms_table(cells[-1]))
+        tried = Tried(model, budgets, tested, cache_policy, threads, low_precision_pack)
         judged = judge_modes(tried, texts, tokens=QUALITY_TOKENS, say=say) if quality else []
     found = {
         "limits": limits,
         **merged(cells),
         "cells": cells,
-        "rivals": lineup.as_dict(),
+        "summary": never_below(cells),
+        "overhead": {"how": overhead, "bytes": session.overhead_bytes, "stated_bytes": session.stated_overhead},
+        "rivals": lineup.as_dict(limits["format"]),
         "quality": judged,
-        **provenance(model, ids, tokens=tokens, rounds=rounds, predictors=tested),
+        **facts,
     }
     if out:
         (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
         draw(cells, out)
     if not silent:
-        for cell in cells:
-            _print(arms_table(cell))
+        _print(memory_table(cells))
         _print(ratios_table(cells, found["ratios"].get("worst")))
         if quality:
             _print(quality_table(judged))
         if rivals:
             _print(rivals_table(found["rivals"], cells))
+        if found["summary"]:
+            _print(found["summary"])
     print_json(found)
 
 
@@ -135,18 +174,52 @@ def _lineup(rivals: str | None, model: str, source: str | None, work_dir: Path |
     return line_up(names, rivals_source(model, source), work_dir or default_work_dir(), RIVALS, say)
 
 
-def _budgets(text: str) -> list[str]:
-    budgets = [part.strip() for part in text.split(",") if part.strip()]
+def _measured(session: Any) -> dict[str, int]:
+    from foregate.bench.overhead import measured_overhead
+
+    least = measured_overhead(session.trial, stated=session.stated_overhead, held=session.trial_held)
+    return {"overhead_bytes": least}
+
+
+def _overhead(text: str) -> int | str:
+    """``stated``, ``measured`` or bytes. Raises ConfigError."""
+    if text in ("stated", "measured"):
+        return text
+    nbytes = parse_budget(text).nbytes if text[:1].isdigit() else None
+    if nbytes is None:
+        raise ConfigError(f"overhead {text!r} is not stated, measured or bytes, such as 512MB")
+    return nbytes
+
+
+def _of_domains(ids: dict[str, list[int]], wanted: list[str]) -> dict[str, list[int]]:
+    """The prompts of those domains; all where none is named. Raises ConfigError for one that there is not."""
+    from foregate.bench.summary import domain as domain_of
+
+    there = list(dict.fromkeys(map(domain_of, ids)))
+    for name in wanted:
+        if name not in there:
+            raise ConfigError(f"no prompt of domain {name!r}; there are: {', '.join(there)}")
+    return {name: own for name, own in ids.items() if not wanted or domain_of(name) in wanted}
+
+
+def _split(texts: list[str], what: str) -> list[str]:
+    """What was given again or with commas, each once. Raises ConfigError where that is nothing."""
+    found = list(dict.fromkeys(part.strip() for text in texts for part in text.split(",") if part.strip()))
+    if not found:
+        raise ConfigError(f"{what} {','.join(texts)!r} names none")
+    return found
+
+
+def _budgets(texts: list[str]) -> list[str]:
+    budgets = _split(texts, "memory budget")
     for each in budgets:
         parse_budget(each)
-    if not budgets:
-        raise BudgetError(f"memory budget {text!r} names none")
     return budgets
 
 
-def _throttles(text: str) -> list[int | None]:
+def _throttles(texts: list[str]) -> list[int | None]:
     found: list[int | None] = []
-    for part in (part.strip() for part in text.split(",")):
+    for part in _split(texts, "throttle"):
         if part.lower() == "none":
             found.append(None)
             continue

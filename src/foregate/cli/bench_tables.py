@@ -7,12 +7,13 @@ from typing import Any
 
 from rich.table import Table
 
-from foregate.bench.grid import place
+from foregate.bench.arms import BEST
+from foregate.bench.grid import lines, place
 from foregate.cli.output import size
 
 
 def limits_table(limits: Mapping[str, Any]) -> Table:
-    """The physical limits: disk by readers and size of a read, kernels by format, contention."""
+    """The physical limits: disk by readers and size of a read, kernels by format."""
     shown = _table(f"physical limits, {limits['threads']} compute threads", ("limit", "value"))
     expert = size(limits["expert_bytes"])
     for point in limits["disk"]:
@@ -25,10 +26,6 @@ def limits_table(limits: Mapping[str, Any]) -> Table:
         rate = f"{speed['gb_per_s']:.1f} GB/s, {speed['share']:.0%} of plain reading"
         shown.add_row(name, f"{speed['expert_us']:.0f} us, {rate} ({speed['instructions']})")
     shown.add_row("memory, plain reading", f"{limits['memory_read_gb_per_s']:.1f} GB/s")
-    shown.add_row(
-        f"contention: experts while {limits['readers']} readers work",
-        f"{limits['contention']:.2f} x slower, the disk gives {limits['disk_gb_per_s_while_computing']:.2f} GB/s",
-    )
     return shown
 
 
@@ -37,9 +34,9 @@ def arms_table(cell: Mapping[str, Any]) -> Table:
     same = "yes" if cell["outputs_identical"] else "NO"
     names = (
         "arm", "TPOT ms (range)", "p95", "TTFT s", "disk, prefill", "hit", "MB/ token", "C ms", "stall ms", "over- lap",
-        "over- head", "x reads", "x bound",
+        "over- head", "x reads", "C when reading", "x bound",
     )  # fmt: skip
-    shown = _table(f"{place(cell)}, cold; outputs identical: {same}", names)
+    shown = _table(f"{place(cell)}, {'warm' if cell['warm'] else 'cold'}; outputs identical: {same}", names)
     for name, arm in cell["arms"].items():
         tpot = arm["tpot_ms"]
         share = max(prompt["prefill_disk_share"] for prompt in arm["prompts"].values())
@@ -56,6 +53,7 @@ def arms_table(cell: Mapping[str, Any]) -> Table:
             _or_dash(arm, "overlap", "{:.0%}"),
             _or_dash(arm, "overhead_ms", "{:.1f}"),
             _or_dash(arm, "amplification", "{:.2f}"),
+            _or_dash(arm.get("contention") or {}, "ratio", "x {:.2f}"),
             _or_dash(arm, "distance_to_bound", "{:.2f}"),
         )
     return shown
@@ -66,9 +64,10 @@ def ratios_table(cells: Sequence[Mapping[str, Any]], worst: Mapping[str, Any] | 
     shown = _table("how many times faster (paired runs)", ("cell", "ratio", "median", "range", "pairs"))
     for cell in cells:
         for name, ratio in cell["ratios"].items():
-            shown.add_row(place(cell), name, *_spread(ratio))
+            against = f" ({ratio['against']})" if "against" in ratio else ""
+            shown.add_row(place(cell), name + against, *_spread(ratio))
     if worst:
-        name = f"least over cells and domains: {worst['arm']} vs {worst['against']} ({worst['domain']})"
+        name = f"least over cells and domains: {worst['arm']} vs {BEST} ({worst['against']}, {worst['domain']})"
         shown.add_section()
         shown.add_row(worst["cell"], name, *_spread(worst))
     return shown
@@ -78,11 +77,24 @@ def rivals_table(rivals: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) 
     """Who ran, with which weights, and who did not and why."""
     shown = _table("rivals", ("rival", "cell", "what happened"))
     for name, said in rivals.items():
-        shown.add_row(name, "all", said["format"] if said["runs"] else f"not run: {said['reason']}")
+        shown.add_row(name, "all", _weights(said) if said["runs"] else f"not run: {said['reason']}")
     for cell in cells:
         for name, why in cell["rivals_failed"].items():
             shown.add_row(name, place(cell), f"not run: {why}")
     return shown
+
+
+def memory_table(cells: Sequence[Mapping[str, Any]]) -> Table:
+    """What every process was allowed, and what it used of it."""
+    shown = _table("memory", ("cell", "process", "limit", "most allocated", "most page cache"))
+    for line in lines(cells):
+        used = (size(line[name]) if name in line else "-" for name in ("allocated_bytes", "page_cache_bytes"))
+        shown.add_row(line["cell"], line["process"], size(line["limit_bytes"]), *used)
+    return shown
+
+
+def _weights(said: Mapping[str, Any]) -> str:
+    return str(said["format"]) + ("" if said["same_bits"] else "; NOT the bits of our experts: no like for like")
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

@@ -72,6 +72,10 @@ class Box:
         for group in self._groups:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
+    def used(self) -> tuple[int, int] | None:
+        """Bytes of anonymous memory and of page cache now; None where the kernel does not tell."""
+        return next((found for found in map(_used, self._groups) if found is not None), None)
+
     def peak_bytes(self) -> int | None:
         """Most memory used, page cache included; None where the kernel does not tell."""
         peaks = [_peak(group) for group in self._groups]
@@ -181,6 +185,15 @@ def _peak(group: Path) -> int | None:
         text = _read(group / name).strip()
         if text:
             return int(text)
+    return None
+
+
+def _used(group: Path) -> tuple[int, int] | None:
+    """Of memory.stat: version 1 calls it rss and cache, version 2 anon and file."""
+    stat = dict(line.split()[:2] for line in _read(group / "memory.stat").splitlines())
+    for names in (("total_rss", "total_cache"), ("anon", "file")):
+        if all(name in stat for name in names):
+            return int(stat[names[0]]), int(stat[names[1]])
     return None
 
 

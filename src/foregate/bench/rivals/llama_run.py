@@ -55,6 +55,13 @@ class Llama:
             settings.flash_attn_type = self._llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         return settings
 
+    def warm(self, tokens: Tokens) -> None:
+        """Run all of ``tokens`` and forget them: what they need is then in memory."""
+        self.feed(tokens.prompt)
+        for token in tokens.stream:
+            self.feed([token])
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+
     def feed(self, tokens: list[int]) -> int:
         return int(self.logits(tokens).argmax())
 
@@ -96,9 +103,13 @@ def main() -> int:
     import llama_cpp
 
     def ready() -> Feed:
-        return load(options.gguf, tokens, options.threads).feed
+        model = load(options.gguf, tokens, options.threads)
+        if options.warm:
+            model.warm(tokens)
+        return model.feed
 
-    settings = {"threads": options.threads, "use_mmap": True, "use_extra_bufts": False, "file": options.gguf.name}
+    settings: dict[str, Any] = {"threads": options.threads, "warm": options.warm, "file": options.gguf.name}
+    settings |= {"use_mmap": True, "use_extra_bufts": False}
     settings["system"] = llama_cpp.llama_print_system_info().decode()
     version = f"llama-cpp-python {llama_cpp.__version__}"
     done = measure(tokens, ready, rival="llama.cpp", version=version, settings=settings)
@@ -111,6 +122,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("gguf", type=Path)
     parser.add_argument("tokens", type=Path, help='{"prompt": [ids], "stream": [ids]}')
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--warm", action="store_true", help="run all of it once before, as part of loading")
     return parser.parse_args()
 
 
