@@ -51,7 +51,9 @@ def standard_arms(predictors: Sequence[str], lookahead: int | None, policy: str)
         ahead = own_lookahead(predictor) if lookahead is None else lookahead
         found += [_prefetch_only(predictor, label, ahead), _both(predictor, label, ahead, policy)]
     found += [_oracle(ahead, policy) for ahead in (1, 2, 4)]
-    return [*found, Arm(RESIDENT, MappingProxyType({**quiet, "cache_policy": "lru"}), whole=True, warm=True)]
+    # prefetch off: a prompt's reading ahead of whole layers would read experts that no token has needed
+    settled = MappingProxyType({**quiet, "prefetch": "off", "cache_policy": "lru"})
+    return [*found, Arm(RESIDENT, settled, whole=True, warm=True)]
 
 
 def own_lookahead(predictor: str) -> int:

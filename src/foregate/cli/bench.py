@@ -121,10 +121,13 @@ def bench(
         same["overhead_bytes"] = session.overhead_bytes
         progress.update(task, total=sum(map(session.steps, settings)))
         cells = []
-        for setting in settings:
+        for number, setting in enumerate(settings, start=1):
             where, identity = f"{setting.budget}-{setting.throttle_bps or 'none'}", {**same, **asdict(setting)}
-            if kept.has(where, identity):
-                progress.update(task, advance=session.steps(setting), description=f"{where}: kept")
+            there = kept.has(where, identity)
+            if there:
+                progress.update(task, advance=session.steps(setting))
+            if not silent and not shown.is_terminal:
+                shown.print(f"cell {number} of {len(settings)}: {where}{', kept' if there else ''}")
             run = lambda setting=setting: asdict(session.run(setting))  # noqa: E731
             cells.append(summarise(Outcome.from_json(kept.measured(where, identity, run)), limits))
             if not silent:
