@@ -23,7 +23,7 @@ from foregate.bench.overhead import STEP, measured_overhead
 from foregate.bench.prompts import exact_prompts, parse_lengths
 from foregate.bench.rivals import RIVALS
 from foregate.bench.rivals.pagecache import drop
-from foregate.bench.rivals.readahead import read_ahead, setting_of
+from foregate.bench.rivals.readahead import HeldError, read_ahead, setting_of
 from foregate.bench.session import Outcome, Session, Setting
 from foregate.bench.summary import _domains, bound, disk_limit, paired, ratios, summarise
 from foregate.bench.usage import gauged
@@ -207,6 +207,21 @@ def test_a_rival_runs_in_the_same_limit_and_one_that_fails_is_listed_with_its_re
     assert {"cache+prefetch:next-gate@1 vs rival:echo", "cache-only:lru vs rival:echo (TTFT)"} <= set(found["ratios"])
     assert found["outputs_identical"]
     assert json.loads(json.dumps(found)) == found
+
+
+@needs_cgroup
+def test_a_second_benchmark_on_the_machine_is_an_error_and_not_the_failure_of_a_rival(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_for_a_while, _ = _read_ahead_in(tmp_path)
+    monkeypatch.setattr("foregate.bench.lineup.read_ahead", set_for_a_while)
+    lineup = line_up(["e"], open_checkpoint(locate("reference")), tmp_path, {"e": Echo(PROTOCOL)}, lambda text: None)
+    session = Session(
+        "reference", choose(standard_arms(["next-gate"], 1, "lfru"), "cache-only:lru"),
+        {"code/1": list(range(5, 15))}, tokens=3, rounds=1, threads=1, cgroup="auto", lineup=lineup,
+    )  # fmt: skip
+    with set_for_a_while(tmp_path), pytest.raises(HeldError, match="held by process"):
+        session.run(Setting("25%"))
 
 
 def test_a_rival_that_is_missing_is_listed_and_an_unknown_one_refused(tmp_path: Path) -> None:
@@ -397,6 +412,7 @@ def test_llama_cpp_and_accelerate_run_beside_our_arms(tmp_path: Path) -> None:
         ["--throttle", "fast"],
         ["--domain", "poetry"],
         ["--overhead", "little"],
+        ["--quality-tokens", "9"],
         ["--arms", "nothing"],
         ["--budget", "-3%"],
         ["--predictor", "seer"],

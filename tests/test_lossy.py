@@ -409,6 +409,6 @@ def test_bench_judges_every_mode_that_has_something_to_do(packs: tuple[Path, Pat
 
 def test_bench_refuses_quality_without_texts() -> None:
     with pytest.raises(ConfigError, match="give --dataset"):
-        quality_texts(True, None, [], None)
+        quality_texts(True, None, None, [], None, [])
     with pytest.raises(ConfigError, match="low-precision pack x"):
         quality_texts(False, "x", [], None)

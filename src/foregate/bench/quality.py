@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from foregate.bench.kept import Kept
+from foregate.checkpoint.manifest import NAME
 from foregate.config import LOSSY_MODES, RunConfig
 from foregate.engine.lossy_quality import lossy_quality
 
@@ -54,14 +58,38 @@ class Tried:
         )
 
 
-def judge_modes(tried: Tried, texts: Texts, *, tokens: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """``LossyQuality.as_dict`` of every mode, and ``delta`` (nats a token) and ``agreement`` over domains."""
+def judge_modes(
+    tried: Tried,
+    texts: Texts,
+    *,
+    tokens: int,
+    say: Callable[[str], None],
+    kept: Kept | None = None,
+    machine: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """``LossyQuality.as_dict`` of every mode, and ``delta`` (nats a token) and ``agreement`` over domains.
+
+    With ``kept``, what was judged before is not judged again; ``machine`` is what it depends on beside settings.
+    """
+    kept = kept or Kept(None)
     found = []
     for config in tried.configs():
-        say(f"quality: {config.lossy}, {config.predictor}, {config.memory_budget}")
-        facts = lossy_quality(config, texts, tokens=tokens).as_dict()
-        judged = sum(line["tokens"] for line in facts["domains"])
-        for name in ("delta", "agreement"):
-            facts[name] = sum(line[name] * line["tokens"] for line in facts["domains"]) / judged
-        found.append(facts)
+        where = f"quality-{config.lossy}-{Path(config.predictor).stem}-{config.memory_budget}"
+        say(where)
+        identity = {**asdict(config), **(machine or {}), "texts": list(texts), "tokens": tokens}
+        judge = partial(_judged, config, texts, tokens)
+        found.append(kept.measured(where, {**identity, "low": _manifest(config)}, judge))
     return found
+
+
+def _manifest(config: RunConfig) -> str | None:
+    """What a pack of lower precision says of itself: a path alone does not tell one from the next."""
+    return (Path(config.low_precision_pack) / NAME).read_text() if config.low_precision_pack else None
+
+
+def _judged(config: RunConfig, texts: Texts, tokens: int) -> dict[str, Any]:
+    facts = lossy_quality(config, texts, tokens=tokens).as_dict()
+    judged = sum(line["tokens"] for line in facts["domains"])
+    for name in ("delta", "agreement"):
+        facts[name] = sum(line[name] * line["tokens"] for line in facts["domains"]) / judged
+    return facts

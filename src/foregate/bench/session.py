@@ -15,6 +15,7 @@ import torch
 
 from foregate.bench.arms import RESIDENT, Arm
 from foregate.bench.lineup import SHORT, Lineup, run_rival, stream_for
+from foregate.bench.rivals.readahead import HeldError
 from foregate.bench.usage import Usage, gauged
 from foregate.bench.worker import WorkerSpec
 from foregate.checkpoint.locate import locate
@@ -169,6 +170,9 @@ class Session:
             threads = self._threads or torch.get_num_threads()
             try:
                 found = run_rival(rival, prepared, tokens, limits, cgroup=self._cgroup, threads=threads, warm=whole)
+            except HeldError:
+                # another benchmark runs: nothing measured beside it would mean anything, nor is it the rival's failure
+                raise
             except ForegateError as error:
                 outcome.rivals_failed[arm] = str(error)
                 continue

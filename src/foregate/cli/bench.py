@@ -56,6 +56,10 @@ def bench(
     rivals_model: Annotated[str | None, typer.Option(help="What a pack was made from: rivals read no packs.")] = None,
     work_dir: Annotated[Path | None, typer.Option(help="Where rivals' weights are kept; the cache directory.")] = None,
     quality: Annotated[bool, typer.Option("--quality", help="Also every lossy mode: loss against speed.")] = False,
+    quality_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"With --quality: tokens judged in each domain and mode; {QUALITY_TOKENS}."),
+    ] = None,
     low_precision_pack: Annotated[str | None, typer.Option(help="With --quality: for low-precision-miss.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for bench.json, a figure, and cells: what is there is not run again.")
@@ -83,7 +87,7 @@ def bench(
         check_figure(out)
     if rivals is None and (rivals_model or work_dir):
         raise ConfigError(f"{rivals_model or work_dir} is for rivals: give --rivals too")
-    texts = quality_texts(quality, low_precision_pack, dataset or [], data_dir)
+    texts = quality_texts(quality, low_precision_pack, quality_tokens, dataset or [], data_dir, domain or [])
     ids = _of_domains(_prompt_ids(model, dataset or [], data_dir, prompts, prompt_tokens), domain or [])
     shown, silent = console(), quiet or as_json
     with Progress(
@@ -133,7 +137,8 @@ def bench(
             if not silent:
                 _print(arms_table(cells[-1]))
         tried = Tried(model, budgets, tested, cache_policy, threads, low_precision_pack)
-        judged = judge_modes(tried, texts, tokens=QUALITY_TOKENS, say=say) if quality else []
+        count = quality_tokens or QUALITY_TOKENS
+        judged = judge_modes(tried, texts, tokens=count, say=say, kept=kept, machine=machine) if quality else []
     found = {
         "limits": limits,
         **merged(cells),

@@ -11,21 +11,28 @@ from foregate.cli.trace_setup import find_prompts
 from foregate.errors import ConfigError
 
 QUALITY_TOKENS = 500
-"""Tokens judged in each domain and mode; ``foregate quality --lossy`` takes as many as one likes."""
+"""Tokens judged in each domain and mode, if not told."""
 
 
 def quality_texts(
-    wanted: bool, low_precision_pack: str | None, datasets: list[str], data_dir: Path | None
+    wanted: bool,
+    low_precision_pack: str | None,
+    quality_tokens: int | None,
+    datasets: list[str],
+    data_dir: Path | None,
+    domains: list[str],
 ) -> list[Any]:
     """(domain, text) of every data set. Raises ConfigError where there is none, or nobody wants it."""
     if not wanted:
-        if low_precision_pack is not None:
-            raise ConfigError(f"low-precision pack {low_precision_pack} is for --quality: give that too")
+        for name, given in (("low-precision pack", low_precision_pack), ("quality tokens", quality_tokens)):
+            if given is not None:
+                raise ConfigError(f"{name} {given} is for --quality: give that too")
         return []
     if not datasets:
         raise ConfigError("--quality needs texts: give --dataset")
     found = (find_prompts(name, None if Path(name).is_file() else data_dir, None, None, 0) for name in datasets)
-    return [(prompt.domain, prompt.text + prompt.reference) for each in found for prompt in each.prompts]
+    texts = [(prompt.domain, prompt.text + prompt.reference) for each in found for prompt in each.prompts]
+    return [text for text in texts if not domains or text[0] in domains]
 
 
 def quality_table(judged: list[dict[str, Any]]) -> Table:

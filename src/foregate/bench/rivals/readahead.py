@@ -22,6 +22,11 @@ SYS = Path("/sys")
 STATE = Path("/run/foregate")
 """Emptied by a reboot, as the setting is."""
 
+
+class HeldError(ForegateError):
+    """Another process measures with a read-ahead of its own."""
+
+
 _WATCHER = 'cat > /dev/null; echo "$1" > "$2" && rm -f "$3"'
 
 
@@ -71,7 +76,7 @@ def restore(marker: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ForegateError(f"{marker}: unreadable ({error!r}); set the read-ahead by hand and remove it") from error
     if _started(owner) == left.get("started"):
-        raise ForegateError(f"{setting} is held by process {owner}; wait for its end")
+        raise HeldError(f"{setting} is held by process {owner}; wait for its end")
     _write(setting, before)
     marker.unlink(missing_ok=True)
 
@@ -83,7 +88,7 @@ def _claim(marker: Path, setting: Path, before: int) -> None:
         with marker.open("x") as file:
             json.dump(said, file)
     except FileExistsError:
-        raise ForegateError(f"{setting} was taken by another process just now ({marker})") from None
+        raise HeldError(f"{setting} was taken by another process just now ({marker})") from None
     except OSError as error:
         raise ForegateError(f"setting the read-ahead needs root: {marker}: {error.strerror}") from error
 
