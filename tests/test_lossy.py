@@ -411,4 +411,6 @@ def test_bench_refuses_quality_without_texts() -> None:
     with pytest.raises(ConfigError, match="give --dataset"):
         quality_texts(True, None, None, [], None, [])
     with pytest.raises(ConfigError, match="low-precision pack x"):
-        quality_texts(False, "x", [], None)
+        quality_texts(False, "x", None, [], None, [])
+    with pytest.raises(ConfigError, match="quality tokens 9"):
+        quality_texts(False, None, 9, [], None, [])
