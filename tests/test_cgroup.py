@@ -3,13 +3,85 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from foregate.testing.cgroup import available
+from foregate.bench.rivals.pagecache import drop
+from foregate.errors import ForegateError
+from foregate.testing.cgroup import Limits, _disk_of, available, confined
+
+MB = 10**6
+READ = """
+import mmap, os, sys, time
+how, name = sys.argv[1:]
+began = time.perf_counter()
+if how == "direct":
+    file, page = os.open(name, os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, 1 << 20)
+    while os.readv(file, [page]): pass
+else:
+    view = mmap.mmap(os.open(name, os.O_RDONLY), 0, prot=mmap.PROT_READ)
+    sum(view[::4096])
+print(time.perf_counter() - began)
+"""
+
+
+def _throttles(path: Path) -> bool:
+    try:
+        with confined(Limits(1 << 30, 100 * MB, path)):
+            os.close(os.open(path / "probe", os.O_CREAT | os.O_RDWR | os.O_DIRECT))
+    except (ForegateError, OSError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("how", ["direct", "mapped"])
+def test_a_throttle_slows_our_direct_reads_and_page_faults_alike(tmp_path: Path, how: str) -> None:
+    if not _throttles(tmp_path):
+        pytest.skip("reads cannot be throttled here: no cgroup for it, or no block device below")
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(16 << 20))
+    drop([file])
+    with confined(Limits(1 << 30, 20 * MB, file)) as box:
+        command = box.command([sys.executable, "-c", READ, how, str(file)])
+        done = subprocess.run(command, preexec_fn=box.join, capture_output=True, text=True, check=True)
+    # 0.84 s at the rate asked for; the first slice of time may carry more
+    assert float(done.stdout) > 0.5
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Iterator[Path]:
+    """A mounted overlay whose layers lie in ``tmp_path``."""
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    options = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    command = ["mount", "-t", "overlay", "overlay", "-o", options, str(tmp_path / "merged")]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("no overlay can be mounted here")
+    try:
+        yield tmp_path / "merged"
+    finally:
+        subprocess.run(["umount", str(tmp_path / "merged")], check=True)
+
+
+def test_the_disk_below_an_overlay_is_that_of_its_writable_layer(overlay: Path) -> None:
+    device, below = overlay.stat().st_dev, overlay.parent.stat().st_dev
+    assert device != below
+    try:
+        expected = _disk_of(os.major(below), os.minor(below))
+    except ForegateError:
+        pytest.skip("no block device below the temporary directory")
+    assert _disk_of(os.major(device), os.minor(device)) == expected
+
+
+def test_where_no_disk_is_below_one_line_says_so() -> None:
+    device = Path("/proc").stat().st_dev
+    with pytest.raises(ForegateError, match=f"no block device is below device {os.major(device)}:{os.minor(device)}"):
+        _disk_of(os.major(device), os.minor(device))
 
 
 @pytest.mark.slow

@@ -158,26 +158,42 @@ def _throttled_path(limits: Limits) -> Path:
 
 
 def _disk_of(major: int, minor: int) -> str:
-    """major:minor of the whole disk of a block device. Raises ForegateError where there is none (tmpfs, overlay)."""
+    """major:minor of the whole disk of a block device, or of the one below an overlay's writable layer.
+
+    Raises ForegateError where there is none: tmpfs, network, an overlay whose layers cannot be seen from here.
+    """
     here = Path(f"/sys/dev/block/{major}:{minor}")
     if here.exists():
         disk = here.resolve().parent if (here / "partition").exists() else here.resolve()
         return (disk / "dev").read_text().strip()
-    # A file system may number itself (btrfs, some virtual machines): the mount table names its device.
-    source = _mounted_device(major, minor)
-    if source is None:
-        raise ForegateError(f"reads cannot be throttled: device {major}:{minor} is no block device")
-    return _disk_of(os.major(source), os.minor(source))
+    # A file system may number itself (btrfs, overlay, some virtual machines): the mount table names what is below.
+    below = _below(major, minor)
+    if below is None:
+        raise ForegateError(f"reads cannot be throttled: no block device is below device {major}:{minor}")
+    return _disk_of(os.major(below), os.minor(below))
 
 
-def _mounted_device(major: int, minor: int) -> int | None:
+def _below(major: int, minor: int) -> int | None:
+    """Number of the device that the mounted file system ``major``:``minor`` lies on; None where none is to be seen."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split()
-        device = Path(fields[fields.index("-") + 2])
-        if fields[2] == f"{major}:{minor}" and device.is_block_device():
-            found = device.stat().st_rdev
-            return None if found == os.makedev(major, minor) else found
+        kind, source, options = fields[fields.index("-") + 1 :][:3]
+        if fields[2] != f"{major}:{minor}":
+            continue
+        found = _upper_device(options) if kind == "overlay" else _block_device(Path(source))
+        if found is not None and found != os.makedev(major, minor):
+            return found
     return None
+
+
+def _block_device(path: Path) -> int | None:
+    return path.stat().st_rdev if path.is_block_device() else None
+
+
+def _upper_device(options: str) -> int | None:
+    """Device of an overlay's writable layer, which inside a container is mostly out of sight."""
+    upper = next((Path(part[9:]) for part in options.split(",") if part.startswith("upperdir=")), None)
+    return upper.stat().st_dev if upper is not None and upper.is_dir() else None
 
 
 def _peak(group: Path) -> int | None:
