@@ -232,7 +232,7 @@ def test_a_failed_run_says_why(page: Page, monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: object) -> None:
         raise ValueError("the disk is gone")
 
-    monkeypatch.setattr(page.session._engine, "_new_report", broken)
+    monkeypatch.setattr(page.session._engine, "_run", broken)
     page.click("start")
     page.until(lambda: page.text("status") == "failed")
     assert page.text("problem") == "ValueError: the disk is gone"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from time import perf_counter, perf_counter_ns
 from types import TracebackType
 from typing import Any
@@ -24,16 +22,17 @@ from foregate.engine.chunks import READ_WHOLE, chunk_bounds
 from foregate.engine.dense import DenseKernels
 from foregate.engine.deviation import Deviation
 from foregate.engine.lossy import MODES, LowPack, check_family, deviation_of
-from foregate.engine.memory import SlotPlan, overhead, plan_slots, rss_peak
+from foregate.engine.memory import SlotPlan, Staging, overhead, plan_slots, plan_staging
 from foregate.engine.meter import Meter
-from foregate.engine.model import load_model, load_tokenizer
+from foregate.engine.model import load_model, load_tokenizer, stop_ids, takes_logits_to_keep
 from foregate.engine.report import RunReport
+from foregate.engine.reporter import Reporter
 from foregate.engine.runtime import install, uninstall
 from foregate.engine.sampler import Sampler
 from foregate.engine.signals import ModelSignals
 from foregate.engine.text import Detokenizer, check_length, encode
 from foregate.errors import ConfigError, ForegateError, IntegrityError, PromptError
-from foregate.events import EventHub, EventListener, PassBegan, TokenMade, ns
+from foregate.events import EventHub, EventListener, PassBegan
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, check_supported
 from foregate.experts.paired_transfer import PairedTransfer
@@ -47,7 +46,7 @@ from foregate.predictors.file import ModelIdentity
 from foregate.predictors.oracle import Oracle, RouteRecorder
 from foregate.prefetch.controller import Controller
 from foregate.prefetch.prefetcher import Prefetcher
-from foregate.types import FinishReason, GenerationStep, Phase, StepStats
+from foregate.types import FinishReason, GenerationStep, Phase
 
 
 class Engine:
@@ -68,6 +67,7 @@ class Engine:
         self.plan = self._plan()
         self.tokenizer = load_tokenizer(self.checkpoint.directory)
         self.model = load_model(self.checkpoint)
+        self._keeps_logits = takes_logits_to_keep(type(self.model))
         store = open_store(self.checkpoint)
         self.store = wrap_store(store) if wrap_store else store
         try:
@@ -91,6 +91,16 @@ class Engine:
     def context(self) -> int:
         """Most tokens of a sequence, prompt included."""
         return self.spec.context_length or 2**31
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Memory beside budget, dense weights and KV cache."""
+        wanted = parse_readers(self.config.reader_threads)
+        return overhead(
+            slot_bytes=self.spec.expert_slot_bytes,
+            readers=DEFAULT_READERS if wanted is None else wanted,
+            packed=self.checkpoint.packed,
+        )
 
     @property
     def observers(self) -> list[RoutingObserver]:
@@ -195,7 +205,7 @@ class Engine:
             slot_bytes=self.spec.expert_slot_bytes,
             experts=self.spec.experts,
             dense_bytes=self.spec.dense_bytes,
-            overhead_bytes=self._overhead(),
+            overhead_bytes=self.overhead_bytes,
         )
 
     def _identity(self) -> ModelIdentity:
@@ -206,14 +216,6 @@ class Engine:
             top_k=self.spec.top_k,
             hidden_size=self.spec.hidden_size,
             original=original_fingerprint(self.checkpoint.directory),
-        )
-
-    def _overhead(self) -> int:
-        wanted = parse_readers(self.config.reader_threads)
-        return overhead(
-            slot_bytes=self.spec.expert_slot_bytes,
-            readers=DEFAULT_READERS if wanted is None else wanted,
-            packed=self.checkpoint.packed,
         )
 
     def _attach(self) -> None:
@@ -252,14 +254,14 @@ class Engine:
     def _assemble(self) -> None:
         """The parts with state, new and cold, over the same pool, model and reader threads."""
         config, spec = self.config, self.spec
-        staging, off_reason = self._staging()
+        self.staging = self._plan_staging()
         self.cache = ExpertCache(self.pool, POLICIES.load(config.cache_policy)(), events=self.events)
         controller = Controller(
             parse_prefetch(config.prefetch),
             expert_bytes=spec.expert_slot_bytes,
             chunk_bytes=CHUNK_BYTES,
             layers=spec.layers,
-            off_reason=off_reason,
+            off_reason=self.staging.off_reason,
         )
         self.prefetcher = Prefetcher(
             self.cache,
@@ -281,26 +283,22 @@ class Engine:
             views=self._views,
             layout_of=self.checkpoint.layout_of,
             experts=spec.experts_per_layer,
-            decode_staging=staging,
+            decode_staging=self.staging.slots,
             **(self._extra if config.lossy else {}),
         )
         self._meter = Meter(self.cache, self.transfer, self.pipeline, self.prefetcher)
         install(self.runtime, self._modules)
 
-    def _staging(self) -> tuple[int, str]:
-        """Slots set aside for speculative reads while decoding, and why speculation is off, if it is."""
-        limit = parse_prefetch(self.config.prefetch)
+    def _plan_staging(self) -> Staging:
         if self.config.predictor == "none":
-            return 0, "predictor is none"
-        if limit == 0:
-            return 0, "prefetch is off"
-        if self.plan.slots >= self.spec.experts:
-            return 0, "all experts fit in the budget"
-        wanted = (limit or self.spec.top_k) * choice.reach(self.predictor)
-        staging = min(wanted, self.plan.slots // 4, self.plan.slots - self.spec.top_k)
-        if staging < 1:
-            return 0, f"a budget of {self.plan.slots} slots leaves none for staging"
-        return staging, ""
+            return Staging(0, "predictor is none")
+        return plan_staging(
+            self.plan,
+            self.spec.experts,
+            self.spec.top_k,
+            limit=parse_prefetch(self.config.prefetch),
+            reach=choice.reach(self.predictor),
+        )
 
     # Running
 
@@ -346,39 +344,36 @@ class Engine:
             raise
 
     def _run(self, prompt_ids: list[int], sampling: SamplingConfig) -> Iterator[GenerationStep]:
-        self.report = report = self._new_report(len(prompt_ids))
-        sampler, detokenizer = Sampler(sampling), Detokenizer(self.tokenizer)
-        stop = self._stop_ids()
-        room = min(sampling.max_new_tokens, self.context - len(prompt_ids))
-        ids, past = prompt_ids, None
-        self._departed = copy(self.deviation)
-        self._meter.lap()
+        reporter = Reporter(self, self._meter, prompt_tokens=len(prompt_ids), cold=self._runs == 0)
+        self.report = reporter.report
         self._runs += 1
         try:
-            for index in range(room):
-                began = perf_counter()
-                phase = Phase.DECODE if index else Phase.PREFILL
-                with self._guarded():
-                    logits, past = self._forward(ids, past, len(prompt_ids) + index - 1, phase)
-                token = sampler.choose(logits)
-                finish = FinishReason.STOP if token in stop else FinishReason.LENGTH if index == room - 1 else None
-                text = "" if finish is FinishReason.STOP else detokenizer.add(token)
-                if finish:
-                    text += detokenizer.flush()
-                    self.runtime.finish()
-                # The consumer's own time between steps is not the engine's.
-                stats = replace(self._meter.lap(), wall_s=perf_counter() - began)
-                report.steps.append(GenerationStep(index, token, text, phase, stats, finish))
-                if self.events.on:
-                    self.events.emit(TokenMade(ns(began), perf_counter_ns(), report.steps[-1]))
-                yield report.steps[-1]
-                if finish:
-                    return
-                ids = [token]
+            yield from self._steps(prompt_ids, sampling, reporter)
         finally:
             with suppress(IntegrityError) if self._failed else nullcontext():
                 self.runtime.finish()
-            self._close_report(report)
+            reporter.close()
+
+    def _steps(self, prompt_ids: list[int], sampling: SamplingConfig, reporter: Reporter) -> Iterator[GenerationStep]:
+        sampler, detokenizer = Sampler(sampling), Detokenizer(self.tokenizer)
+        room = min(sampling.max_new_tokens, self.context - len(prompt_ids))
+        stop = stop_ids(self.model)
+        ids, past = prompt_ids, None
+        for index in range(room):
+            began = perf_counter()
+            phase = Phase.DECODE if index else Phase.PREFILL
+            with self._guarded():
+                logits, past = self._forward(ids, past, len(prompt_ids) + index - 1, phase)
+            token = sampler.choose(logits)
+            finish = FinishReason.STOP if token in stop else FinishReason.LENGTH if index == room - 1 else None
+            text = "" if finish is FinishReason.STOP else detokenizer.add(token)
+            if finish:
+                text += detokenizer.flush()
+                self.runtime.finish()
+            yield reporter.step(token, text, phase, began, finish)
+            if finish:
+                return
+            ids = [token]
 
     @torch.inference_mode()
     def _forward(self, ids: list[int], past: Any, position: int, phase: Phase) -> tuple[Tensor, Any]:
@@ -420,56 +415,5 @@ class Engine:
 
     def _call(self, ids: Tensor, past: Any, *, keep: int) -> Any:
         """One forward of the stock model. ``keep`` 1 computes the logits of the last position alone, where it can."""
-        extra = {"logits_to_keep": keep} if _takes_logits_to_keep(type(self.model)) else {}
+        extra = {"logits_to_keep": keep} if self._keeps_logits else {}
         return self.model(input_ids=ids, past_key_values=past, use_cache=True, **extra)
-
-    def _stop_ids(self) -> set[int]:
-        configs = (self.model.generation_config, self.model.config)
-        ends: Any = next((c.eos_token_id for c in configs if getattr(c, "eos_token_id", None) is not None), [])
-        return set(ends) if isinstance(ends, (list, tuple)) else {int(ends)}
-
-    # Reporting
-
-    def _new_report(self, prompt_tokens: int) -> RunReport:
-        return RunReport(
-            model=self.config.model,
-            predictor=self.config.predictor,
-            prefetch=self.config.prefetch,
-            lookahead=self.predictor.lookahead,
-            cache_policy=self.config.cache_policy,
-            store="packed" if self.checkpoint.packed else "direct",
-            direct_io=self.store.direct_io,
-            cold=self._runs == 0,
-            prompt_tokens=prompt_tokens,
-            budget_bytes=self.plan.budget_bytes,
-            slots=self.plan.slots,
-            experts=self.spec.experts,
-            dense_bytes=self.spec.dense_bytes,
-            load_s=self.load_s,
-            staging_slots=self._staging()[0],
-            overhead_bytes=self._overhead(),
-            readers=self.readers.as_dict(),
-        )
-
-    def _close_report(self, report: RunReport) -> None:
-        self._add_leftovers(report, self._meter.lap())
-        controller = self.prefetcher.controller
-        report.controller = {**asdict(controller.decision), "switches": controller.switches}
-        report.ledger = controller.ledger.as_dict()
-        report.resident_bytes_peak = self.pool.peak_bytes
-        report.rss_peak_bytes = rss_peak()
-        report.direct_io = self.store.direct_io
-        if self.deviation is not None and self._departed is not None:
-            report.lossy = {"mode": self.config.lossy, **self.deviation.since(self._departed).as_dict()}
-
-    @staticmethod
-    def _add_leftovers(report: RunReport, rest: StepStats) -> None:
-        """What was cancelled after an early end belongs to the last step; its time does not."""
-        if report.steps:
-            rest.wall_s = 0.0
-            report.steps[-1].stats.add(rest)
-
-
-def _takes_logits_to_keep(model: type) -> bool:
-    parameters = inspect.signature(model.forward).parameters  # type: ignore[attr-defined]
-    return "logits_to_keep" in parameters

@@ -25,6 +25,14 @@ class SlotPlan:
     slot_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """Slots set aside for speculative reads while decoding; where 0, ``off_reason`` says why."""
+
+    slots: int
+    off_reason: str = ""
+
+
 def overhead(*, slot_bytes: int, readers: int, packed: bool) -> int:
     """Bytes beside budget, dense weights and KV cache. Original files are read through buffers of about one expert:
     at most two for each reader (a demand read and a speculative one that it overtook)."""
@@ -43,6 +51,21 @@ def plan_slots(
             f"the minimum for this model is {slot_bytes:,} bytes (one expert)"
         )
     return SlotPlan(nbytes, slots, slot_bytes)
+
+
+def plan_staging(plan: SlotPlan, experts: int, top_k: int, *, limit: int | None, reach: int) -> Staging:
+    """``limit`` reads a layer (None: ``top_k``) for each of ``reach`` layers, but at most a quarter of the slots.
+
+    ``experts`` are all of the model's; ``top_k`` slots are left to the layer at hand.
+    """
+    if limit == 0:
+        return Staging(0, "prefetch is off")
+    if plan.slots >= experts:
+        return Staging(0, "all experts fit in the budget")
+    slots = min((limit or top_k) * reach, plan.slots // 4, plan.slots - top_k)
+    if slots < 1:
+        return Staging(0, f"a budget of {plan.slots} slots leaves none for staging")
+    return Staging(slots)
 
 
 def _bytes(budget: Budget, expert_bytes: int, taken_bytes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -47,6 +48,18 @@ def load_tokenizer(path: Path) -> Any:
         # Without files transformers makes an empty tokenizer of the family's class.
         raise CheckpointError(f"{path}: no usable tokenizer: its vocabulary is empty")
     return tokenizer
+
+
+def stop_ids(model: PreTrainedModel) -> set[int]:
+    """Tokens that end a text: the generation config's, else the model's own; empty where neither names any."""
+    configs = (model.generation_config, model.config)
+    ends: Any = next((c.eos_token_id for c in configs if getattr(c, "eos_token_id", None) is not None), [])
+    return set(ends) if isinstance(ends, (list, tuple)) else {int(ends)}
+
+
+def takes_logits_to_keep(model: type[nn.Module]) -> bool:
+    """Whether its forward can compute the logits of the last positions alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _without_experts(checkpoint: Checkpoint) -> type[PreTrainedModel]:

@@ -42,29 +42,23 @@ class SkippingPipeline(LossyPipeline):
 
     def decode(self, layer: int, needed: Sequence[int], compute: Compute, predict: Callable[[], None]) -> None:
         """As the exact one, without waiting."""
-        if not self.lossy:
+        if self.lossy:
+            self._collect()
+            self.affected = set()
+        else:
             self.settle()
-            super().decode(layer, needed, compute, predict)
+        super().decode(layer, needed, compute, predict)
+
+    def _serve_absent(
+        self, flight: dict[ExpertKey, Ticket], missing: deque[ExpertKey], compute: Compute, pinned: set[ExpertKey]
+    ) -> None:
+        if not self.lossy:
+            super()._serve_absent(flight, missing, compute, pinned)
             return
-        self._collect()
-        keys = [ExpertKey(layer, expert) for expert in needed]
-        flight: dict[ExpertKey, Ticket] = {}
-        pinned = set(keys)
-        self._cache.pin(keys)
-        try:
-            ready, missing = self._classify(keys, flight)
-            self._request(missing, flight)
-            self._prefetcher.expire(layer)
-            predict()
-            for key in ready:
-                self._serve(key, compute, pinned)
-            while (arrived := _first_done(flight)) is not None:
-                self._land(arrived, flight, perf_counter())
-                self._serve(arrived, compute, pinned)
-            self._leave_out(flight, missing)
-        finally:
-            self._abandon(flight)
-            self._cache.unpin(pinned)
+        while (arrived := _first_done(flight)) is not None:
+            self._land(arrived, flight, perf_counter())
+            self._serve(arrived, compute, pinned)
+        self._leave_out(flight, missing)
 
     def stream(
         self,

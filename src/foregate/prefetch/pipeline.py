@@ -49,9 +49,8 @@ class Pipeline:
             predict()
             for key in ready:
                 self._serve(key, compute, pinned)
-            while flight or missing:
-                self._request(missing, flight)
-                self._serve(self._next_arrival(flight, missing), compute, pinned)
+            if flight or missing:
+                self._serve_absent(flight, missing, compute, pinned)
         finally:
             self._abandon(flight)
             self._cache.unpin(pinned)
@@ -93,6 +92,14 @@ class Pipeline:
             self._abandon(flight)
             self._cache.unpin([*pinned, *kept])
         self._prefetcher.expire(layer)
+
+    def _serve_absent(
+        self, flight: dict[ExpertKey, Ticket], missing: deque[ExpertKey], compute: Compute, pinned: set[ExpertKey]
+    ) -> None:
+        """What ``decode`` does about experts that were not there; only called where there are any."""
+        while flight or missing:
+            self._request(missing, flight)
+            self._serve(self._next_arrival(flight, missing), compute, pinned)
 
     # Deciding what is where
 
