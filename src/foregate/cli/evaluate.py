@@ -51,6 +51,7 @@ def evaluate(
     from foregate.evaluation.candidates import candidates, trainable_free
     from foregate.evaluation.judge import Bench
     from foregate.evaluation.output import check_out, write
+    from foregate.evaluation.provenance import training_lines
     from foregate.evaluation.result import result as assemble
     from foregate.evaluation.run import judge_all
     from foregate.evaluation.settings import Settings, parse_budgets
@@ -83,6 +84,9 @@ def evaluate(
     for name, why in left_out.items():
         console().print(f"left out: {name}: {why}", markup=False, soft_wrap=True)
     if as_json:
+        for line in training_lines(found):
+            if line.startswith("warning"):
+                console().print(line, markup=False, soft_wrap=True)
         print_json(found)
     else:
         shown = result()
@@ -90,6 +94,8 @@ def evaluate(
         for line in found["about"]["controls"]:
             shown.print(f"control {line}", markup=False, soft_wrap=True)
         shown.print(f"held out: {found['about']['held_out']}", markup=False, soft_wrap=True)
+        for line in training_lines(found):
+            shown.print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -6,13 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from foregate.errors import ConfigError
 from foregate.evaluation.settings import CONTROLS
 from foregate.predictors import PREDICTORS
 from foregate.predictors.choice import SUFFIX, check, is_file
-from foregate.predictors.file import load
 
 _LOOKAHEAD = re.compile(r"(.+)@(\d{1,3})")
 
@@ -59,20 +57,6 @@ def trainable_free() -> list[str]:
     """Every registered method, strangers' included, that needs no file and is not a control."""
     names = [name for name in PREDICTORS.names if name not in CONTROLS]
     return [name for name in names if not getattr(PREDICTORS.load(name), "needs_file", False)]
-
-
-def provenance(candidate: Candidate) -> dict[str, Any]:
-    """What its files say about their training: traces, hash of the training data, seed, features."""
-    texts = [split_lookahead(member)[0] for member in candidate.members]
-    files = [load(Path(text).expanduser()) for text in texts if is_file(text)]
-    if not files:
-        return {}
-    return {
-        "trained_on": sorted({name for file in files for name in file.traces}),
-        "trace_hash": [file.trace_hash for file in files],
-        "seed": [file.seed for file in files],
-        "features": sorted({name for file in files for name in file.features}),
-    }
 
 
 def split_lookahead(member: str) -> tuple[str, int | None]:

@@ -62,7 +62,7 @@ class HeldPrompt:
 
 class HeldOut:
     """Traces of one model, opened. ``entries`` are the prompts on the test side of the project's split, which have
-    decode tokens; at most ``tokens`` of these in all, whole prompts, every domain in turn.
+    decode tokens (``found``: all prompts); at most ``tokens`` of these in all, whole prompts, every domain in turn.
 
     Raises TraceError for different models, and where no prompt is left.
     """
@@ -84,14 +84,19 @@ class HeldOut:
         for reader in self.readers:
             for entry in reader.entries:
                 found.setdefault(entry.part.xxh3, (reader, entry))
-        self.prompts_in_all = len(found)
-        held = [pair for pair in found.values() if side(pair[1]) == TEST and pair[1].decode_tokens > 0]
+        self.found = list(found.values())
+        held = [pair for pair in self.found if side(pair[1]) == TEST and pair[1].decode_tokens > 0]
         self.items = _turns(held, tokens)
         if not self.items:
             places = ", ".join(map(str, paths))
             raise TraceError(
                 f"{places}: of {len(found)} prompts none with decode tokens is held out for tests; trace more prompts"
             )
+
+    @property
+    def prompts_in_all(self) -> int:
+        """Of the traces, whatever their side."""
+        return len(self.found)
 
     @property
     def features(self) -> tuple[str, ...]:

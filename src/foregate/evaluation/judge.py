@@ -16,9 +16,10 @@ from foregate.analysis.replay import Keys
 from foregate.errors import CheckpointError, ConfigError
 from foregate.evaluation.accuracy import count, metric_names
 from foregate.evaluation.asking import NOTHING, Answers, ask, seconds_per_token
-from foregate.evaluation.candidates import Candidate, provenance, split_lookahead
+from foregate.evaluation.candidates import Candidate, split_lookahead
 from foregate.evaluation.held_out import HeldOut
 from foregate.evaluation.misses import covered, residents
+from foregate.evaluation.provenance import provenance
 from foregate.evaluation.settings import Settings
 from foregate.evaluation.trace_signals import TraceSignals, open_routers
 from foregate.interfaces import Predictor
@@ -105,7 +106,7 @@ class Bench:
         judged.us_per_token = sum(1e6 * seconds_per_token(p, plain, longest, self.shape) for p in predictors)
         judged.parameters = sum(predictor.cost().parameters for predictor in predictors)
         judged.flops = sum(predictor.cost().flops for predictor in predictors)
-        judged.facts = _facts(predictors, candidate)
+        judged.facts = {**_facts(predictors), **provenance(candidate, self.held)}
         return judged
 
     def _make(self, member: str) -> Predictor:
@@ -173,11 +174,10 @@ def _leads(answers: Sequence[Answers]) -> list[tuple[int, NDArray[np.int16]]]:
     return [(lead, ranks) for one in answers for lead, ranks in one.ranks.items()]
 
 
-def _facts(predictors: Sequence[Predictor], candidate: Candidate) -> dict[str, Any]:
+def _facts(predictors: Sequence[Predictor]) -> dict[str, Any]:
     return {
         "moment": "+".join(predictor.moment.value for predictor in predictors),
         "signal": "+".join(predictor.signal for predictor in predictors),
         "source": "+".join(filter(None, (str(getattr(predictor, "source", "")) for predictor in predictors))),
         "lookahead": max(predictor.lookahead for predictor in predictors),
-        **provenance(candidate),
     }

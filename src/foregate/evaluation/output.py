@@ -10,6 +10,7 @@ from typing import Any
 from foregate.analysis.chart import Chart, Lines, Series, numbers
 from foregate.analysis.figures import check_matplotlib, draw
 from foregate.errors import ConfigError
+from foregate.evaluation.provenance import training_lines
 from foregate.evaluation.table import columns, markdown, ranked, rows
 
 SHOWN = 10
@@ -29,7 +30,8 @@ def check_out(out: Path, *, figures: bool) -> None:
 def write(result: Mapping[str, Any], out: Path, *, figures: bool) -> list[str]:
     """Write everything; names of the files."""
     (out / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    (out / "table.md").write_text(markdown(columns(result), rows(result)))
+    lines = "".join(f"\n{line}\n" for line in training_lines(result))
+    (out / "table.md").write_text(markdown(columns(result), rows(result)) + lines)
     names = ["result.json", "table.md"]
     for chart in charts(result) if figures else ():
         names += draw(chart, out)

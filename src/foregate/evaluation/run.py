@@ -11,6 +11,7 @@ import torch
 from foregate.errors import ConfigError, ForegateError
 from foregate.evaluation.candidates import Candidate
 from foregate.evaluation.judge import Bench, Judged
+from foregate.evaluation.provenance import provenance
 from foregate.evaluation.settings import Settings
 
 _bench: Bench | None = None
@@ -26,6 +27,8 @@ def judge_all(
     found: dict[str, Judged | str] = {}
     if jobs < 1:
         raise ConfigError(f"jobs {jobs} must be at least 1")
+    for candidate in chosen:  # before the work, not in the midst of it
+        provenance(candidate, bench.held)
     if jobs == 1 or len(chosen) == 1:
         for candidate in chosen:
             found[candidate.name] = _judge(bench, candidate)

@@ -55,7 +55,8 @@ class Artifact:
     """A trained (or counted) predictor as a file holds it.
 
     ``options`` are the method's own; ``features`` the signals that it was fitted on; ``metrics`` what fitting reported;
-    ``traces`` the names of the training traces and ``trace_hash`` the hash of their content.
+    ``traces`` the names of the training traces and ``trace_hash`` the hash of their content; ``prompts`` the hashes of
+    every prompt that fitting saw, validation included (older files: empty).
     """
 
     method: str
@@ -67,6 +68,7 @@ class Artifact:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     traces: tuple[str, ...] = ()
     trace_hash: str = ""
+    prompts: tuple[str, ...] = ()
     seed: int = 0
     licence: str = LICENCE
     version: str = __version__
@@ -112,8 +114,9 @@ class Artifact:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form: everything but the values, of which it gives shapes and dtypes."""
-        raw = asdict(replace(self, arrays={}))
+        """JSON form: everything but the values, of which it gives shapes and dtypes; of ``prompts`` their number."""
+        raw: dict[str, Any] = asdict(replace(self, arrays={}, prompts=()))
+        raw["prompts"] = len(self.prompts)
         raw["arrays"] = {name: [str(a.dtype), *a.shape] for name, a in sorted(self.arrays.items())}
         raw["parameters"] = sum(a.size for a in self.arrays.values())
         return raw
@@ -178,6 +181,7 @@ def _parse(raw: Any, arrays: Mapping[str, NDArray[Any]], where: str) -> Artifact
         metrics=fields.table("metrics"),
         traces=_texts(raw, "traces", where),
         trace_hash=fields.text("trace_hash"),
+        prompts=_texts(raw, "prompts", where) if "prompts" in raw else (),
         seed=fields.count("seed"),
         licence=fields.text("licence"),
         version=fields.text("version"),

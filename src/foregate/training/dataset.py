@@ -5,7 +5,7 @@ Shapes: T tokens, L MoE layers, k experts chosen (widest layer), E experts (wide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,12 @@ TRAIN, VALIDATION, TEST = SIDES
 def side(entry: Entry) -> str:
     """Train, validation or test: by the text alone, so it is the same for every trace, method and command."""
     return side_of(entry.content, FRACTIONS, SPLIT_SEED)
+
+
+def content_hash(entries: Iterable[Entry]) -> str:
+    """Hash (XXH3-128) of prompts and what was recorded of them: the checksums of their files, whatever their order."""
+    sums = sorted(f"{e.part.xxh3} {e.features.xxh3 if e.features is not None else ''}" for e in entries)
+    return xxhash.xxh3_128_hexdigest("\n".join(sums).encode())
 
 
 @dataclass(frozen=True)
@@ -145,11 +151,11 @@ class Dataset:
 
     def hash(self, where: str = TRAIN) -> str:
         """Hash (XXH3-128) of everything on a side: the checksums of its files, whatever their order."""
-        sums = sorted(
-            f"{entry.part.xxh3} {entry.features.xxh3 if entry.features is not None else ''}"
-            for _, entry in (self._found[number] for number in self._by_side[where])
-        )
-        return xxhash.xxh3_128_hexdigest("\n".join(sums).encode())
+        return content_hash([self._found[number][1] for number in self._by_side[where]])
+
+    def contents(self, *sides: str) -> tuple[str, ...]:
+        """Hashes of the prompts of ``sides``, sorted."""
+        return tuple(sorted({self._found[number][1].content for side in sides for number in self._by_side[side]}))
 
     def require(self, *sides: str) -> None:
         """Raises TraceError where one of ``sides`` has no prompt."""

@@ -136,6 +136,7 @@ def train(request: Request, bar: Bar) -> Artifact:
             metrics={**fitted.metrics, "tokens": data.tokens(TRAIN), "validation_tokens": data.tokens(VALIDATION)},
             traces=data.names,
             trace_hash=data.hash(),
+            prompts=data.contents(TRAIN, VALIDATION),
             seed=options.seed,
         )
         save(request.out, artifact)
