@@ -365,6 +365,8 @@ def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
     assert found["arms"]["cache-only:lru"]["read_mb_per_token"] > 0
     assert found["arms"][RESIDENT]["read_mb_per_token"] == 0
     assert found["arms"][RESIDENT]["hit"] == 1
+    assert [name for name, arm in found["arms"].items() if arm["warm"]] == [RESIDENT]
+    assert found["arms"][RESIDENT]["expert_vs_resident"] == 1
     uses = found["cells"][0]["uses"]
     assert set(uses) == {"foregate", f"foregate:{RESIDENT}"}
     assert all(0 < used["allocated_bytes"] <= used["limit_bytes"] for used in uses.values())

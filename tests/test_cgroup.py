@@ -13,7 +13,7 @@ import pytest
 
 from foregate.bench.rivals.pagecache import drop
 from foregate.errors import ForegateError
-from foregate.testing.cgroup import Limits, _disk_of, available, confined
+from foregate.testing.cgroup import ROOT, Limits, _disk_of, available, confined
 
 MB = 10**6
 READ = """
@@ -51,6 +51,20 @@ def test_a_throttle_slows_our_direct_reads_and_page_faults_alike(tmp_path: Path,
         done = subprocess.run(command, preexec_fn=box.join, capture_output=True, text=True, check=True)
     # 0.84 s at the rate asked for; the first slice of time may carry more
     assert float(done.stdout) > 0.5
+
+
+@pytest.mark.skipif(available() not in ("v1", "v2"), reason="no cgroup can be made here")
+def test_what_a_killed_run_left_is_removed_by_the_next() -> None:
+    root = ROOT / "memory" if available() == "v1" else ROOT
+    left, own = root / f"foregate-{2**30}-0", root / f"foregate-{os.getpid()}-own"
+    left.mkdir()
+    own.mkdir()
+    try:
+        with confined(Limits(1 << 30)):
+            assert not left.exists()
+            assert own.exists()
+    finally:
+        own.rmdir()
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ def provenance(
         "prompts": {name: {"tokens": len(ids), "xxh3": _hash(ids)} for name, ids in prompts.items()},
         "tokens": tokens,
         "rounds": rounds,
-        "cold": True,
         "foregate": __version__,
         "commit": commit(),
         "kernel": platform.release(),

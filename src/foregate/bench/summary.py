@@ -23,7 +23,9 @@ def summarise(outcome: Outcome, limits: Mapping[str, Any]) -> dict[str, Any]:
     best = best_cache_only(arms)
     for name, arm in arms.items():
         arm |= bound(arm, compute_ms, disk)
+        arm["warm"] = outcome.warm or name == RESIDENT
         arm["contention"] = outcome.watched.get(name)
+        arm["expert_vs_resident"] = arm["expert_ms"] / arms[RESIDENT]["expert_ms"] if RESIDENT in arms else None
         arm["oracle_gain"] = _gain(arms, best, name)
     arms |= {name: _rival_arm(runs) for name, runs in _by_arm(outcome.runs).items() if name.startswith(RIVAL)}
     for name, runs in _by_arm(outcome.runs).items():

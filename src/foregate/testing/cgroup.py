@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -118,7 +118,9 @@ def _systemd(limits: Limits) -> list[str]:
 
 @contextmanager
 def _group(kind: str, controller: str, limit: Callable[[Path], None]) -> Iterator[Path]:
-    group = (ROOT / controller if kind == "v1" else ROOT) / f"foregate-{os.getpid()}-{next(_NUMBERS)}"
+    root = ROOT / controller if kind == "v1" else ROOT
+    group = root / f"foregate-{os.getpid()}-{next(_NUMBERS)}"
+    _sweep(root)
     try:
         group.mkdir()
     except OSError as error:
@@ -128,6 +130,14 @@ def _group(kind: str, controller: str, limit: Callable[[Path], None]) -> Iterato
         yield group
     finally:
         _remove(group)
+
+
+def _sweep(root: Path) -> None:
+    """Remove what killed runs have left: groups whose maker is gone and in which nothing runs."""
+    for left in root.glob("foregate-*-*"):
+        if not Path(f"/proc/{left.name.split('-')[1]}").exists():
+            with suppress(OSError):
+                left.rmdir()
 
 
 def _limit_memory(group: Path, kind: str, limit_bytes: int) -> None:

@@ -25,13 +25,16 @@ BESIDE_BYTES = 512 << 20
 
 
 def resident_memory(limit: int | None) -> dict[str, int] | None:
-    """accelerate's ``max_memory``; None without a limit. Raises ConfigError if the limit is below what is in use."""
+    """accelerate's ``max_memory``: nothing resident where the limit has no room for more; None without a limit.
+
+    Raises ConfigError if the limit is below what is in use.
+    """
     if limit is None:
         return None
-    left = limit - peak_rss() - BESIDE_BYTES
-    if left < 0:
-        raise ConfigError(f"a memory limit of {limit} bytes leaves nothing beside torch and {BESIDE_BYTES} bytes")
-    return {"cpu": left}
+    used = peak_rss()
+    if limit < used:
+        raise ConfigError(f"a memory limit of {limit} bytes is below the {used} bytes of torch alone")
+    return {"cpu": max(0, limit - used - BESIDE_BYTES)}
 
 
 class Offloaded:
