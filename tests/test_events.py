@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import pytest
 
@@ -15,6 +15,7 @@ from foregate.events import (
     SILENCE,
     Event,
     EventHub,
+    EventSorter,
     ExpertMoved,
     ExpertUsed,
     Fate,
@@ -162,6 +163,21 @@ def test_a_listener_that_raises_is_dropped_and_the_text_comes_out(
         tokens = list(engine.stream(engine.encode("one two"), SamplingConfig(max_new_tokens=3)))
         assert len(tokens) == len(ear.of(TokenMade)) == 3
     assert caplog.text.count("listener Broken dropped: ValueError: no ink") == 1
+
+
+def test_every_kind_of_event_has_its_own_method_in_a_sorter() -> None:
+    """A new kind without one would end every listener at its first event; two kinds in one would mix them up."""
+    heard: list[tuple[str, Event]] = []
+    kinds = get_args(Event)
+    methods = [name for name in vars(EventSorter) if not name.startswith("_") and name != "on_event"]
+    body = {name: lambda _, event, name=name: heard.append((name, event)) for name in methods}
+    sorter = type("Told", (EventSorter,), body)()
+    given = [kind(*range(len(kind._fields))) for kind in kinds]
+    for event in given:
+        sorter.on_event(event)
+    assert [event for _, event in heard] == given
+    assert [name.replace("_", "") for name, _ in heard] == [kind.__name__.lower() for kind in kinds]
+    assert len(methods) == len(kinds)
 
 
 def test_the_silent_hub_refuses_listeners() -> None:

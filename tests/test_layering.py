@@ -35,6 +35,10 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
+            # ``from foregate import events`` is an import of that module too.
+            names |= {
+                f"foregate.{alias.name}" for alias in node.names if node.module == "foregate" and alias.name in RANKS
+            }
     return names
 
 

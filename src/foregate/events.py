@@ -8,10 +8,11 @@ one attribute check. Whatever a listener does, the tokens are the same.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, get_args
 
 from foregate.types import ExpertKey, GenerationStep, Moment, Phase
 
@@ -178,6 +179,36 @@ class EventListener(Protocol):
     """Called on the generating thread: what it does, the tokens wait for."""
 
     def on_event(self, event: Event) -> None: ...
+
+
+class EventSorter:
+    """An ``EventListener`` that hands each event to the method of its kind. Override those of interest."""
+
+    def on_event(self, event: Event) -> None:
+        getattr(self, _METHODS[type(event)])(event)
+
+    def expert_used(self, event: ExpertUsed) -> None: ...
+
+    def read_submitted(self, event: ReadSubmitted) -> None: ...
+
+    def read_ended(self, event: ReadEnded) -> None: ...
+
+    def expert_moved(self, event: ExpertMoved) -> None: ...
+
+    def speculation_ended(self, event: SpeculationEnded) -> None: ...
+
+    def time_spent(self, event: TimeSpent) -> None: ...
+
+    def prediction_made(self, event: PredictionMade) -> None: ...
+
+    def controller_decided(self, event: ControllerDecided) -> None: ...
+
+    def pass_began(self, event: PassBegan) -> None: ...
+
+    def token_made(self, event: TokenMade) -> None: ...
+
+
+_METHODS = {kind: re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower() for kind in get_args(Event)}
 
 
 class EventHub:

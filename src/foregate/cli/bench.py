@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from foregate.cli import options
 from foregate.cli.bench_quality import QUALITY_TOKENS, quality_table, quality_texts
 from foregate.cli.bench_tables import arms_table, limits_table, memory_table, ratios_table, rivals_table
 from foregate.cli.output import console, print_json, result
@@ -17,13 +19,16 @@ from foregate.config import RunConfig, parse_budget
 from foregate.errors import ConfigError
 from foregate.experts.policy import POLICIES
 
+if TYPE_CHECKING:
+    from foregate.bench.session import Session, Setting
+
 _RUN = RunConfig()
 WIDTH = 150
 """Columns of the table where the terminal does not say."""
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Directory, hub id, pack, or 'reference' (built in).")] = _RUN.model,
+    model: options.Model = _RUN.model,
     budget: Annotated[
         list[str] | None,
         typer.Option("--memory-budget", "--budget", "--ram", help="Again for more, or with commas; 25%,50%,75%."),
@@ -31,7 +36,7 @@ def bench(
     arms: Annotated[str, typer.Option(help="all, or names (or their beginnings), with commas.")] = "all",
     predictor: Annotated[list[str] | None, typer.Option(help="Under test: a name or a file (again for more).")] = None,
     lookahead: Annotated[int | None, typer.Option(help="Layers they look ahead; each one's own if not given.")] = None,
-    cache_policy: Annotated[str, typer.Option(help=f"One of: {', '.join(POLICIES.names)}.")] = _RUN.cache_policy,
+    cache_policy: options.CachePolicy = _RUN.cache_policy,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in a run.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Times that every arm runs, interleaved.")] = 3,
     dataset: Annotated[list[str] | None, typer.Option(help="Prompts from a data set (again for more).")] = None,
@@ -49,7 +54,7 @@ def bench(
         str, typer.Option(help="Memory beside budget and dense weights: stated, measured (tight), or bytes (512MB).")
     ] = "stated",
     cgroup: Annotated[str, typer.Option(help="auto, v1, v2 or systemd-run.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Compute threads; torch's choice if not given.")] = None,
+    threads: options.Threads = None,
     rivals: Annotated[
         str | None, typer.Option(help="llama.cpp, accelerate, airllm, flyweight-llm, with commas: docs/rivals.md.")
     ] = None,
@@ -132,8 +137,8 @@ def bench(
                 progress.update(task, advance=session.steps(setting))
             if not silent and not shown.is_terminal:
                 shown.print(f"cell {number} of {len(settings)}: {where}{', kept' if there else ''}")
-            run = lambda setting=setting: asdict(session.run(setting))  # noqa: E731
-            cells.append(summarise(Outcome.from_json(kept.measured(where, identity, run)), limits))
+            outcome = kept.measured(where, identity, partial(_outcome, session, setting))
+            cells.append(summarise(Outcome.from_json(outcome), limits))
             if not silent:
                 _print(arms_table(cells[-1]))
         tried = Tried(model, budgets, tested, cache_policy, threads, low_precision_pack)
@@ -182,7 +187,11 @@ def _lineup(rivals: str | None, model: str, source: str | None, work_dir: Path |
     return line_up(names, rivals_source(model, source), work_dir or default_work_dir(), RIVALS, say)
 
 
-def _measured(session: Any) -> dict[str, int]:
+def _outcome(session: Session, setting: Setting) -> dict[str, Any]:
+    return asdict(session.run(setting))
+
+
+def _measured(session: Session) -> dict[str, int]:
     from foregate.bench.overhead import measured_overhead
 
     least = measured_overhead(session.trial, stated=session.stated_overhead, held=session.trial_held)
@@ -248,6 +257,6 @@ def _prompt_ids(
 
     tokenizer = load_tokenizer(locate(model))
     if lengths is not None:
-        plain = lambda text: encode(tokenizer, text, template="off", context=2**31)  # noqa: E731
+        plain = partial(encode, tokenizer, template="off", context=2**31)
         return exact_prompts(plain, datasets, data_dir, parse_lengths(lengths))
-    return load_prompts(lambda text: encode(tokenizer, text, template="auto", context=2**31), datasets, data_dir, each)
+    return load_prompts(partial(encode, tokenizer, template="auto", context=2**31), datasets, data_dir, each)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from foregate.cli import options
 from foregate.cli.output import console, print_json, result, size, two_columns
 from foregate.config import RunConfig
 from foregate.errors import ConfigError
@@ -77,7 +78,7 @@ def cost(
     model: Annotated[str, typer.Option(help="Directory, hub id, pack, or 'reference'.")] = _RUN.model,
     lookahead: Annotated[int | None, typer.Option(help="As of foregate run.")] = _RUN.lookahead,
     memory_budget: Annotated[str, typer.Option("--memory-budget", "--budget", help="As of foregate run.")] = "50%",
-    threads: Annotated[int | None, typer.Option(help="Compute threads; torch's choice if not given.")] = _RUN.threads,
+    threads: options.Threads = _RUN.threads,
     tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=1)] = 64,
     as_json: AsJson = False,
 ) -> None:

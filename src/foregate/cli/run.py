@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from foregate.cli import options
 from foregate.cli.explain import explain
 from foregate.cli.output import console, print_json, size, two_columns
 from foregate.config import LOSSY_MODES, RunConfig, SamplingConfig
 from foregate.errors import ConfigError, PromptError
 from foregate.experts.policy import POLICIES
-from foregate.predictors import PREDICTORS, choice
+from foregate.predictors import choice
 
 if TYPE_CHECKING:
     from foregate.engine.engine import Engine
@@ -33,26 +34,16 @@ class ChatTemplate(str, Enum):
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Directory, hub id, pack, or 'reference' (built in).")] = _RUN.model,
+    model: options.Model = _RUN.model,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt.")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file ('-': stdin).")] = None,
-    memory_budget: Annotated[
-        str,
-        typer.Option("--memory-budget", "--budget", "--ram", help="Bytes (8GB, 512MiB), 25% of the experts, or auto."),
-    ] = _RUN.memory_budget,
-    predictor: Annotated[
-        str, typer.Option(help=f"A predictor file, or one of: {', '.join(PREDICTORS.own_names)}.")
-    ] = _RUN.predictor,
-    prefetch: Annotated[str, typer.Option(help="auto, off, or N experts a layer at most.")] = _RUN.prefetch,
-    lookahead: Annotated[
-        int | None,
-        typer.Option(help="Layers from signal to farthest prediction; else the predictor's own."),
-    ] = _RUN.lookahead,
-    cache_policy: Annotated[str, typer.Option(help=f"One of: {', '.join(POLICIES.names)}.")] = _RUN.cache_policy,
-    reader_threads: Annotated[str, typer.Option(help="Threads that read experts, or auto: as measured.")] = str(
-        _RUN.reader_threads
-    ),
-    threads: Annotated[int | None, typer.Option(help="Compute threads; torch's choice if not given.")] = _RUN.threads,
+    memory_budget: options.MemoryBudget = _RUN.memory_budget,
+    predictor: options.Predictor = _RUN.predictor,
+    prefetch: options.Prefetch = _RUN.prefetch,
+    lookahead: options.Lookahead = _RUN.lookahead,
+    cache_policy: options.CachePolicy = _RUN.cache_policy,
+    reader_threads: options.ReaderThreads = str(_RUN.reader_threads),
+    threads: options.Threads = _RUN.threads,
     lossy: Annotated[
         str | None, typer.Option(help=f"Outputs may differ, for fewer reads: {', '.join(LOSSY_MODES)}. Off by default.")
     ] = _RUN.lossy,

@@ -67,26 +67,29 @@ class DenseKernels:
             kernels.use_threads(None)
 
 
-def _suits(module: nn.Module) -> bool:
+def _suits(module: nn.Linear) -> bool:
     weight = module.weight
-    assert isinstance(weight, Tensor)
     fits = type(module) is nn.Linear and weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
     large = weight.numel() >= SMALLEST and weight.shape[1] <= kernels.MOST_COLUMNS
     return fits and large and weight.is_contiguous() and kernels.library() is not None
 
 
-def _forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     """``module.forward`` by the kernel for few tokens. The choice depends on the number of tokens alone."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
+    weight, bias = module.weight, _bias(module)
     outputs, inputs = weight.shape
     matrix = kernels.matrix(weight, None)
 
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, inputs)
         if len(rows) > kernels.MOST_TOKENS or x.dtype is not torch.bfloat16:
-            return F.linear(x, weight, bias)  # type: ignore[arg-type]
+            return F.linear(x, weight, bias)
         out = kernels.linear(matrix, rows, outputs)
-        return (out if bias is None else out + bias).view(*x.shape[:-1], outputs)  # type: ignore[operator]
+        return (out if bias is None else out + bias).view(*x.shape[:-1], outputs)
 
     return forward
+
+
+def _bias(module: nn.Linear) -> Tensor | None:
+    """torch's annotation leaves out that there may be none."""
+    return module.bias

@@ -7,21 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from foregate.events import (
-    ControllerDecided,
-    Event,
-    ExpertMoved,
-    Fate,
-    Move,
-    Part,
-    PassBegan,
-    PredictionMade,
-    ReadEnded,
-    ReadSubmitted,
-    SpeculationEnded,
-    TimeSpent,
-    TokenMade,
-)
+from foregate import events
+from foregate.events import EventSorter, Fate, Move, Part, PredictionMade, ReadEnded
 from foregate.timeline import tracks
 from foregate.timeline.tracefile import TraceFile
 from foregate.types import ExpertKey, Phase
@@ -37,8 +24,8 @@ _SHOWN = 16
 """Predicted experts listed for a layer; a ranking may be of all of them."""
 
 
-class TimelineRecorder:
-    """Implements ``events.EventListener``. A context manager: the file is whole once it has been left.
+class TimelineRecorder(EventSorter):
+    """Listens to an engine. A context manager: the file is whole once it has been left.
 
     ``slot_bytes`` turns experts into bytes; ``about`` is kept beside the events, as ``otherData``. Raises ConfigError
     where ``path`` cannot be written.
@@ -66,30 +53,17 @@ class TimelineRecorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._out.close(self.about | {"readers": len(self._readers)})
 
-    def on_event(self, event: Event) -> None:
-        """See ``events.EventListener``."""
-        match event:
-            case TimeSpent():
-                self._spent(event)
-            case ReadSubmitted():
-                self._submitted(event)
-            case ReadEnded():
-                self._ended(event)
-            case ExpertMoved():
-                self._moved(event)
-            case SpeculationEnded():
-                self._judged(event)
-            case PredictionMade():
-                self._predicted.append(event)
-            case ControllerDecided():
-                args = {"speculating": event.speculating, "reason": event.reason}
-                self._out.instant(tracks.PREDICTIONS, "controller", event.at, args)
-            case PassBegan():
-                self._phase = event.phase
-            case TokenMade():
-                self._token(event)
+    def prediction_made(self, event: PredictionMade) -> None:
+        self._predicted.append(event)
 
-    def _spent(self, event: TimeSpent) -> None:
+    def controller_decided(self, event: events.ControllerDecided) -> None:
+        args = {"speculating": event.speculating, "reason": event.reason}
+        self._out.instant(tracks.PREDICTIONS, "controller", event.at, args)
+
+    def pass_began(self, event: events.PassBegan) -> None:
+        self._phase = event.phase
+
+    def time_spent(self, event: events.TimeSpent) -> None:
         match event.part:
             case Part.WAIT:
                 name = tracks.LATE_WAIT if event.late else tracks.DEMAND_WAIT
@@ -104,13 +78,13 @@ class TimelineRecorder:
                 self._out.slice(tracks.COMPUTE, part.value, event.began, event.ended, {"layer": event.layer})
                 self._memory(event.ended)
 
-    def _predict(self, event: TimeSpent) -> None:
+    def _predict(self, event: events.TimeSpent) -> None:
         named = {str(p.target): [int(e) for e in p.experts[:_SHOWN]] for p in self._predicted}
         self._predicted.clear()
         args = {"layer": event.layer, "predicted": named}
         self._out.slice(tracks.PREDICTIONS, tracks.PREDICT, event.began, event.ended, args)
 
-    def _submitted(self, event: ReadSubmitted) -> None:
+    def read_submitted(self, event: events.ReadSubmitted) -> None:
         self._asked.pop(event.key, None)
         self._reading.pop(event.key, None)
         self._fate.pop(event.key, None)
@@ -118,14 +92,14 @@ class TimelineRecorder:
         if event.speculative and self._phase is Phase.DECODE:
             self._asked[event.key] = event.at
 
-    def _ended(self, event: ReadEnded) -> None:
+    def read_ended(self, event: ReadEnded) -> None:
         """A read ahead is written once its fate is known, before the arrow to its use."""
         if event.speculative and event.key not in self._fate:
             self._unjudged[event.key] = event
         else:
             self._read(event)
 
-    def _judged(self, event: SpeculationEnded) -> None:
+    def speculation_ended(self, event: events.SpeculationEnded) -> None:
         self._fate[event.key] = event.fate
         ended = self._unjudged.pop(event.key, None)
         if ended is not None:
@@ -153,7 +127,7 @@ class TimelineRecorder:
         if asked is not None and reading is not None:
             self._out.arrow(tracks.FLOW, [(tracks.PREDICTIONS, asked), reading, (tracks.COMPUTE, used)])
 
-    def _moved(self, event: ExpertMoved) -> None:
+    def expert_moved(self, event: events.ExpertMoved) -> None:
         self._state.pop(event.key, None)
         if event.move in _HELD:
             self._state[event.key] = _HELD[event.move]
@@ -163,7 +137,7 @@ class TimelineRecorder:
         series = {name: held.count(name) * self._slot_bytes for name in ("resident", "loading", "staged")}
         self._out.counter(tracks.MEMORY, at, series)
 
-    def _token(self, event: TokenMade) -> None:
+    def token_made(self, event: events.TokenMade) -> None:
         step = event.step
         args = {"index": step.index, "token_id": step.token_id, "text": step.text}
         self._out.slice(tracks.TOKENS, step.phase.value, event.began, event.ended, args)

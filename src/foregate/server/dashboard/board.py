@@ -13,26 +13,11 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from foregate.events import (
-    ControllerDecided,
-    Event,
-    ExpertMoved,
-    ExpertUsed,
-    Fate,
-    Move,
-    Part,
-    PassBegan,
-    PredictionMade,
-    ReadEnded,
-    ReadSubmitted,
-    SpeculationEnded,
-    TimeSpent,
-    TokenMade,
-    Use,
-)
+from foregate import events
+from foregate.events import Event, EventSorter, Fate, Move, Part, Use
 from foregate.server.dashboard.channel import Channel
 from foregate.server.dashboard.tally import Tally
-from foregate.types import ExpertKey
+from foregate.types import ExpertKey, GenerationStep
 
 FRAMES = 64
 """Last tokens that a browser gets when it connects, to scrub back through."""
@@ -57,8 +42,8 @@ WASTED = 4
 PARTS = (Part.ATTENTION, Part.ROUTING, Part.EXPERT, Part.WAIT, Part.PREDICT)
 
 
-class Board:
-    """Implements ``events.EventListener``; ``about`` is what does not change. Thread-safe.
+class Board(EventSorter):
+    """Listens to an engine; ``about`` is what does not change. Thread-safe.
 
     ``resident`` is in memory already. Without a browser it keeps state and encodes nothing.
     """
@@ -125,49 +110,48 @@ class Board:
     # Events
 
     def on_event(self, event: Event) -> None:
-        """See ``events.EventListener``."""
+        """Keeps browsers waiting meanwhile."""
         with self._lock:
-            self._fold(event)
+            self._tally.on_event(event)
+            super().on_event(event)
 
-    def _fold(self, event: Event) -> None:
-        match event:
-            case TimeSpent():
-                self._spent(event)
-            case ExpertUsed():
-                self._tally.used(event)
-                cell = self._cell(event.key)
-                self._heat[cell] += 1
-                self._mark(cell, _USES[event.how])
-            case ExpertMoved():
-                self._tally.evictions += event.move is Move.EVICTED
-                self._set(event.key, _STATES[event.move])
-            case ReadSubmitted():
-                self._tally.submitted(event)
-            case ReadEnded():
-                self._tally.ended(event)
-                if self._state[self._cell(event.key)] == FLYING and event.ok:
-                    self._set(event.key, STAGED)
-            case SpeculationEnded():
-                self._tally.judged(event)
-                if event.fate is Fate.WASTED:
-                    self._mark(self._cell(event.key), WASTED)
-            case PredictionMade():
-                self._predictions += 1
-            case ControllerDecided():
-                self._controller = {"speculating": event.speculating, "reason": event.reason}
-            case PassBegan():
-                self._tally.phase = event.phase
-            case TokenMade():
-                self._token(event)
+    def expert_used(self, event: events.ExpertUsed) -> None:
+        cell = self._cell(event.key)
+        self._heat[cell] += 1
+        self._mark(cell, _USES[event.how])
 
-    def _spent(self, event: TimeSpent) -> None:
-        self._tally.spent(event)
+    def expert_moved(self, event: events.ExpertMoved) -> None:
+        self._set(event.key, _STATES[event.move])
+
+    def read_ended(self, event: events.ReadEnded) -> None:
+        if self._state[self._cell(event.key)] == FLYING and event.ok:
+            self._set(event.key, STAGED)
+
+    def speculation_ended(self, event: events.SpeculationEnded) -> None:
+        if event.fate is Fate.WASTED:
+            self._mark(self._cell(event.key), WASTED)
+
+    def prediction_made(self, event: events.PredictionMade) -> None:
+        self._predictions += 1
+
+    def controller_decided(self, event: events.ControllerDecided) -> None:
+        self._controller = {"speculating": event.speculating, "reason": event.reason}
+
+    def time_spent(self, event: events.TimeSpent) -> None:
         if event.part in PARTS:
             self._times[event.layer][PARTS.index(event.part)] += event.ended - event.began
         elif self._channels and event.ended - self._sent_at > DELTA_NS:
             self._delta(event)
 
-    def _delta(self, event: TimeSpent) -> None:
+    def token_made(self, event: events.TokenMade) -> None:
+        frame = self._frame(event.step)
+        self._frames.append(frame)
+        self._text.append(event.step.text)
+        self._sent_at = event.ended
+        self._send({"type": "token", "frame": frame})
+        self._clear_token()
+
+    def _delta(self, event: events.TimeSpent) -> None:
         """After a layer, if the last message is long ago: what has changed within this token."""
         self._sent_at = event.ended
         moves, sent = [[cell, self._state[cell]] for cell in self._moved], self._marks_sent
@@ -176,10 +160,8 @@ class Board:
         self._moved.clear()
         self._marks_sent = len(self._marks)
 
-    def _token(self, event: TokenMade) -> None:
-        self._tally.token(event)
-        step = event.step
-        frame = {
+    def _frame(self, step: GenerationStep) -> dict[str, Any]:
+        return {
             "index": step.index,
             "text": step.text,
             "token_id": step.token_id,
@@ -192,11 +174,6 @@ class Board:
             "totals": self._tally.as_dict(),
             "controller": self._controller,
         }
-        self._frames.append(frame)
-        self._text.append(step.text)
-        self._sent_at = event.ended
-        self._send({"type": "token", "frame": frame})
-        self._clear_token()
 
     # Inside
 

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from foregate.events import (
-    ExpertUsed,
-    Fate,
-    Part,
-    ReadEnded,
-    ReadSubmitted,
-    SpeculationEnded,
-    TimeSpent,
-    TokenMade,
-    Use,
-)
+from foregate import events
+from foregate.events import EventSorter, Fate, Move, Part, Use
 from foregate.types import Phase
 
 _FATES = {Fate.USED: ("used", 1), Fate.WASTED: ("wasted", 1), Fate.CANCELLED: ("cancelled", 1),
           Fate.REVIVED: ("cancelled", -1)}  # fmt: skip
 
 
-class Tally:
-    """``as_dict`` agrees with ``RunReport.as_dict`` wherever they share a key. ``phase`` is the phase of the pass.
+class Tally(EventSorter):
+    """``as_dict`` agrees with ``RunReport.as_dict`` wherever they share a key.
 
     As there: a prompt's reading ahead of whole layers is no prefetch, and its bytes count as demand.
     """
 
     def __init__(self) -> None:
-        self.phase = Phase.PREFILL
-        self.evictions = 0
+        self._phase = Phase.PREFILL
+        self._evictions = 0
         self._hits = 0
         self._misses = 0
         self._bytes = {"demand": 0, "prefetch": 0}
@@ -39,27 +30,33 @@ class Tally:
         self._ttft_s = 0.0
         self._decode_s = 0.0
 
-    def used(self, event: ExpertUsed) -> None:
+    def expert_used(self, event: events.ExpertUsed) -> None:
         hit = event.how in (Use.HIT, Use.STAGED_HIT)
         self._hits += hit
         self._misses += not hit
         self._count("late", event.how is Use.LATE)
 
-    def submitted(self, event: ReadSubmitted) -> None:
+    def read_submitted(self, event: events.ReadSubmitted) -> None:
         self._count("issued", event.speculative)
 
-    def ended(self, event: ReadEnded) -> None:
-        ahead = event.speculative and self.phase is Phase.DECODE
+    def read_ended(self, event: events.ReadEnded) -> None:
+        ahead = event.speculative and self._phase is Phase.DECODE
         self._bytes["prefetch" if ahead else "demand"] += sum(span.nbytes for span in event.spans)
 
-    def judged(self, event: SpeculationEnded) -> None:
+    def expert_moved(self, event: events.ExpertMoved) -> None:
+        self._evictions += event.move is Move.EVICTED
+
+    def pass_began(self, event: events.PassBegan) -> None:
+        self._phase = event.phase
+
+    def speculation_ended(self, event: events.SpeculationEnded) -> None:
         self._count(*_FATES[event.fate])
 
-    def spent(self, event: TimeSpent) -> None:
+    def time_spent(self, event: events.TimeSpent) -> None:
         if event.part is Part.WAIT:
             self._stall["late_prefetch_s" if event.late else "demand_s"] += (event.ended - event.began) / 1e9
 
-    def token(self, event: TokenMade) -> None:
+    def token_made(self, event: events.TokenMade) -> None:
         self._tokens += 1
         if event.step.phase is Phase.PREFILL:
             self._ttft_s = event.step.stats.wall_s
@@ -72,7 +69,7 @@ class Tally:
             "completion_tokens": self._tokens,
             "ttft_s": self._ttft_s,
             "tpot_s": self._decode_s / (self._tokens - 1) if self._tokens > 1 else 0.0,
-            "expert_cache": {"hits": self._hits, "misses": self._misses, "evictions": self.evictions},
+            "expert_cache": {"hits": self._hits, "misses": self._misses, "evictions": self._evictions},
             "read_bytes": dict(self._bytes),
             "prefetch": dict(self._prefetch),
             "stall_s": sum(self._stall.values()),
@@ -80,5 +77,5 @@ class Tally:
         }
 
     def _count(self, name: str, number: int) -> None:
-        if self.phase is Phase.DECODE:
+        if self._phase is Phase.DECODE:
             self._prefetch[name] += number
