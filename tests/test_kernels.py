@@ -16,7 +16,7 @@ from transformers.integrations.moe import _default_apply_gate
 from foregate.checkpoint.expand import expanded
 from foregate.checkpoint.quantise import SCALE, Scheme, dequantised, parse_scheme, quantised, scheme_of, stored
 from foregate.errors import ConfigError
-from foregate.experts.compute import Weights, expert_forward, runs_fused, torch_forward
+from foregate.experts.compute import Weights, expert_forward, experts_forward, runs_fused, torch_forward
 from foregate.experts.kernel_speed import KINDS, kernel_speed
 from foregate.native import kernels
 from foregate.types import ParamLayout
@@ -116,6 +116,28 @@ def test_threads_and_other_tokens_change_no_bit(kind: str, level: str) -> None:
         torch.set_num_threads(before)
     alone = torch.cat([expert_forward(module, row[None], Weights(held)) for row in x])
     assert all(torch.equal(result, alone) for result in results)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", FORMATS)
+def test_experts_together_have_the_bits_of_one_by_one(kind: str, level: str) -> None:
+    module, x = Experts(256, 64), torch.randn(1, 256, generator=torch.Generator().manual_seed(3))
+    held = [Weights(expert(256, 64, kind, seed)[0]) for seed in range(5)]
+    for given in (x, x.bfloat16()):
+        alone = torch.cat([expert_forward(module, given, one) for one in held])
+        for threads in (1, 2):
+            kernels.use_threads(threads)
+            try:
+                assert torch.equal(experts_forward(module, given, held), alone)
+            finally:
+                kernels.use_threads(None)
+
+
+@needs_kernels
+def test_experts_of_different_forms_are_computed_one_by_one() -> None:
+    module, x = Experts(256, 64), torch.randn(1, 256, generator=torch.Generator().manual_seed(3))
+    held = [Weights(expert(256, 64, kind)[0]) for kind in FORMATS]
+    assert torch.equal(experts_forward(module, x, held), torch.cat([expert_forward(module, x, one) for one in held]))
 
 
 @needs_kernels

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter, perf_counter_ns
 from typing import Any
 
@@ -18,9 +19,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from foregate.engine.signals import ModelSignals
 from foregate.events import ControllerDecided, Part, TimeSpent, ns
 from foregate.experts.cache import ExpertCache
-from foregate.experts.compute import SlotViews, expert_forward
+from foregate.experts.compute import SlotViews, expert_forward, experts_forward
 from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
-from foregate.prefetch.pipeline import Compute, Pipeline
+from foregate.prefetch.pipeline import Compute, Pipeline, Together
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, RoutingStep
 
@@ -152,15 +153,39 @@ class ExpertRuntime:
             out = self._expert(ExpertKey(layer, expert), module, x[token], slot)
             parts[token, rank] = (out * weights[token, rank, None]).to(parts.dtype)
 
-        def compute_one(expert: int, slot: int) -> None:
+        if len(index) == 1:
+            self._gather_one(layer, module, x, index, weights, parts[0])
+        else:
+            self._run(layer, index, compute)
+        return parts.sum(dim=1).to(x.dtype)
+
+    def _gather_one(
+        self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor, parts: Tensor
+    ) -> None:
+        """``_gather`` for one token: ``parts`` [k, D] are written."""
+        ranks, shares = index[0].tolist(), weights[0, :, None]
+
+        def compute(expert: int, slot: int) -> None:
             out = self._expert(ExpertKey(layer, expert), module, x, slot)
             for rank, chosen in enumerate(ranks):
                 if chosen == expert:
-                    parts[0, rank] = out[0] * weights[0, rank]
+                    parts[rank] = out[0] * shares[rank]
 
-        ranks = index[0].tolist()
-        self._run(layer, index, compute_one if len(index) == 1 else compute)
-        return parts.sum(dim=1).to(x.dtype)
+        def together(experts: Sequence[int], slots: Sequence[int]) -> None:
+            held = [
+                self._views.weights(slot, self._layout_of(ExpertKey(layer, expert)))
+                for expert, slot in zip(experts, slots, strict=True)
+            ]
+            out = experts_forward(module, x, held)
+            if experts == ranks:
+                torch.mul(out, shares, out=parts)
+                return
+            for row, expert in enumerate(experts):
+                for rank, chosen in enumerate(ranks):
+                    if chosen == expert:
+                        parts[rank] = out[row] * shares[rank]
+
+        self._run(layer, index, compute, together)
 
     def _sum(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         total = torch.zeros(x.shape, dtype=torch.float32)
@@ -174,11 +199,12 @@ class ExpertRuntime:
         self._run(layer, index, compute)
         return total.to(x.dtype)
 
-    def _run(self, layer: int, index: Tensor, compute: Compute) -> None:
+    def _run(self, layer: int, index: Tensor, compute: Compute, together: Together | None = None) -> None:
         needed = self._needed(layer, index)
         began = perf_counter_ns()
         if _few(index):
-            self._pipeline.decode(layer, needed, compute, lambda: self._predict(layer, Moment.AFTER_ROUTING))
+            predict = partial(self._predict, layer, Moment.AFTER_ROUTING)
+            self._pipeline.decode(layer, needed, compute, predict, together)
         else:
             self._make_staging(layer)
             self._pipeline.stream(layer, needed, compute, self._ahead(layer, len(needed)), self._keep(layer, index))

@@ -449,12 +449,16 @@ AVX512 static void int4_avx512(const matrix *m, int row, int rows, const input *
 }
 #endif
 
+#include "decode.h"
+
 /* ---- Dispatch ---- */
 
 static struct {
     const char *name;
     kernel_fn kernels[3];
     void (*quantise)(const float *x, int n, int group, input *in);
+    norm_fn norm;
+    attend_fn attend;
 } chosen;
 
 static void quantise_plain(const float *x, int n, int group, input *in) { quantise_any(x, n, group, in); }
@@ -465,6 +469,8 @@ static void choose(int level) {
     chosen.kernels[INT8] = int8_plain;
     chosen.kernels[INT4] = int4_plain;
     chosen.quantise = quantise_plain;
+    chosen.norm = norm_plain;
+    chosen.attend = attend_plain;
 #ifdef X86
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -477,6 +483,8 @@ static void choose(int level) {
         chosen.kernels[INT8] = int8_avx2;
         chosen.kernels[INT4] = int4_avx2;
         chosen.quantise = quantise_avx2;
+        chosen.norm = norm_avx2;
+        chosen.attend = attend_avx2;
     }
     if (avx2 && avx512 && level >= 2) {
         chosen.name = "avx512-vnni";
@@ -484,6 +492,8 @@ static void choose(int level) {
         chosen.kernels[INT8] = int8_avx512;
         chosen.kernels[INT4] = int4_avx512;
         chosen.quantise = quantise_avx512;
+        chosen.norm = norm_avx512;
+        chosen.attend = attend_avx512;
     }
 #else
     (void)level;
@@ -729,6 +739,106 @@ int foregate_expert(const matrix *gate, const matrix *up, const matrix *down, in
     for (int t = 0; t < tokens; t++)
         make_input(down, between + (size_t)t * padded, in + t);
     multiply(down, in, tokens, out, out_dtype, width, threads);
+    return 0;
+}
+
+/* ---- Several experts for one token: all rows of all of them are one job, so threads meet twice ---- */
+
+enum { MOST_EXPERTS = 64 };
+
+typedef struct {
+    matrix gate, up, down;
+} expert;
+
+typedef struct {
+    const gated *parts;
+    int chunks; /* of each expert */
+} gated_all;
+
+typedef struct {
+    const product *parts;
+    int chunks;
+} product_all;
+
+static void gated_all_chunk(void *context, int chunk) {
+    const gated_all *all = context;
+    gated_chunk((void *)(all->parts + chunk / all->chunks), chunk % all->chunks);
+}
+
+static void product_all_chunk(void *context, int chunk) {
+    const product_all *all = context;
+    product_chunk((void *)(all->parts + chunk / all->chunks), chunk % all->chunks);
+}
+
+static int same_form(const matrix *a, const matrix *b) {
+    return a->dtype == b->dtype && a->rows == b->rows && a->columns == b->columns && a->group == b->group;
+}
+
+/* out [count, width]: row i is what foregate_expert gives for experts[i], which all have one form, and x [1, inputs]. */
+int foregate_experts(const expert *experts, int count, int hidden, const void *x, int inputs, int x_dtype, void *out,
+                     int width, int out_dtype, int threads) {
+    choose_best();
+    if (count < 1 || count > MOST_EXPERTS)
+        return 1;
+    const matrix *gate = &experts->gate, *down = &experts->down;
+    for (int e = 0; e < count; e++)
+        if (!same_form(&experts[e].gate, gate) || !same_form(&experts[e].up, gate) || !same_form(&experts[e].down, down))
+            return 1;
+    if (refuse(gate, 1) || refuse(down, 1) || inputs > gate->columns || hidden > gate->rows ||
+        hidden > down->columns || width > down->rows)
+        return 1;
+    int wide = round_up(gate->columns, STEP), padded = round_up(down->columns, STEP);
+    if (!reserve(input_bytes(gate) + (size_t)wide * 4 + 256 + count * (input_bytes(down) + (size_t)padded * 4 + 64)))
+        return 2;
+    input in, between[MOST_EXPERTS];
+    gated parts[MOST_EXPERTS];
+    product last[MOST_EXPERTS];
+    float *row = carve((size_t)wide * 4);
+    load_row(x, x_dtype, 0, inputs, row, wide);
+    make_input(gate, row, &in);
+    for (int e = 0; e < count; e++) {
+        float *values = carve((size_t)padded * 4);
+        memset(values + hidden, 0, (size_t)(padded - hidden) * 4);
+        parts[e] = (gated){&experts[e].gate, &experts[e].up, &in, 1, chunk_rows(gate, 2), values, padded, hidden};
+    }
+    gated_all first = {parts, (gate->rows + parts->step - 1) / parts->step};
+    pool_run(gated_all_chunk, &first, first.chunks * count, threads);
+    size_t item = out_dtype == F32 ? 4 : 2;
+    for (int e = 0; e < count; e++) {
+        make_input(down, parts[e].hidden, between + e);
+        void *to = (char *)out + (size_t)e * width * item;
+        last[e] = (product){&experts[e].down, between + e, 1, chunk_rows(down, 1), to, out_dtype, width};
+    }
+    product_all second = {last, (down->rows + last->step - 1) / last->step};
+    pool_run(product_all_chunk, &second, second.chunks * count, threads);
+    return 0;
+}
+
+/* ---- Between the matrices ---- */
+
+/* out [rows, n] = w * bf16(x / sqrt(mean(x^2) + eps)), all bf16. Returns 0, or 1 for a width that it does not take. */
+int foregate_rms_norm(const uint16_t *x, const uint16_t *w, uint16_t *out, int rows, int n, float eps) {
+    choose_best();
+    if (n < 16 || n % 16)
+        return 1;
+    for (int r = 0; r < rows; r++)
+        chosen.norm(x + (size_t)r * n, w, out + (size_t)r * n, n, eps);
+    return 0;
+}
+
+static void attend_chunk(void *context, int head) { chosen.attend(context, head); }
+
+/* Attention of one token; `a->scores` is filled in here. Returns as foregate_linear. */
+int foregate_attend(attention *a, int heads, int threads) {
+    choose_best();
+    if (heads < 1 || a->positions < 1 || a->width < 16 || a->width % 16 || a->width > MOST_WIDTH ||
+        a->out_width < 16 || a->out_width % 16 || a->out_width > MOST_WIDTH || a->group < 1 ||
+        (int64_t)a->group * a->width > MOST_VALUES || (int64_t)a->group * a->out_width > MOST_VALUES)
+        return 1;
+    if (!reserve((size_t)heads * a->group * a->positions * 4))
+        return 2;
+    a->scores = carve(0);
+    pool_run(attend_chunk, a, heads, threads);
     return 0;
 }
 

@@ -1,4 +1,6 @@
-"""The compiled kernels (``native/kernels.c``) by ctypes: matrices, one expert, memory reading. None where not built.
+"""The compiled kernels (``native/kernels.c``) by ctypes: matrices, experts, what a decode step does between them.
+
+None where not built.
 
 Shapes: T tokens, D hidden, F expert hidden, N rows, K columns.
 """
@@ -6,7 +8,8 @@ Shapes: T tokens, D hidden, F expert hidden, N rows, K columns.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_size_t, c_uint64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -19,6 +22,9 @@ from foregate.native.library import load
 MOST_TOKENS = 8
 """Tokens up to which the kernels run; more are cheaper as one product of matrices."""
 
+MOST_EXPERTS = 64
+"""Experts that are computed in one call at most."""
+
 MOST_COLUMNS = 65536
 """Integer sums of longer rows could overflow."""
 
@@ -27,6 +33,11 @@ _FORMATS = {torch.bfloat16: _BF16, torch.int8: _INT8, torch.uint8: _INT4}
 ACTIVATIONS = {torch.bfloat16: _BF16, torch.float32: _F32}
 """Dtypes of inputs and outputs."""
 
+
+_MOST_VALUES, _MOST_WIDTH = 16384, 1024
+"""Of decode.h."""
+_WORTH_A_THREAD = 1 << 21
+"""Products of an attention from which on a second thread is woken."""
 
 _threads: int | None = None
 
@@ -55,6 +66,23 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class _Expert(ctypes.Structure):
+    """``expert`` of kernels.c."""
+
+    _fields_ = [("gate", Matrix), ("up", Matrix), ("down", Matrix)]
+
+
+class _Attention(ctypes.Structure):
+    """``attention`` of decode.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "scores")),
+        *((name, c_int32) for name in ("group", "positions", "width", "out_width")),
+        *((name, c_int64) for name in ("k_head", "k_row", "v_head", "v_row")),
+        ("scale", c_float),
+    ]
+
+
 def matrix(values: Tensor, scales: Tensor | None) -> Matrix:
     """``values`` as ``checkpoint.quantise`` stores them, or bf16 [N, K]. Raises KeyError for another dtype."""
     kind = _FORMATS[values.dtype]
@@ -76,11 +104,20 @@ def library() -> ctypes.CDLL | None:
     tail: list[Any] = [c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_int, c_int, c_int]
     found.foregate_expert.argtypes = [pointer, pointer, pointer, *tail]
     found.foregate_linear.argtypes = [pointer, *tail[1:]]
+    found.foregate_experts.argtypes = [c_void_p, c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int, c_int]
+    found.foregate_rms_norm.argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_int, c_float]
+    found.foregate_attend.argtypes = [POINTER(_Attention), c_int, c_int]
     found.foregate_expand.argtypes = [pointer, c_void_p, c_int, c_int, c_int]
     found.foregate_read.argtypes = [c_void_p, c_size_t, c_int]
     found.foregate_read.restype = c_uint64
     found.foregate_kernels.argtypes = [c_int]
     found.foregate_kernels.restype = c_char_p
+    return found
+
+
+def _loaded() -> ctypes.CDLL:
+    found = library()
+    assert found is not None
     return found
 
 
@@ -96,14 +133,15 @@ class FusedExpert:
     def __init__(
         self, gate_up: Tensor, gate_up_scale: Tensor | None, down: Tensor, down_scale: Tensor | None, hidden: int
     ) -> None:
-        found = library()
-        assert found is not None
         self._kept = (gate_up, gate_up_scale, down, down_scale)
         gate, up = gate_up.chunk(2)
         scales = (None, None) if gate_up_scale is None else gate_up_scale.chunk(2)
         self._parts = tuple(matrix(*pair) for pair in ((gate, scales[0]), (up, scales[1]), (down, down_scale)))
+        self._whole = _Expert(*self._parts)
+        self.form = tuple((m.dtype, m.rows, m.columns, m.group) for m in self._parts)
+        """Experts of equal form can be computed ``together``."""
         self._hidden = hidden
-        self._run = found.foregate_expert
+        self._run = _loaded().foregate_expert
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output [T, D] for ``x`` [T, D], in the dtype of ``x`` (see ``ACTIVATIONS``)."""
@@ -118,24 +156,80 @@ class FusedExpert:
         _check(code)
         return out
 
+    @staticmethod
+    def together(experts: Sequence[FusedExpert], x: Tensor) -> Tensor:
+        """Outputs [n, D] of up to ``MOST_EXPERTS`` experts of one form for one token ``x`` [1, D]: as one by one."""
+        first, count = experts[0], len(experts)
+        x = x.contiguous()
+        width = x.shape[1]
+        out = x.new_empty(count, width)
+        kind, parts = ACTIVATIONS[x.dtype], (_Expert * count)(*[one._whole for one in experts])
+        code = _loaded().foregate_experts(
+            parts, count, first._hidden, x.data_ptr(), width, kind, out.data_ptr(), width, kind, num_threads()
+        )
+        _check(code)
+        return out
+
 
 def linear(weight: Matrix, x: Tensor, width: int) -> Tensor:
     """Output [T, width] = x [T, K] · weightᵀ in the dtype of ``x``, for up to ``MOST_TOKENS`` tokens."""
-    found = library()
-    assert found is not None
     x = x.contiguous()
-    out = x.new_empty(len(x), width)
+    tokens, inputs = x.shape
+    out = x.new_empty(tokens, width)
     kind, threads = ACTIVATIONS[x.dtype], num_threads()
-    _check(found.foregate_linear(weight, x.data_ptr(), x.shape[1], kind, len(x), out.data_ptr(), width, kind, threads))
+    run = _loaded().foregate_linear
+    _check(run(weight, x.data_ptr(), inputs, kind, tokens, out.data_ptr(), width, kind, threads))
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """``weight`` [D] times ``x`` [..., D] divided by its root mean square; bf16, contiguous, D a multiple of 16."""
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    rows = x.numel() // width
+    _check(_loaded().foregate_rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, epsilon))
+    return out
+
+
+def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether ``attend`` takes these."""
+    heads, width, out_width = query.shape[1], query.shape[3], value.shape[3]
+    group = heads // key.shape[1]
+    return (
+        query.dtype is key.dtype is value.dtype is torch.bfloat16
+        and query.shape[:3:2] == (1, 1)
+        and group * key.shape[1] == heads
+        and width % 16 == out_width % 16 == 0
+        and max(width, out_width) <= _MOST_WIDTH
+        and group * max(width, out_width) <= _MOST_VALUES
+        and key.stride(3) == value.stride(3) == 1
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention of one token: [1, 1, H, W] for ``query`` [1, H, 1, V], ``key`` [1, G, S, V], ``value`` [1, G, S, W].
+
+    Every position is seen. Inputs as ``attends`` wants them.
+    """
+    query = query.contiguous()
+    _, heads, _, width = query.shape
+    _, shared, positions, out_width = value.shape
+    out = query.new_empty(1, 1, heads, out_width)
+    _, k_head, k_row, _ = key.stride()
+    _, v_head, v_row, _ = value.stride()
+    job = _Attention(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), None, heads // shared, positions, width,
+        out_width, k_head, k_row, v_head, v_row, scale,
+    )  # fmt: skip
+    few = positions * heads * (width + out_width) < _WORTH_A_THREAD
+    _check(_loaded().foregate_attend(job, shared, 1 if few else num_threads()))
     return out
 
 
 def expand(weight: Matrix, out: Tensor) -> Tensor:
     """Write the first rows and columns of an int8 or int4 ``weight`` to ``out`` (bf16, contiguous, [N, K])."""
-    found = library()
-    assert found is not None
     rows, width = out.shape
-    _check(found.foregate_expand(weight, out.data_ptr(), rows, width, num_threads()))
+    _check(_loaded().foregate_expand(weight, out.data_ptr(), rows, width, num_threads()))
     return out
 
 

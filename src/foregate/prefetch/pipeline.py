@@ -19,6 +19,9 @@ from foregate.types import ExpertKey, StepStats
 Compute = Callable[[int, int], None]
 """``compute(expert, slot)``: the expert's weights are in ``slot`` until this returns."""
 
+Together = Callable[[Sequence[int], Sequence[int]], None]
+"""``compute`` of several experts at once: ``together(experts, slots)``."""
+
 
 class Pipeline:
     """Serves the experts of one MoE layer after another from cache, staging and store. One thread owns it."""
@@ -31,11 +34,19 @@ class Pipeline:
         self._events = prefetcher.events
         self._late: set[ExpertKey] = set()
 
-    def decode(self, layer: int, needed: Sequence[int], compute: Compute, predict: Callable[[], None]) -> None:
+    def decode(
+        self,
+        layer: int,
+        needed: Sequence[int],
+        compute: Compute,
+        predict: Callable[[], None],
+        together: Together | None = None,
+    ) -> None:
         """A step of few tokens: resident experts first, then whichever read arrives next.
 
-        ``predict`` runs after the demand reads are submitted, so that speculation queues behind them. Experts beyond
-        the cache's room are served in waves. Raises TransferError when a read has failed for good.
+        ``predict`` runs after the demand reads are submitted, so that speculation queues behind them. Resident experts
+        go through ``together`` if it is given and nobody wants to know how long each took. Experts beyond the cache's
+        room are served in waves. Raises TransferError when a read has failed for good.
         """
         keys = [ExpertKey(layer, expert) for expert in needed]
         flight: dict[ExpertKey, Ticket] = {}
@@ -47,8 +58,7 @@ class Pipeline:
             # What was staged for this layer and is not needed makes room for the layers after it.
             self._prefetcher.expire(layer)
             predict()
-            for key in ready:
-                self._serve(key, compute, pinned)
+            self._serve_all(ready, compute, together, pinned)
             if flight or missing:
                 self._serve_absent(flight, missing, compute, pinned)
         finally:
@@ -217,10 +227,28 @@ class Pipeline:
 
     # Using and letting go
 
-    def _serve(self, key: ExpertKey, compute: Compute, pinned: set[ExpertKey]) -> None:
+    def _serve_all(
+        self, keys: Sequence[ExpertKey], compute: Compute, together: Together | None, pinned: set[ExpertKey]
+    ) -> None:
+        if together is None or len(keys) < 2 or self._events.on:
+            for key in keys:
+                self._serve(key, compute, pinned)
+            return
+        slots = [self._slot(key) for key in keys]
+        began = perf_counter_ns()
+        together([key.expert for key in keys], slots)
+        self.stats.compute_s += (perf_counter_ns() - began) * 1e-9
+        pinned.difference_update(keys)
+        self._cache.unpin(keys)
+
+    def _slot(self, key: ExpertKey) -> int:
         slot = self._cache.lookup(key)
         if slot is None:
             raise IntegrityError(f"{key} is to be computed but not resident")
+        return slot
+
+    def _serve(self, key: ExpertKey, compute: Compute, pinned: set[ExpertKey]) -> None:
+        slot = self._slot(key)
         began = perf_counter_ns()
         compute(key.expert, slot)
         ended = perf_counter_ns()
