@@ -10,7 +10,7 @@ Shapes: T tokens, N outputs, K inputs, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -68,16 +68,18 @@ class DenseKernels:
     @contextmanager
     def decode(self) -> Iterator[None]:
         """Around a decode step."""
-        threads, onednn = torch.get_num_threads(), torch._C._get_mkldnn_enabled()
-        if not self.sufficient:
+        with attention.decoding(), self._torch_aside() if self.sufficient else nullcontext():
             yield
-            return
+
+    @contextmanager
+    def _torch_aside(self) -> Iterator[None]:
+        """What is left to torch are small operations: one thread, and its own loops."""
+        threads, onednn = torch.get_num_threads(), torch._C._get_mkldnn_enabled()
         kernels.use_threads(threads)
         torch.set_num_threads(1)
         torch._C._set_mkldnn_enabled(False)
         try:
-            with attention.decoding():
-                yield
+            yield
         finally:
             torch._C._set_mkldnn_enabled(onednn)
             torch.set_num_threads(threads)
