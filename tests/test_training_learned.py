@@ -17,7 +17,7 @@ from foregate.predictors.file import Artifact, load
 from foregate.testing.routing import FEATURES, MadeModel, made_trace
 from foregate.training import TRAINERS, estimator, fusion, history, ids_mlp, pre_attention, sequence
 from foregate.training.counting import MarkovOptions, fit_markov, fit_popularity
-from foregate.training.dataset import TRAIN, VALIDATION, Dataset, Prompt
+from foregate.training.dataset import CHOICE, REPORT, TRAIN, VALIDATION, Dataset, Prompt
 from foregate.training.learner import Learner
 from foregate.training.routers import recover
 from foregate.training.run import Request, train
@@ -184,6 +184,26 @@ def test_hybrid_takes_each_layer_from_the_source_that_was_chosen(data: Dataset) 
         for hop, prediction in enumerate(predictor.predict(signals)):
             expected = both[0 if estimated[layer, hop] else 1][layer, hop]
             np.testing.assert_allclose(sorted(prediction.scores), sorted(expected), rtol=1e-3, atol=1e-3)
+
+
+def test_hybrid_reports_on_the_prompts_by_which_it_chose(
+    trace: Path, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    judge = estimator.judge
+
+    def watched(made: Learner, data: Dataset, where: str, options: Any) -> dict[str, Any]:
+        asked.append((type(made).__name__, where))
+        return judge(made, data, where, options)
+
+    monkeypatch.setattr(estimator, "judge", watched)
+    given = ("block=256", "batch=64", "epochs=2", "hidden=32")
+    artifact = train(Request("hybrid", (trace,), tmp_path / "h.safetensors", given), NoBar())
+    assert asked == [("Estimator", CHOICE), ("Plain", CHOICE), ("Mixed", REPORT)]
+    halves = [{prompt.content for prompt in data.prompts(where)} for where in (CHOICE, REPORT)]
+    assert not halves[0] & halves[1]
+    assert halves[0] | halves[1] == {prompt.content for prompt in data.prompts(VALIDATION)}
+    assert [artifact.metrics[name] for name in ("chosen_by_prompts", "judged_on_prompts")] == [*map(len, halves)]
 
 
 def test_routers_come_back_from_a_trace(data: Dataset) -> None:

@@ -26,6 +26,8 @@ FRACTIONS = (0.8, 0.1, 0.1)
 """Of prompts that are for training, for validation (early stopping), and for nothing but the test."""
 SPLIT_SEED = 0
 TRAIN, VALIDATION, TEST = SIDES
+CHOICE, REPORT = "the first half of validation", "the second half of validation"
+"""For methods that choose something by validation prompts after training: choose by one half, report on the other."""
 
 
 def side(entry: Entry) -> str:
@@ -118,6 +120,7 @@ class Dataset:
         self._by_side: dict[str, list[int]] = {name: [] for name in SIDES}
         for number, (_, entry) in enumerate(self._found):
             self._by_side[side(entry)].append(number)
+        self._by_side |= self._halves()
         self._verified: set[str] = set()
 
     @property
@@ -198,6 +201,16 @@ class Dataset:
                     pieces, gathered, skip = [], 0, skip - 1
         if pieces and skip <= 0:
             yield _block(pieces, features, cache_share)
+
+    def _halves(self) -> dict[str, list[int]]:
+        """Validation prompts, every second one of each domain; the same text is in the same half."""
+        validation = self._by_side[VALIDATION]
+        texts = {n: (self._found[n][1].domain, self._found[n][1].content) for n in validation}
+        first = set(sorted(set(texts.values()))[::2])
+        return {
+            CHOICE: [n for n in validation if texts[n] in first],
+            REPORT: [n for n in validation if texts[n] not in first],
+        }
 
     def _order(self, where: str, shuffle: tuple[int, int] | None) -> list[int]:
         order = self._by_side[where]

@@ -1,12 +1,11 @@
 """Trains ``estimator`` and ``hybrid``: a small network on the next-gate signal, towards the later router's scores.
 
-After "speculating experts". The hybrid keeps the plain signal in layers where that is as good on validation prompts.
+After "speculating experts". The hybrid keeps the plain signal where that is as good on half of the validation prompts.
 Shapes: B tokens, L layers, E experts, H hops, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foregate.training.dataset import VALIDATION, Dataset
+from foregate.training.dataset import CHOICE, REPORT, Dataset
 from foregate.training.history import HistoryOptions
 from foregate.training.learner import Learner, array, experts_mask, hops_ahead, mean_known
 from foregate.training.loop import Training, judge
@@ -121,40 +120,51 @@ class HybridOptions(EstimatorOptions):
     margin: float = field(default=0.0)
 
 
+class Mixed(Learner):
+    """The hybrid: of every layer and hop, the estimator's scores where ``chosen`` [L, H], else the plain signal's."""
+
+    features = ("residual",)
+
+    def __init__(self, estimator: Estimator, plain: Plain, chosen: NDArray[np.bool_]) -> None:
+        super().__init__()
+        self.hops = estimator.hops
+        self._estimator, self._plain, self._chosen = estimator, plain, torch.from_numpy(chosen)
+
+    def scores(self, view: View, layers: Tensor) -> Tensor:
+        chosen = self._chosen[layers][..., None]
+        return torch.where(chosen, self._estimator.scores(view, layers), self._plain.scores(view, layers))
+
+    def loss(self, scores: Tensor, targets: Targets) -> Tensor:
+        return mean_known(divergence(scores, targets), targets)
+
+
 def fit_hybrid(data: Dataset, options: HybridOptions, watch: Watch) -> Fitted:
-    """Train the estimator, then choose between it and the plain signal, layer by layer."""
+    """Train the estimator, then choose between it and the plain signal, layer by layer, by half of the validation
+    prompts; metrics are of the other half."""
+    data.require(CHOICE, REPORT)
     torch.manual_seed(options.seed)
     routers = recover(data)
-    fitted = Training(Estimator(data, options, routers), data, options, watch).run()
+    learner = Estimator(data, options, routers)
+    fitted = Training(learner, data, options, watch).run()
     plain = Plain(data, hops_ahead(options.lookahead), routers)
-    theirs = judge(plain, data, VALIDATION, options)
-    learned, given = fitted.metrics["recall_by_layer"], theirs["recall_by_layer"]
-    chosen = np.asarray(
-        [
-            [_better(ours, other, options.margin) for ours, other in zip(learned[hop], given[hop], strict=True)]
-            for hop in learned
-        ]
-    ).T
+    chosen = _choose(learner, plain, data, options)
     tensors = {**fitted.tensors, "estimated": np.ascontiguousarray(chosen.astype(np.uint8))}
     tensors |= {"router": array(plain.router), "router_bias": array(plain.bias)}
-    metrics = {**_chosen_metrics(data, chosen, fitted.metrics, theirs), "estimator": dict(fitted.metrics)}
-    return Fitted(tensors, fitted.settings, metrics)
+    metrics = {**judge(Mixed(learner, plain, chosen), data, REPORT, options), "estimator": dict(fitted.metrics)}
+    halves = {"chosen_by_prompts": data.count(CHOICE), "judged_on_prompts": data.count(REPORT)}
+    return Fitted(tensors, fitted.settings, {**metrics, **halves})
+
+
+def _choose(learner: Estimator, plain: Plain, data: Dataset, options: HybridOptions) -> NDArray[np.bool_]:
+    """Whether the estimator is the better one, [L, H]."""
+    ours = judge(learner, data, CHOICE, options)["recall_by_layer"]
+    theirs = judge(plain, data, CHOICE, options)["recall_by_layer"]
+    found = [[_better(a, b, options.margin) for a, b in zip(ours[hop], theirs[hop], strict=True)] for hop in ours]
+    return np.asarray(found).T.copy()
 
 
 def _better(ours: float | None, other: float | None, margin: float) -> bool:
     return (ours or 0.0) > (other or 0.0) + margin
-
-
-def _chosen_metrics(
-    data: Dataset, chosen: NDArray[np.bool_], ours: Mapping[str, Any], theirs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Recall of the mixture: every layer counts the same events, so it is a mean of the better one's recall."""
-    recall: dict[str, list[float | None]] = {}
-    for number, hop in enumerate(ours["recall_by_layer"]):
-        pairs = zip(ours["recall_by_layer"][hop], theirs["recall_by_layer"][hop], strict=True)
-        recall[hop] = [a if chosen[layer, number] else b for layer, (a, b) in enumerate(pairs)]
-    same = [v for hop, values in recall.items() for v in values[: data.layers - int(hop)] if v is not None]
-    return {"recall_at_k": round(float(np.mean(same)), 6), "recall_by_layer": recall}
 
 
 ESTIMATOR = Trainer(fit_estimator, EstimatorOptions, ("residual", "router_input"), scores=True)
