@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from foregate.cli.train import _told
 from foregate.errors import ConfigError
 from foregate.testing.routing import made_trace
-from foregate.training import loop, run
-from foregate.training.fleet import jobs
+from foregate.training import fleet, loop, run
+from foregate.training.fleet import Job, Outcome, jobs, train_all
 from foregate.training.run import Request, merge_options, train
+from foregate.training.standing import Standing
 
 QUICK = ("hidden=24", "epochs=3", "block=64", "batch=32")
 
@@ -149,6 +151,44 @@ def test_options_of_a_fleet_name_their_method() -> None:
         jobs(["markov"], ["smoothing=2"])
     with pytest.raises(ConfigError, match="unknown predictor 'x'"):
         jobs(["x"], [])
+
+
+class Seen:
+    """A fleet's bar that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.standings: list[Standing] = []
+        self.outcomes: list[Outcome] = []
+
+    def started(self, job: Job) -> None: ...
+
+    def stands(self, job: Job, at: Standing) -> None:
+        self.standings.append(at)
+
+    def ended(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+
+def test_a_fleet_that_is_silent_while_a_method_is_trained(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "POLL_SECONDS", 0.02)
+    seen = Seen()
+    given = [f"history-mlp:{text}" for text in ("hidden=24", "epochs=60", "patience=60", "block=64", "batch=8")]
+    train_all(jobs(["history-mlp"], given), [trace], tmp_path / "zoo", 1, 1, seen)
+    assert not seen.outcomes[0].error
+    training = [at for at in seen.standings if at.stage == "training" and at.epoch]
+    assert training, seen.standings
+    assert all(at.total and 0 <= at.done <= at.total for at in training)
+    assert [at.done for at in training] == sorted(at.done for at in training)
+    assert training[-1].loss is not None
+    assert list((tmp_path / "zoo").glob("*.training")) == []
+
+
+def test_the_end_of_a_method_is_told_with_its_numbers() -> None:
+    told = _told(Outcome("a", "a", 12.3, metrics={"recall_at_k": 0.5, "top1": None, "epochs": 3}))
+    assert told == "a: recall at k 0.500 (12 s)"
+    assert _told(Outcome("a", "a", 1.0, error="no trace")) == "a: failed: no trace (1 s)"
 
 
 @pytest.fixture

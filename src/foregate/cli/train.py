@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from foregate.cli.output import console, print_json, result
@@ -17,6 +17,7 @@ from foregate.training import TRAINERS
 
 if TYPE_CHECKING:
     from foregate.training.fleet import Job, Outcome
+    from foregate.training.standing import Standing
 
 _SHOWN = ("recall_at_k", "recall_on_misses", "misses_at_equal_bytes", "top1", "exact_set", "next_token")
 
@@ -117,26 +118,35 @@ def _bar() -> Iterator[_Bar]:
 
 
 class _Fleet:
-    """Methods that are trained, those done, on a progress bar; failures at once."""
+    """A bar for the whole, and one for every method that is being trained; those that end, at once and for good."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress = progress
-        self._task = progress.add_task("training", total=total)
-        self._running: list[str] = []
+        self._whole = progress.add_task("methods trained", total=total)
+        self._running: dict[str, TaskID] = {}
 
     def started(self, job: Job) -> None:
-        self._running.append(job.name)
-        self._show()
+        self._running[job.name] = self._progress.add_task(f"{job.name}: reading traces", total=None)
+
+    def stands(self, job: Job, at: Standing) -> None:
+        facts = [at.stage]
+        facts += [f"epoch {at.epoch}"] if at.epoch is not None else []
+        facts += [f"loss {at.loss:.4g}"] if at.loss is not None else []
+        facts += [f"recall at k {at.recall_at_k:.3f}"] if at.recall_at_k is not None else []
+        told = f"{job.name}: {', '.join(facts)}"
+        self._progress.update(self._running[job.name], description=told, completed=at.done, total=at.total)
 
     def ended(self, outcome: Outcome) -> None:
-        self._running.remove(outcome.name)
-        told = f"failed: {outcome.error}" if outcome.error else "done"
-        self._progress.console.print(f"{outcome.name}: {told} ({outcome.seconds:.0f} s)", soft_wrap=True, markup=False)
-        self._progress.advance(self._task)
-        self._show()
+        self._progress.remove_task(self._running.pop(outcome.name))
+        self._progress.console.print(_told(outcome), soft_wrap=True, markup=False)
+        self._progress.advance(self._whole)
 
-    def _show(self) -> None:
-        self._progress.update(self._task, description=f"training {', '.join(self._running)}")
+
+def _told(outcome: Outcome) -> str:
+    metrics = outcome.metrics or {}
+    shown = [f"{name.replace('_', ' ')} {metrics[name]:.3f}" for name in _SHOWN if metrics.get(name) is not None]
+    told = f"failed: {outcome.error}" if outcome.error else ", ".join(shown) or "done"
+    return f"{outcome.name}: {told} ({outcome.seconds:.0f} s)"
 
 
 @contextmanager

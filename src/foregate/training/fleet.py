@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from foregate.errors import ConfigError
 from foregate.training import TRAINERS
-from foregate.training.run import SUFFIX
+from foregate.training.run import SUFFIX, Request
+from foregate.training.standing import Standing, read
 
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pre-attention-1": ("pre-attention", ("arch=1",)),
@@ -45,9 +46,11 @@ class Outcome:
 
 
 class FleetBar(Protocol):
-    """Told of jobs as they begin and end."""
+    """Told of jobs as they begin, go on and end."""
 
     def started(self, job: Job) -> None: ...
+
+    def stands(self, job: Job, at: Standing) -> None: ...
 
     def ended(self, outcome: Outcome) -> None: ...
 
@@ -86,6 +89,10 @@ def train_all(
                 job, began = running.pop(process)
                 ended.append(_outcome(job, out, process.returncode, time.monotonic() - began))
                 bar.ended(ended[-1])
+            for job, _ in running.values():
+                at = read(Request(job.predictor, (), out / f"{job.name}{SUFFIX}").state)
+                if at is not None:
+                    bar.stands(job, at)
             time.sleep(POLL_SECONDS if running else 0)
     finally:
         for process in running:

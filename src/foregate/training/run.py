@@ -21,6 +21,7 @@ from foregate.predictors.file import Artifact, ModelIdentity, load, save
 from foregate.trace.durable import write_file
 from foregate.training import TRAINERS
 from foregate.training.dataset import FRACTIONS, TRAIN, VALIDATION, Dataset
+from foregate.training.standing import Teller
 from foregate.training.trainer import Options, Trainer, parse_options
 
 SUFFIX = ".safetensors"
@@ -41,18 +42,24 @@ class Bar(Protocol):
 
 @dataclass
 class FileWatch:
-    """Passes progress on to ``bar`` and appends the loss curve to ``curve``; implements ``trainer.Watch``."""
+    """Passes progress on to ``bar`` and whoever reads ``standing``, and appends the loss curve to ``curve``; implements
+    ``trainer.Watch``."""
 
     state: Path
     curve: Path
     bar: Bar
     _begun: bool = field(default=False, init=False)
 
+    def __post_init__(self) -> None:
+        self._teller = Teller(self.state)
+
     def begin(self, stage: str, total: int | None) -> None:
         self.bar.begin(stage, total)
+        self._teller.begin(stage, total)
 
     def advance(self, units: int = 1) -> None:
         self.bar.advance(units)
+        self._teller.advance(units)
 
     def log(self, record: Mapping[str, Any]) -> None:
         if not self._begun:
@@ -60,6 +67,7 @@ class FileWatch:
             self._cut(int(record["step"]))
         with self.curve.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        self._teller.log(record)
 
     def _cut(self, step: int) -> None:
         """Drop what a killed training logged after its last checkpoint: it comes again."""
