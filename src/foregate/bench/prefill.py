@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterable, Sequence
 from itertools import product
 from time import process_time
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin at a barrier starve the readers
 
 from foregate.bench.prompts import BUILT_IN
 from foregate.config import RunConfig, SamplingConfig
