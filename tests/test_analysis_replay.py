@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -11,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foregate.analysis.belady import Belady
+from foregate.analysis.eviction import Pass, _replay, events_of
 from foregate.analysis.hitcurve import CAUSAL, HitCurves, prompt_events
 from foregate.analysis.misses import MissMask
 from foregate.analysis.prompt import Shape
 from foregate.analysis.replay import Event, Keys, Replay, split_events
 from foregate.analysis.settings import Settings
 from foregate.errors import IntegrityError
+from foregate.experts.echo import Echo
 from foregate.experts.policy import POLICIES, Lru
 from foregate.types import ExpertKey
 from test_analysis_known import prompt
@@ -76,7 +79,7 @@ def optimum(events: list[Event], slots: int) -> int:
     return max(best.values())
 
 
-@given(EVENTS, st.integers(3, 8), st.sampled_from(CAUSAL))
+@given(EVENTS, st.integers(3, 8), st.sampled_from(("lru", "lfu", "lfru")))
 @settings(max_examples=80, deadline=None)
 def test_replay_equals_the_reference(events: list[Event], slots: int, policy: str) -> None:
     assert hits(policy, events, slots) == reference(policy, events, slots)
@@ -139,3 +142,35 @@ def test_hit_curves_never_fall_for_lru_and_belady_is_on_top() -> None:
         rates = {p: [r["hit_rate"] for r in found if r["arm"] == arm and r["policy"] == p] for p in (*CAUSAL, "belady")}
         assert rates["lru"] == sorted(rates["lru"])
         assert all(np.all(np.array(rates["belady"]) >= rates[policy]) for policy in CAUSAL)
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_echo_in_the_hit_curve_knows_what_it_knows_in_the_engine(scored: bool) -> None:
+    """The same hits as a policy that is told every decision as it comes, at every residency and in both arms."""
+    shape = Shape((16,) * 3, (2,) * 3)
+    rng = np.random.default_rng(1)
+    prompts = []
+    for _ in range(4):
+        logits = rng.gumbel(size=(40, 3, 16)) - 0.3 * np.arange(16)
+        chosen = np.argsort(-logits, axis=2)[:, :, :2].astype(np.int32)
+        scores = logits.astype(np.float16) if scored else None
+        prompts.append(replace(prompt(chosen, np.arange(40) > 9), scores=scores))
+    curves = HitCurves(shape, Settings())
+    for one in prompts:
+        curves.add(one)
+    section = curves.finish()
+    passes = [
+        [Pass(one.experts[rows].astype(np.int64), None if one.scores is None else one.scores[rows].astype(np.float32))
+         for rows in ([*range(10)], *([t] for t in range(10, 40)))]
+        for one in prompts
+    ]  # fmt: skip
+    for row in section.summary["hit_rate"]:
+        if row["policy"] != "echo":
+            continue
+        replay = Replay(Echo(), row["slots"])
+        for some in passes:
+            steps = some if row["arm"] != "decode" else some[1:]
+            events = events_of(Keys(shape), steps, shape.layers)
+            _replay(replay, steps, events, shape.layers, told=True)
+        assert row["hits"] == replay.hits, row
+    assert any("choices alone" in note for note in section.notes) is not scored

@@ -78,9 +78,9 @@ def test_equal_bytes_that_count_residents_as_reads() -> None:
     assert (hit[0], missing[0]) == (1, 1)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfru", "belady"])
+@pytest.mark.parametrize("policy", ["lru", "lfru", "echo", "belady"])
 def test_residents_that_are_not_those_of_the_replay(bench: Bench, policy: str) -> None:
-    found = residents(bench.prompts, bench.shape, policy, 64)
+    found = residents(bench.prompts, bench.shape, policy, 64, bench.worths)
     assert not found[0][0, 0].any(), "cold at first"
     held = np.concatenate(found)[:, :, :].reshape(-1, bench.shape.layers, bench.shape.experts)
     chosen = np.concatenate([p.experts for p in bench.prompts])
@@ -123,6 +123,8 @@ def test_the_form_of_the_result(bench: Bench, judged: dict[str, Judged]) -> None
     assert oracle["oracle_gain"] == {"10%": 1.0, "25%": 1.0}
     assert none["recall_on_misses"] == none["oracle_gain"] == {"10%": 0.0, "25%": 0.0}
     assert found["about"]["left_out"] == {"fresh-gate": "why"}
+    assert list(oracle["cache"]) == ["lru", "lfru", "echo", "belady"]
+    assert "choices alone" in found["about"]["echo_sees"], "the sample trace has no router scores"
 
 
 def test_the_same_seed_another_result(bench: Bench) -> None:

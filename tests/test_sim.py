@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from foregate.analysis.belady import Belady
 from foregate.analysis.prompt import Shape
 from foregate.analysis.replay import Keys, Replay
+from foregate.analysis.worths import Worths
 from foregate.errors import ConfigError
+from foregate.experts.echo import Echo
 from foregate.experts.policy import POLICIES
 from foregate.sim.device import Device
 from foregate.sim.link import SimTransfer, VirtualClock
@@ -99,6 +101,30 @@ def test_hits_that_differ_from_a_plain_replay(policy: str) -> None:
     assert found.issued == found.used == found.wasted == 0
     assert found.busy_s == pytest.approx(4.0 * found.misses)
     assert found.total_s == pytest.approx(7.0 * len(events) + found.stall_s)
+
+
+def test_echo_that_is_not_told_the_routing() -> None:
+    """Told what the routers scored, the simulator has the hits of a replay that is told as the engine is."""
+    prompts = [routes(), routes(40, 1)]
+    scores = [
+        np.random.default_rng(seed).normal(size=(*p.shape[:2], 12)).astype(np.float16) for seed, p in enumerate(prompts)
+    ]
+    keys, known, rule = Keys(SHAPE), Worths(), Echo()
+    simulation = Simulation(SHAPE, DEVICE, Plan("echo", 14, 3), keys, [])
+    plain = Replay(rule, 14)
+    for experts, logits in zip(prompts, scores, strict=True):
+        worths = [[known.of(n, experts[t, n, None], logits[t, n, None]) for n in range(4)] for t in range(len(experts))]
+        simulation.prompt(experts, [], np.array(worths))
+        for number, event in enumerate(decode_events(keys, experts)):
+            token, layer = divmod(number, 4)
+            rule.observe(
+                layer, experts[token, layer, None].astype(np.int64), logits[token, layer, None].astype(np.float32)
+            )
+            plain.run(event)
+    assert known.scored
+    assert simulation.result().hits == plain.hits
+    untold = run("echo", 14, [[], []], prompts)
+    assert untold.hits != plain.hits, "else the test sees nothing"
 
 
 @pytest.mark.parametrize("policy", SIM_POLICIES)

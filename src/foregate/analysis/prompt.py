@@ -38,6 +38,7 @@ class Prompt:
     """``experts`` [T, L, k] int32, largest router weight first, -1 where a layer chooses fewer; [T] for the others.
 
     ``index`` counts the prompts of an analysis; ``test`` prompts are never counted before they are scored.
+    ``scores`` [T, L, E] of replayed prompts are the router's, None where the trace has none.
     ``timings`` are nanoseconds [T, L], of a pass in the row of its first token, -1 elsewhere.
     """
 
@@ -50,6 +51,7 @@ class Prompt:
     decode: NDArray[np.bool_]
     passes: NDArray[np.int32]
     timings: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    scores: NDArray[np.float16] | None = None
 
     @property
     def tokens(self) -> int:

@@ -156,6 +156,7 @@ def _prompt(index: int, item: Item, part: Part, shape: Shape) -> Prompt:
     for layer, top_k in enumerate(shape.top_k):
         grid[:, layer, top_k:] = -1
     names = item.reader.header.timings
+    scored = item.replayed and item.reader.header.scores is not None
     return Prompt(
         index=index,
         domain=item.entry.domain,
@@ -166,4 +167,5 @@ def _prompt(index: int, item: Item, part: Part, shape: Shape) -> Prompt:
         decode=part.grid(part.decode)[:, 0],
         passes=part.grid(part.pass_index)[:, 0],
         timings={name: part.grid(part.timing(name)) for name in names},
+        scores=part.grid(part.scores).astype(np.float16) if scored else None,
     )

@@ -29,7 +29,7 @@ def evaluate(
         str | None, typer.Option(help="Where the traced model lies, for its routers; as the trace says if not given.")
     ] = None,
     budget: Annotated[str, typer.Option(help="Shares of all experts that the simulated cache holds.")] = _BUDGET,
-    policies: Annotated[str, typer.Option(help="Cache policies that are simulated.")] = "lru,lfru,belady",
+    policies: Annotated[str, typer.Option(help="Cache policies that are simulated.")] = "lru,lfru,echo,belady",
     lookahead: Annotated[
         int | None, typer.Option(help="Layers that predictors look ahead; each one's own if not given.", min=0)
     ] = None,
@@ -94,6 +94,8 @@ def evaluate(
         for line in found["about"]["controls"]:
             shown.print(f"control {line}", markup=False, soft_wrap=True)
         shown.print(f"held out: {found['about']['held_out']}", markup=False, soft_wrap=True)
+        if found["about"]["echo_sees"]:
+            shown.print(f"cache policy echo: it sees {found['about']['echo_sees']}", markup=False, soft_wrap=True)
         for line in training_lines(found):
             shown.print(line, markup=False, soft_wrap=True)
 

@@ -29,7 +29,8 @@ class HeldPrompt:
     """One prompt. Experts are [·, L, k], best first by router weight, -1 where a layer chooses fewer.
 
     ``prefill`` and ``prefill_weights`` are of the prompt's own tokens; all else is of the tokens after it.
-    ``hidden``: feature name → [T, L, D] float32, NaN in layers that have none.
+    ``scores`` [T, L, E] of the routers, None where a trace has none. ``hidden``: feature name → [T, L, D] float32, NaN
+    in layers that have none.
     """
 
     name: str
@@ -42,6 +43,7 @@ class HeldPrompt:
     token_id: NDArray[np.int32]
     position: NDArray[np.int32]
     hidden: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    scores: NDArray[np.float16] | None = None
 
     @property
     def tokens(self) -> int:
@@ -105,6 +107,11 @@ class HeldOut:
         return tuple(name for name in names if all(name in reader.header.features for reader in self.readers))
 
     @property
+    def scored(self) -> bool:
+        """Whether every trace has router scores."""
+        return all(reader.header.scores is not None for reader in self.readers)
+
+    @property
     def tokens(self) -> int:
         """Decode tokens of the chosen prompts."""
         return sum(entry.decode_tokens for _, entry in self.items)
@@ -135,6 +142,7 @@ class HeldOut:
             token_id=part.grid(part.token_id)[:, 0][decode],
             position=part.grid(part.position)[:, 0][decode],
             hidden={name: _feature(part, name, decode) for name in self.features},
+            scores=part.grid(part.scores)[decode].astype(np.float16) if self.scored else None,
         )
 
 

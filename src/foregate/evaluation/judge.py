@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foregate.analysis.replay import Keys
+from foregate.analysis.worths import ECHO
 from foregate.errors import CheckpointError, ConfigError
 from foregate.evaluation.accuracy import count, metric_names
 from foregate.evaluation.asking import NOTHING, Answers, ask, seconds_per_token
 from foregate.evaluation.candidates import Candidate, split_lookahead
 from foregate.evaluation.held_out import HeldOut
-from foregate.evaluation.misses import covered, residents
+from foregate.evaluation.misses import covered, echo_worths, residents
 from foregate.evaluation.provenance import provenance
 from foregate.evaluation.settings import Settings
 from foregate.evaluation.trace_signals import TraceSignals, open_routers
@@ -70,6 +71,11 @@ class Bench:
         self.prompts = self.held.load()
         self.routers, self.no_routers = self._routers()
         self._residents: dict[Cell, list[NDArray[np.bool_]]] = {}
+        self.worths: list[NDArray[np.float32]] | None = None
+        """What the policy ``echo`` knows; ``scored``: router scores, not choices alone."""
+        self.scored = False
+        if ECHO in settings.policies:
+            self.worths, self.scored = echo_worths(self.prompts, self.shape)
         self._keys = Keys(self.shape)
         total = np.cumsum([prompt.tokens for prompt in self.prompts])
         self.simulated = min(len(self.prompts), 1 + int(np.searchsorted(total, settings.sim_tokens)))
@@ -133,7 +139,7 @@ class Bench:
 
     def _held(self, cell: Cell) -> list[NDArray[np.bool_]]:
         if cell not in self._residents:
-            found = residents(self.prompts, self.shape, cell[0], self.slots[cell[1]])
+            found = residents(self.prompts, self.shape, cell[0], self.slots[cell[1]], self.worths)
             for prompt in found:
                 prompt[:1, 0] = True  # nothing of a decode step comes before it: nobody can predict it, nobody must
             self._residents[cell] = found
@@ -144,8 +150,9 @@ class Bench:
         plan = Plan(policy, self.slots[share], self.reads, self.settings.far_share)
         simulation = Simulation(self.shape, self.settings.device, plan, self._keys, self._future)
         stalls = []
-        for prompt, answers in zip(self.prompts[: self.simulated], said, strict=False):
-            simulation.prompt(prompt.experts, [one.forecast for one in answers])
+        for number, (prompt, answers) in enumerate(zip(self.prompts[: self.simulated], said, strict=False)):
+            worths = None if self.worths is None else self.worths[number]
+            simulation.prompt(prompt.experts, [one.forecast for one in answers], worths)
             stalls.append(simulation.result().stall_s)
         judged.sims[cell] = simulation.result()
         judged.stalls[cell] = np.diff([0.0, *stalls])

@@ -193,11 +193,18 @@ def _about(bench: Bench, left_out: Mapping[str, str], controls: list[str]) -> di
         "reads_per_layer": bench.reads,
         "far_share": settings.far_share,
         "policy": POLICY if POLICY in settings.policies else settings.policies[0],
+        "echo_sees": _echo_sees(bench),
         "device": {name: getattr(device, name) for name in device.__dataclass_fields__},
         "seed": settings.seed,
         "controls": controls,
         "left_out": dict(left_out),
     }
+
+
+def _echo_sees(bench: Bench) -> str | None:
+    if bench.worths is None:
+        return None
+    return "router scores" if bench.scored else "choices alone: not every trace has router scores (trace with --scores)"
 
 
 def _ratio(above: Array, below: Array) -> float:

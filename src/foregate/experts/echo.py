@@ -174,6 +174,17 @@ class Echo:
             raise IntegrityError(f"none of {len(candidates)} candidates was ever touched")
         return min(left, key=lambda key: (worth[key], key))
 
+    def worth(self, layer: int) -> Floats:
+        """What ``observe`` has taught about the experts of ``layer``: larger is needed sooner, [E]."""
+        return self._pasts[layer].worth()
+
+    def tell(self, layer: int, worth: Floats) -> None:
+        """In place of ``observe``: the ``worth`` of one that observed the same. For replays through many caches."""
+        self._observed = True
+        self._layer = layer
+        self._fit(layer, len(worth))
+        self._worth[layer, : len(worth)] = worth
+
     def features(self, layer: int) -> Floats:
         """What the weights weigh, for every expert of ``layer``, which has been observed: [5, E]."""
         return self._pasts[layer].features()

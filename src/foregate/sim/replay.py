@@ -17,6 +17,7 @@ from foregate.analysis.prompt import Shape
 from foregate.analysis.replay import Event, Keys
 from foregate.errors import ConfigError
 from foregate.experts.cache import ExpertCache
+from foregate.experts.echo import Echo
 from foregate.experts.policy import POLICIES
 from foregate.experts.slots import SlotPool
 from foregate.interfaces import EvictionPolicy
@@ -94,7 +95,8 @@ class Simulation:
         self._shape, self._device, self._plan, self._keys = shape, device, plan, keys
         self._clock = VirtualClock()
         self._transfer = SimTransfer(device, self._clock)
-        self._cache = ExpertCache(SlotPool(plan.slots, ALIGNMENT), _policy(plan.policy, future))
+        self._policy = _policy(plan.policy, future)
+        self._cache = ExpertCache(SlotPool(plan.slots, ALIGNMENT), self._policy)
         controller = Controller(
             plan.reads, expert_bytes=device.expert_bytes, chunk_bytes=device.chunk_bytes, layers=shape.layers
         )
@@ -104,8 +106,15 @@ class Simulation:
         self._pipeline = Pipeline(self._cache, self._transfer, self._prefetcher)
         self._events = 0
 
-    def prompt(self, experts: NDArray[np.int32], forecasts: Sequence[Forecast]) -> None:
-        """One prompt's decode tokens: ``experts`` [T, L, k], -1 where a layer chooses fewer."""
+    def prompt(
+        self, experts: NDArray[np.int32], forecasts: Sequence[Forecast], worths: NDArray[np.float32] | None = None
+    ) -> None:
+        """One prompt's decode tokens: ``experts`` [T, L, k], -1 where a layer chooses fewer.
+
+        ``worths`` [T, L, E]: what the policy ``echo`` knows once a layer is routed (``analysis.worths``); without, it
+        takes choices from the accesses. No other policy looks at them.
+        """
+        self._worths = worths if isinstance(self._policy, Echo) else None
         self._prefetcher.begin()
         self._cache.set_staging(self._staging(forecasts))
         asked = _by_moment(forecasts)
@@ -146,6 +155,8 @@ class Simulation:
         self._clock.now += self._device.attention_s
         self._consider(token, layer, Moment.AFTER_ATTENTION, asked)
         self._prefetcher.arrived(layer)
+        if self._worths is not None and isinstance(self._policy, Echo):
+            self._policy.tell(layer, self._worths[token, layer])
         share = self._device.experts_s / len(needed) if needed else 0.0
 
         def compute(expert: int, slot: int) -> None:
