@@ -37,7 +37,7 @@ class PreAttentionOptions(LearnOptions):
     """``previous``: read the input of the token before as well (ours, not the paper's)."""
 
     lookahead: int = field(default=0, metadata={"choices": (0,)})
-    epochs: int = 8
+    epochs: int = 5
     arch: int = field(default=2, metadata={"choices": (1, 2)})
     loss: str = field(default=WEIGHTED, metadata={"choices": (MSE, WEIGHTED, FOCAL, RANKING)})
     hidden: int = 2048
