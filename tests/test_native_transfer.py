@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import which
-from time import perf_counter, sleep
+from time import sleep
 
 import pytest
 import xxhash
@@ -32,12 +32,12 @@ from foregate.native import reads
 from foregate.testing.faults import Fault, FaultyStore, Kind
 from foregate.testing.native import native_over
 from foregate.testing.stores import MemoryStore
+from foregate.testing.transfers import until
 from foregate.types import ExpertKey
 
 SLOT = 40960
 CHUNK = 4096
 KEYS = [ExpertKey(0, expert) for expert in range(12)]
-PATIENCE_S = 60.0
 
 pytestmark = pytest.mark.skipif(not available(), reason="the compiled reader was not built")
 Tiny = Callable[[str], Path]
@@ -69,13 +69,6 @@ def file(tmp_path: Path) -> OneFile:
 
 def opened(file: OneFile, pool: SlotPool, **settings: int) -> NativeTransfer:
     return NativeTransfer(file, pool, chunk_bytes=CHUNK, **settings)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = perf_counter() + PATIENCE_S
-    while not condition():
-        assert perf_counter() < deadline, "waited in vain"
-        sleep(1e-3)
 
 
 def test_the_compiled_parts_are_there_where_a_compiler_is() -> None:

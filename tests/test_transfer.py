@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
-from time import perf_counter, sleep
+from collections.abc import Iterator
+from time import sleep
 
 import pytest
 
 from foregate.errors import TransferError
-from foregate.experts.native_transfer import NativeTransfer, available
+from foregate.experts.native_transfer import available
 from foregate.experts.slots import SlotPool
 from foregate.experts.sync_transfer import SyncTransfer
 from foregate.experts.transfer import ThreadedTransfer
 from foregate.testing.native import native_over
 from foregate.testing.stores import MemoryStore
+from foregate.testing.transfers import EVERY_KIND, IN_C, IN_PYTHON, PATIENCE_S, Make, until
 from foregate.types import ExpertKey
 
 SLOT = 16384
 A, B, C = (ExpertKey(0, expert) for expert in range(3))
-PATIENCE_S = 60.0
 
-AnyTransfer = ThreadedTransfer | NativeTransfer | SyncTransfer
-Make = Callable[..., AnyTransfer]
-IN_PYTHON = {
-    "1 thread": lambda store, pool, **k: ThreadedTransfer(store, pool, threads=1, **k),
-    "4 threads": lambda store, pool, **k: ThreadedTransfer(store, pool, threads=4, **k),
-    "sync": SyncTransfer,
-    "lazy": lambda store, pool, **k: SyncTransfer(store, pool, lazy=True, **k),
-}
-IN_C = {
-    "1 native thread": lambda store, pool, **k: native_over(store, pool, threads=1, **k),
-    "4 native threads": lambda store, pool, **k: native_over(store, pool, threads=4, **k),
-}
-EVERY_KIND = IN_PYTHON | IN_C
 built = pytest.mark.skipif(not available(), reason="the compiled reader was not built")
 
 
@@ -56,13 +43,6 @@ def no_leaked_threads() -> Iterator[None]:
     before = set(threading.enumerate())  # other tests' engines may not have been collected yet
     yield
     until(lambda: not [t for t in set(threading.enumerate()) - before if t.name.startswith("foregate-read")])
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = perf_counter() + PATIENCE_S
-    while not condition():
-        assert perf_counter() < deadline, "waited in vain"
-        sleep(1e-3)
 
 
 class GatedStore(MemoryStore):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -158,15 +159,22 @@ def bench(
         (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
         draw(cells, out)
     if not silent:
-        _print(memory_table(cells))
-        _print(ratios_table(cells, found["ratios"].get("worst")))
-        if quality:
-            _print(quality_table(judged))
-        if rivals:
-            _print(rivals_table(found["rivals"], cells))
-        if found["summary"]:
-            _print(found["summary"])
+        for table in _closing_tables(found, quality=quality, rivals=bool(rivals)):
+            _print(table)
     print_json(found)
+
+
+def _closing_tables(found: dict[str, Any], *, quality: bool, rivals: bool) -> Iterator[Any]:
+    """What is shown once every cell has been measured."""
+    cells = found["cells"]
+    yield memory_table(cells)
+    yield ratios_table(cells, found["ratios"].get("worst"))
+    if quality:
+        yield quality_table(found["quality"])
+    if rivals:
+        yield rivals_table(found["rivals"], cells)
+    if found["summary"]:
+        yield found["summary"]
 
 
 def _print(table: Any) -> None:

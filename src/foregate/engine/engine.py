@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from time import perf_counter, perf_counter_ns
@@ -138,7 +138,7 @@ class Engine:
         self.runtime.observers = listeners
         self._runs = 0
 
-    def stream(self, prompt_ids: list[int], sampling: SamplingConfig | None = None) -> Iterator[GenerationStep]:
+    def stream(self, prompt_ids: list[int], sampling: SamplingConfig | None = None) -> Generator[GenerationStep]:
         """Generate token by token. Raises PromptError, TransferError; ``report`` holds the figures afterwards."""
         sampling = sampling or SamplingConfig()
         self._check(prompt_ids)

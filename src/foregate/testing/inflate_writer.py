@@ -14,6 +14,7 @@ from foregate.checkpoint.source_reader import SourceReader
 from foregate.errors import CheckpointError
 from foregate.testing.inflate_fill import blocks
 from foregate.testing.inflate_rules import Planned
+from foregate.testing.shards import header, shard_name, split
 
 Progress = Callable[[int, int], None]
 """Told (bytes written, bytes in all) after every tensor."""
@@ -33,7 +34,7 @@ def write_weights(directory: Path, tensors: list[Planned], seed: int, shard_byte
     done = 0
     with SourceReader() as reader:
         for number, shard in enumerate(shards, start=1):
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            name = shard_name(number, len(shards))
             with (directory / name).open("wb") as file:
                 file.write(header(shard))
                 for tensor in shard:
@@ -45,32 +46,6 @@ def write_weights(directory: Path, tensors: list[Planned], seed: int, shard_byte
     write_json(
         directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
     )
-
-
-def split(tensors: list[Planned], shard_bytes: int) -> list[list[Planned]]:
-    """The tensors in order, at most ``shard_bytes`` a shard unless one alone is larger."""
-    shards: list[list[Planned]] = [[]]
-    room = shard_bytes
-    for tensor in tensors:
-        if tensor.nbytes > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(tensor)
-        room -= tensor.nbytes
-    return shards
-
-
-def header(shard: list[Planned]) -> bytes:
-    """The safetensors header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in shard:
-        end = offset + tensor.nbytes
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

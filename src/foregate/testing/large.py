@@ -23,6 +23,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from foregate.errors import ConfigError
 from foregate.testing.families import COMMON
+from foregate.testing.shards import header, shard_name, split
 from foregate.testing.tiny import source
 from foregate.testing.tokenizer import BOS, EOS, PAD, VOCAB_SIZE, save_tokenizer
 
@@ -136,6 +137,10 @@ class PlannedTensor:
     shape: tuple[int, ...]
 
     @property
+    def dtype(self) -> str:
+        return "BF16"
+
+    @property
     def count(self) -> int:
         return math.prod(self.shape)
 
@@ -209,11 +214,11 @@ def write_weights(directory: Path, shape: LargeShape, seed: int, progress: Progr
     """Every shard, then the index that names them."""
     total = shape.nbytes
     require_space(directory, total)
-    shards = split(shape, shard_bytes)
+    shards = split(shape.tensors(), shard_bytes)
     weight_map: dict[str, str] = {}
     done = 0
     for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        name = shard_name(number, len(shards))
         with (directory / name).open("wb") as file:
             file.write(header(shard))
             for tensor in shard:
@@ -229,32 +234,6 @@ def require_space(directory: Path, nbytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if nbytes > free:
         raise ConfigError(f"{directory} has {free} bytes free, the checkpoint needs {nbytes}")
-
-
-def split(shape: LargeShape, shard_bytes: int) -> list[list[PlannedTensor]]:
-    """The tensors in order, at most ``shard_bytes`` a shard; an expert may straddle two shards, as on the hub."""
-    shards: list[list[PlannedTensor]] = [[]]
-    room = shard_bytes
-    for tensor in shape.tensors():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(tensor)
-        room -= tensor.nbytes
-    return shards
-
-
-def header(shard: list[PlannedTensor]) -> bytes:
-    """The safetensors header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in shard:
-        end = offset + tensor.nbytes
-        entries[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def write_tensor(file: BinaryIO, tensor: PlannedTensor, seed: int) -> None:

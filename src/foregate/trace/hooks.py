@@ -85,12 +85,12 @@ class PassRecorder:
         self.passes.append(running)
 
     def _after_router(self, number: int, layer: MoeLayer, part: MoeAnatomy) -> Callable[..., None]:
-        def after(router: nn.Module, _: Any, output: Any) -> None:
+        def after(router: Any, _: Any, output: Any) -> None:
             running = self._running
             if running is None:
                 return
             if layer.scaled:
-                self._chosen[number] = chosen_scaled(output, int(router.top_k))  # type: ignore[arg-type]
+                self._chosen[number] = chosen_scaled(output, int(router.top_k))
             scores = router_scores(output, layer.scaled) if self._wanted.scores else None
             if scores is not None and _fits(scores, running) and scores.shape[-1] >= layer.experts:
                 running.layers[number].scores = scores.detach().reshape(running.rows, -1).clone()

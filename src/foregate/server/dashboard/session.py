@@ -104,7 +104,7 @@ class Session:
                 steps = self._engine.stream(ids, sampling)
                 for _ in steps:
                     if not self._may_go_on():
-                        steps.close()  # type: ignore[attr-defined]
+                        steps.close()
         except Exception as failure:  # the outermost handler of this thread: the page shows it
             error = f"{failure}" if isinstance(failure, ForegateError) else f"{type(failure).__name__}: {failure}"
         with self._changed:
