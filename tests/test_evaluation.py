@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from foregate.analysis.prompt import Shape
@@ -23,6 +25,7 @@ from foregate.evaluation.misses import covered, residents
 from foregate.evaluation.result import result
 from foregate.evaluation.run import judge_all
 from foregate.evaluation.settings import Settings, parse_budgets
+from foregate.evaluation.table import rows, terminal
 from foregate.trace.sample import SAMPLE
 from foregate.training.dataset import TEST, side
 
@@ -125,6 +128,19 @@ def test_the_form_of_the_result(bench: Bench, judged: dict[str, Judged]) -> None
     assert found["about"]["left_out"] == {"fresh-gate": "why"}
     assert list(oracle["cache"]) == ["lru", "lfru", "echo", "belady"]
     assert "choices alone" in found["about"]["echo_sees"], "the sample trace has no router scores"
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_table_whose_numbers_are_cut(width: int, bench: Bench, judged: dict[str, Judged]) -> None:
+    found = result(bench, judged, {})
+    output = StringIO()
+    for table in terminal(found, width):
+        Console(file=output, width=width).print(table)
+    shown = output.getvalue()
+    assert "…" not in shown
+    for row in rows(found):
+        assert all(cell in shown for cell in row[2:]), row
+    assert max(map(len, shown.splitlines())) <= width
 
 
 def test_the_same_seed_another_result(bench: Bench) -> None:

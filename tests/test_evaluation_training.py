@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from foregate.cli.main import app
 from foregate.errors import PredictorError
+from foregate.evaluation.candidates import Candidate
 from foregate.evaluation.held_out import HeldOut
-from foregate.evaluation.provenance import BY_HASH, BY_PROMPTS, check_training
+from foregate.evaluation.provenance import BY_HASH, BY_PROMPTS, check_training, provenance
 from foregate.predictors.file import Artifact, load, save
 from foregate.trace.sample import SAMPLE
 from foregate.training.dataset import TEST, TRAIN, VALIDATION, content_hash, side
@@ -87,6 +88,14 @@ def test_a_file_that_was_trained_on_what_it_is_judged_on(
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code != 0
     assert not done.stdout
+
+
+def test_a_file_of_another_model_that_is_refused_after_the_work(trained: Path, held: HeldOut, tmp_path: Path) -> None:
+    file = load(trained)
+    save(tmp_path / "foreign.safetensors", replace(file, model=replace(file.model, fingerprint="f" * 64)))
+    one = Candidate("foreign", (str(tmp_path / "foreign.safetensors"),))
+    with pytest.raises(PredictorError, match=r"foreign.safetensors: made for .* \(fingerprint ffffffffffff\), not for"):
+        provenance(one, held)
 
 
 def test_unknown_training_data_that_passes_in_silence(trained: Path, tmp_path: Path) -> None:

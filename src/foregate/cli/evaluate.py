@@ -90,7 +90,8 @@ def evaluate(
         print_json(found)
     else:
         shown = result()
-        shown.print(terminal(found), width=max(shown.width, 160))
+        for table in terminal(found, shown.width):
+            shown.print(table)
         for line in found["about"]["controls"]:
             shown.print(f"control {line}", markup=False, soft_wrap=True)
         shown.print(f"held out: {found['about']['held_out']}", markup=False, soft_wrap=True)

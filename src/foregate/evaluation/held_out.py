@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from foregate.analysis.prompt import Shape
 from foregate.errors import TraceError
+from foregate.predictors.file import ModelIdentity
 from foregate.trace.header import ModelInfo
 from foregate.trace.manifest import Entry
 from foregate.trace.part import WEIGHT, Part
@@ -94,6 +95,14 @@ class HeldOut:
             raise TraceError(
                 f"{places}: of {len(found)} prompts none with decode tokens is held out for tests; trace more prompts"
             )
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The traced model, as predictor files name it."""
+        model = self.model
+        return ModelIdentity(
+            model.name, model.fingerprint, model.experts_per_layer, max(model.top_k), model.hidden_size
+        )
 
     @property
     def prompts_in_all(self) -> int:

@@ -25,7 +25,6 @@ from foregate.evaluation.settings import Settings
 from foregate.evaluation.trace_signals import TraceSignals, open_routers
 from foregate.interfaces import Predictor
 from foregate.predictors.choice import make_predictor
-from foregate.predictors.file import ModelIdentity
 from foregate.sim.replay import Plan, SimResult, Simulation, decode_events
 
 Array = NDArray[np.float64]
@@ -91,14 +90,6 @@ class Bench:
         """Of each prompt."""
         return [prompt.domain for prompt in self.prompts]
 
-    @property
-    def identity(self) -> ModelIdentity:
-        """The traced model, as predictor files name it."""
-        model = self.held.model
-        return ModelIdentity(
-            model.name, model.fingerprint, model.experts_per_layer, max(model.top_k), model.hidden_size
-        )
-
     def judge(self, candidate: Candidate) -> Judged:
         """Raises ConfigError or PredictorError where it cannot be asked on these traces."""
         predictors = [self._make(member) for member in candidate.members]
@@ -119,7 +110,7 @@ class Bench:
         text, lookahead = split_lookahead(member)
         if lookahead is None and text not in ("fresh-gate", "none"):
             lookahead = self.settings.lookahead
-        return make_predictor(text, lookahead, lambda: self.identity)
+        return make_predictor(text, lookahead, lambda: self.held.identity)
 
     def _score(self, candidate: Candidate, said: Sequence[Sequence[Answers]]) -> Judged:
         names = metric_names(self.shape)

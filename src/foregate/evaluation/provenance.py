@@ -26,12 +26,14 @@ def provenance(candidate: Candidate, held: HeldOut) -> dict[str, Any]:
 
     ``training`` has one entry a file: ``verified_by`` (None: nobody can know that it never saw these prompts) and, for
     each domain, the share of the prompts on the training side of the given traces that it was trained on.
-    Raises PredictorError for a file that was trained on a prompt that is evaluated.
+    Raises PredictorError for a file of another model, and one that was trained on a prompt that is evaluated.
     """
     texts = [split_lookahead(member)[0] for member in candidate.members]
     files = [load(Path(text).expanduser()) for text in texts if is_file(text)]
     if not files:
         return {}
+    for file in files:
+        file.check_model(held.identity)
     return {
         "trained_on": sorted({name for file in files for name in file.traces}),
         "trace_hash": [file.trace_hash for file in files],

@@ -8,6 +8,8 @@ from typing import Any
 from rich.table import Table
 
 HEAD = ("predictor", "asked", "recall@k", "recall@2k", "exact", "top-1", "half", "Jaccard")
+ONE_TABLE = 160
+"""Columns of a terminal that has room for every column of the table."""
 TAIL = ("late", "wasted", "µs/token", "parameters")
 
 
@@ -51,18 +53,28 @@ def rows(result: Mapping[str, Any]) -> list[list[str]]:
     return out
 
 
-def terminal(result: Mapping[str, Any]) -> Table:
-    """For rich."""
+def terminal(result: Mapping[str, Any], width: int) -> list[Table]:
+    """For rich: one table where a terminal of ``width`` columns has room for it, else three with the same rows."""
     about = result["about"]
     title = (
         f"{about['prompts']} held-out prompts, {sum(about['tokens'].values()):,} tokens; cache {about['policy']}, "
         f"{about['reads_per_layer']} speculative reads a layer for every method; late and wasted: share of its reads"
     )
+    names, body = columns(result), rows(result)
+    if width >= ONE_TABLE:
+        return [_table(title, names, body, range(len(names)))]
+    first, last = len(HEAD), len(names) - len(TAIL)
+    parts = ([*range(first)], [0, *range(first, last)], [0, *range(last, len(names))])
+    return [_table(title if not n else None, names, body, part) for n, part in enumerate(parts)]
+
+
+def _table(title: str | None, names: Sequence[str], body: Sequence[Sequence[str]], shown: Sequence[int]) -> Table:
     table = Table(title=title, title_justify="left")
-    for number, name in enumerate(columns(result)):
-        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=number == 0)
-    for row in rows(result):
-        table.add_row(*row)
+    for number in shown:
+        # Names of files may be long; numbers are never cut.
+        table.add_column(names[number], justify="left" if number < 2 else "right", no_wrap=number > 1, overflow="fold")
+    for row in body:
+        table.add_row(*(row[number] for number in shown))
     return table
 
 
