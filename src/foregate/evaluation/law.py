@@ -69,7 +69,7 @@ def law_rows(bench: Bench, names: Sequence[str], *, policy: str, share: float) -
 
 
 def _answers(bench: Bench, name: str) -> tuple[list[Answers], float]:
-    predictor = make_predictor(name, None, lambda: bench.identity)
+    predictor = make_predictor(name, None, lambda: bench.held.identity)
     signals = TraceSignals(bench.shape, bench.routers)
     prompts = bench.prompts[: bench.simulated]
     answers = [ask(predictor, signals, prompt, bench.shape) for prompt in prompts]

@@ -134,7 +134,7 @@ class Studies:
     def signals(self) -> None:
         """Cosine of q_l and s_l to the true router input; recall and rank alignment by layer."""
         file = self._board / "zoo" / f"quasi-hidden{SUFFIX}"
-        quasi = make_predictor(str(file), 1, lambda: self._bench.identity)
+        quasi = make_predictor(str(file), 1, lambda: self._bench.held.identity)
         few = min(1000, self._tokens)
         near = {"s_l": cosines(self._bench, PlainSignal(), few), "q_l": cosines(self._bench, quasi, few)}
         layers = [float(n) for n in range(self._bench.shape.layers)]
