@@ -31,7 +31,7 @@ def held() -> HeldOut:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained") / "popularity.safetensors"
-    arguments = ["train", "--predictor", "popularity", "--trace", str(SAMPLE), "--out", str(out), "--json"]
+    arguments = ["train", "--predictor", "popularity", "--trace", "sample", "--out", str(out), "--json"]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     return out
@@ -100,7 +100,7 @@ def test_a_file_of_another_model_that_is_refused_after_the_work(trained: Path, h
 
 def test_unknown_training_data_that_passes_in_silence(trained: Path, tmp_path: Path) -> None:
     save(tmp_path / "unknown.safetensors", unlisted(load(trained), trace_hash="0" * 32))
-    arguments = ["evaluate", "--trace", str(SAMPLE), "--predictor", str(tmp_path / "unknown.safetensors")]
+    arguments = ["evaluate", "--trace", "sample", "--predictor", str(tmp_path / "unknown.safetensors")]
     done = CliRunner().invoke(app, [*arguments, "--predictor", str(trained), *QUICK], catch_exceptions=False)
     found = json.loads(done.stdout.splitlines()[-1])["predictors"]
     assert found["unknown"]["training"] == [{"verified_by": None, "of_domain": None}]

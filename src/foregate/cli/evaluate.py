@@ -16,7 +16,9 @@ _BUDGET = "10%,25%,50%"
 
 
 def evaluate(
-    trace: Annotated[list[Path], typer.Option(help="A trace with features (foregate trace); may be given again.")],
+    trace: Annotated[
+        list[Path], typer.Option(help="A trace with features (foregate trace), or: sample; may be given again.")
+    ],
     predictor: Annotated[
         list[str] | None,
         typer.Option(help="Name or file, @N for a lookahead, A+B for several under one allowance; may be given again."),
@@ -57,12 +59,13 @@ def evaluate(
     from foregate.evaluation.settings import Settings, parse_budgets
     from foregate.evaluation.table import terminal
     from foregate.sim.device import Device
+    from foregate.trace.sample import locate
 
     if out is not None:
         check_out(out, figures=not no_figures)
     seconds = layer_ms / 1e3
     settings = Settings(
-        traces=tuple(trace),
+        traces=tuple(locate(one) for one in trace),
         model=model,
         residencies=parse_budgets(budget),
         policies=tuple(name.strip() for name in policies.split(",")),

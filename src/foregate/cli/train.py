@@ -23,7 +23,9 @@ _SHOWN = ("recall_at_k", "recall_on_misses", "misses_at_equal_bytes", "top1", "e
 
 
 def train(
-    trace: Annotated[list[Path], typer.Option(help="A trace (foregate trace); give several to train on all.")],
+    trace: Annotated[
+        list[Path], typer.Option(help="A trace (foregate trace), or: sample; give several to train on all.")
+    ],
     out: Annotated[Path, typer.Option(help="The new file, NAME.safetensors; with --all a directory.")],
     predictor: Annotated[str | None, typer.Option(help=f"One of: {', '.join(TRAINERS.names)}.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Train every method, each in a process of its own.")] = False,
@@ -42,6 +44,9 @@ def train(
     """Train a predictor. Stops early by validation prompts; after a kill the same command continues."""
     if every == (predictor is not None):
         raise ConfigError("give either --predictor NAME or --all")
+    from foregate.trace.sample import locate
+
+    trace = [locate(one) for one in trace]
     flags = {"lookahead": lookahead, "epochs": epochs, "seed": seed}
     if every:
         given = [name for name, value in {**flags, "figure": figure or None}.items() if value is not None]
