@@ -19,6 +19,7 @@ from foregate.errors import ConfigError
 from foregate.experts.compute import Weights, expert_forward, experts_forward, runs_fused, torch_forward
 from foregate.experts.kernel_speed import KINDS, kernel_speed
 from foregate.native import kernels
+from foregate.native.library import load
 from foregate.types import ParamLayout
 
 FORMATS = ("bf16", "int8", "int4/32", "int4/64", "int4/128")
@@ -334,3 +335,10 @@ def test_speed_is_of_all_weight_bytes(kind: str) -> None:
     assert found.expert_bytes == pytest.approx(3 * 512 * 256 * bytes_per_weight, rel=0.02)
     assert found.gb_per_s == pytest.approx(found.expert_bytes / found.expert_us / 1e3)
     assert found.share == pytest.approx(found.gb_per_s / found.read_gb_per_s) != 0
+
+
+@needs_kernels
+def test_a_library_of_an_older_source_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    assert load("kernels", ["foregate_linear", "foregate_of_tomorrow"]) is None
+    assert "older source (no foregate_of_tomorrow)" in caplog.text
+    assert load("kernels", kernels.FUNCTIONS) is not None

@@ -34,6 +34,10 @@ ACTIVATIONS = {torch.bfloat16: _BF16, torch.float32: _F32}
 """Dtypes of inputs and outputs."""
 
 
+FUNCTIONS = tuple(
+    f"foregate_{name}" for name in ("expert", "experts", "linear", "rms_norm", "attend", "expand", "read", "kernels")
+)
+
 _MOST_VALUES, _MOST_WIDTH = 16384, 1024
 """Of decode.h."""
 _WORTH_A_THREAD = 1 << 21
@@ -97,7 +101,7 @@ def matrix(values: Tensor, scales: Tensor | None) -> Matrix:
 @cache
 def library() -> ctypes.CDLL | None:
     """The kernels with their signatures, or None: then torch computes."""
-    found = load("kernels")
+    found = load("kernels", FUNCTIONS)
     if found is None:
         return None
     pointer: Any = POINTER(Matrix)

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
+log = logging.getLogger("foregate")
+
+
+def load(name: str, functions: Sequence[str]) -> ctypes.CDLL | None:
+    """The library built from ``native/NAME.c``, or None where it was not built, cannot be loaded or is switched off.
+
+    One that lacks any of ``functions`` was built from an older source: it is left alone, with a warning.
+    """
+    found = _open(name)
+    missing = [] if found is None else [function for function in functions if not hasattr(found, function)]
+    if missing:
+        log.warning("native/%s was built from an older source (no %s): install Foregate again", name, missing[0])
+        return None
+    return found
+
 
 @cache
-def load(name: str) -> ctypes.CDLL | None:
-    """The library built from ``native/NAME.c``, or None where it was not built, cannot be loaded or is switched off."""
+def _open(name: str) -> ctypes.CDLL | None:
     if os.environ.get("FOREGATE_NATIVE", "").lower() in ("off", "0", "no"):
         return None
     spec = find_spec(f"foregate.native._{name}")

@@ -61,9 +61,6 @@ class ReadCounts(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """``reads.c`` with its signatures declared, or None where it is not to be had."""
-    found = load("reads")
-    if found is None:
-        return None
     signatures = {
         "reads_open": (c_void_p, [c_int32, c_int32, POINTER(c_int32), c_int32, c_int, c_int, SOURCE]),
         "reads_threads": (c_int32, [c_void_p]),
@@ -82,6 +79,9 @@ def library() -> ctypes.CDLL | None:
         "reads_close": (c_int32, [c_void_p, c_double]),
         "reads_free": (None, [c_void_p]),
     }
+    found = load("reads", list(signatures))
+    if found is None:
+        return None
     for name, (result, arguments) in signatures.items():
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments
