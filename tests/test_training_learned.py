@@ -206,6 +206,17 @@ def test_hybrid_reports_on_the_prompts_by_which_it_chose(
     assert [artifact.metrics[name] for name in ("chosen_by_prompts", "judged_on_prompts")] == [*map(len, halves)]
 
 
+def test_hybrid_of_one_validation_prompt_claims_nothing(trace: Path, tmp_path: Path) -> None:
+    """Nor does it fail: a first try is on a small trace."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dataset, "_halves", lambda self: {CHOICE: self._by_side[VALIDATION], REPORT: []})
+        given = ("block=256", "batch=64", "epochs=1", "hidden=32")
+        artifact = train(Request("hybrid", (trace,), tmp_path / "h.safetensors", given), NoBar())
+    assert "recall_at_k" not in artifact.metrics
+    assert artifact.metrics["judged_on_prompts"] == 0
+    assert artifact.metrics["estimator"]["recall_at_k"] > 0
+
+
 def test_routers_come_back_from_a_trace(data: Dataset) -> None:
     """The made-up routers are known: what is recovered ranks as they do."""
     found, true = recover(data), MadeModel()

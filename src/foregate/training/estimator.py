@@ -140,8 +140,7 @@ class Mixed(Learner):
 
 def fit_hybrid(data: Dataset, options: HybridOptions, watch: Watch) -> Fitted:
     """Train the estimator, then choose between it and the plain signal, layer by layer, by half of the validation
-    prompts; metrics are of the other half."""
-    data.require(CHOICE, REPORT)
+    prompts; metrics are of the other half, and there are none where validation is one prompt."""
     torch.manual_seed(options.seed)
     routers = recover(data)
     learner = Estimator(data, options, routers)
@@ -150,7 +149,8 @@ def fit_hybrid(data: Dataset, options: HybridOptions, watch: Watch) -> Fitted:
     chosen = _choose(learner, plain, data, options)
     tensors = {**fitted.tensors, "estimated": np.ascontiguousarray(chosen.astype(np.uint8))}
     tensors |= {"router": array(plain.router), "router_bias": array(plain.bias)}
-    metrics = {**judge(Mixed(learner, plain, chosen), data, REPORT, options), "estimator": dict(fitted.metrics)}
+    judged = judge(Mixed(learner, plain, chosen), data, REPORT, options) if data.count(REPORT) else {}
+    metrics = {**judged, "estimator": dict(fitted.metrics)}
     halves = {"chosen_by_prompts": data.count(CHOICE), "judged_on_prompts": data.count(REPORT)}
     return Fitted(tensors, fitted.settings, {**metrics, **halves})
 
