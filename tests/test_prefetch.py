@@ -13,7 +13,7 @@ from foregate.experts.cache import ExpertCache, SlotState
 from foregate.experts.policy import Lru
 from foregate.experts.slots import SlotPool
 from foregate.experts.transfer import ThreadedTransfer
-from foregate.prefetch.controller import PROBE_EVERY, Controller, Guess
+from foregate.prefetch.controller import CONTROL_EVERY, PROBE_EVERY, Controller, Guess
 from foregate.prefetch.pipeline import Pipeline
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.testing.faults import Fault, FaultyStore, Kind
@@ -211,7 +211,8 @@ def judged(used: int, wasted: int) -> Controller:
     for step in range(0, len(outcomes), 10):
         c.begin_step()
         c.saw_io(8 * 2**20, 0.008)
-        c.saw_misses(1, 0.008, 0.0)
+        c.saw_misses(1, 0.008)
+        c.saw_hidden(0.080 if c.speculating else 0.0)
         c.saw_prediction(0.0001)
         c.saw_window(1, 1, 0.010)
         for outcome in outcomes[step : step + 10]:
@@ -223,8 +224,46 @@ def test_speculation_that_pays_stays_on() -> None:
     c = judged(used=50, wasted=0)
     c.begin_step()
     assert c.decision.enabled
-    assert "pays: saves" in c.decision.reason
+    assert "pays: hides" in c.decision.reason
     assert c.allowance(4) == 4
+
+
+def test_where_the_link_never_rests_reads_that_are_used_save_nothing() -> None:
+    c = controller()
+    for _ in range(20):
+        c.begin_step()
+        c.saw_io(10 * 8 * 2**20, 0.080)  # ten reads a token, of which the computation can hide 5 ms
+        c.saw_misses(5, 0.045)
+        c.saw_hidden(0.005 if c.speculating else 0.0)
+        c.saw_prediction(0.0001)
+        for outcome in [True, True, True, True, False]:
+            c.judge(Guess(1, 1, 0), used=outcome)
+    c.begin_step()
+    assert not c.decision.enabled
+    assert "does not pay" in c.decision.reason
+
+
+def test_what_is_hidden_without_speculation_is_not_its_merit() -> None:
+    for without in (0.0, 0.030):
+        c = controller()
+        for _ in range(2 * CONTROL_EVERY):
+            c.begin_step()
+            c.saw_io(4 * 8 * 2**20, 0.032)
+            c.saw_misses(1, 0.008)
+            c.saw_hidden(0.032 if c.speculating else without)
+            for outcome in [True, True, True, False]:
+                c.judge(Guess(1, 1, 0), used=outcome)
+        assert c.decision.enabled is (without == 0.0)
+
+
+def test_a_read_that_queues_behind_demand_has_no_room_in_its_window() -> None:
+    with bench(slots=20, staging=4, limit=None) as b:
+        b.controller.judge(Guess(1, 1, 0), used=True)
+        seen: list[int] = []
+        b.pipeline.decode(0, [1, 2, 3], lambda e, s: None, lambda: seen.append(b.prefetcher.demanded))
+        b.pipeline.decode(0, [1, 2, 3], lambda e, s: None, lambda: seen.append(b.prefetcher.demanded))
+        assert seen == [3, 0]
+        assert b.prefetcher.demanded == 0
 
 
 def test_a_read_is_worth_what_its_window_has_room_for() -> None:

@@ -405,7 +405,8 @@ class Engine:
         """Tell ``controller`` what the step that just ran has read and waited for."""
         step = self._meter.so_far()
         controller.saw_io(step.demand_bytes + step.prefetch_bytes, step.io_s)
-        controller.saw_misses(step.misses - step.late, step.demand_stall_s, step.late_stall_s)
+        controller.saw_misses(step.misses - step.late, step.demand_stall_s)
+        controller.saw_hidden(step.io_s - step.stall_s)
 
     def _learned(self) -> None:
         """The first pass has shown whether the model's routers can be asked ahead; if not, say so and do not."""

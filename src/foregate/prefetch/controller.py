@@ -3,8 +3,11 @@
 Two questions. *Is this read worth it?* An expert that is predicted for layer l at distance d and rank r is used with
 probability p (measured by layer, and by distance and rank). If it is, it saves the stall of one miss, as far as the
 window of l has room behind what is queued already; if not, it costs the CPU time of its bytes and half a chunk's time.
-*Does speculation pay at all?* Its reads together must save more than the predictor's time, the wasted reads and the
-hits that the slots set aside for it would have been (counted: misses of experts that were evicted last).
+*Does speculation pay at all?* A token takes C + stall, and reading takes as long as it takes: what it can save is the
+reading that happens under computation, H, less what would be hidden without it (seen in control steps), less the
+reading of what nobody used. So H - H' - U must be more than the predictor's time, the CPU time of reading beside
+computation, and the hits that the slots set aside would have been (counted: misses of experts that were evicted last).
+On a link that never rests H is small whatever the recall: there, reading ahead only takes another read's place.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ PROBE_EVERY = 16
 """Switched off, one step in this many still speculates, so that a change of workload is noticed. Doubled, up to
 ``PROBE_MOST``, each time that the probe finds nothing: a probe costs evictions."""
 PROBE_MOST = 128
+
+CONTROL_EVERY = 64
+"""Switched on, one step in this many (the first among them) does without, to see what is hidden without speculation."""
 
 _WARM_UP = 8
 """Speculative reads judged before the first decision."""
@@ -93,7 +99,8 @@ class Controller:
         self._used = Average()
         self._unused = Average()
         self._ghosts = Average()
-        self._late_s = Average()
+        self._hidden = Average()
+        self._hidden_without = Average(0.25)
         self._now = _Counts()
         self._step = 0
         self._probe_at = PROBE_EVERY
@@ -130,7 +137,7 @@ class Controller:
             return False
         if self.fixed is not None:
             return self.fixed > 0
-        return self.decision.enabled or self._probing
+        return (self.decision.enabled and not self._controlling) or self._probing
 
     def allowance(self, width: int) -> int:
         """Speculative reads that one layer may issue now: at most ``width``, or the fixed limit."""
@@ -195,12 +202,14 @@ class Controller:
         """Asking the predictor took ``seconds``."""
         self._now.ask_s += seconds
 
-    def saw_misses(self, misses: int, stall_s: float, late_stall_s: float) -> None:
-        """In this step the model waited ``stall_s`` for ``misses`` experts that nobody had read ahead, and
-        ``late_stall_s`` for reads ahead that were late."""
+    def saw_misses(self, misses: int, stall_s: float) -> None:
+        """In this step the model waited ``stall_s`` for ``misses`` experts that nobody had read ahead."""
         if misses > 0:
             self._miss_s.add(stall_s / misses)
-        self._now.late_s += late_stall_s
+
+    def saw_hidden(self, seconds: float) -> None:
+        """In this step reads ran for ``seconds`` in which the model did not wait for them."""
+        self._now.hidden_s += max(0.0, seconds)
 
     def saw_ghost(self) -> None:
         """A miss would have been a hit, had its slot not been set aside for speculation."""
@@ -209,18 +218,25 @@ class Controller:
     # Deciding
 
     @property
+    def _controlling(self) -> bool:
+        return self._step % CONTROL_EVERY == 1
+
+    @property
     def _probing(self) -> bool:
         return not self.decision.enabled and self._step >= self._probe_at
 
     def _close_step(self) -> None:
         now, self._now = self._now, _Counts()
-        if not self._step or not self.speculating:
+        if not self._step:
             return
+        if not self.speculating:
+            self._hidden_without.add(now.hidden_s)
+            return
+        self._hidden.add(now.hidden_s)
         self._ask_s.add(now.ask_s)
         self._used.add(now.used)
         self._unused.add(now.unused)
         self._ghosts.add(now.ghosts)
-        self._late_s.add(now.late_s)
 
     def _saving(self, guess: Guess, queued: int) -> float:
         """Seconds of stall that the read saves if it is used: one miss's, as far as its window has room for it."""
@@ -236,15 +252,20 @@ class Controller:
 
     def _decide(self) -> Decision:
         precision = self._precision.get(1.0)
-        if self._judged < _WARM_UP or self._read_s.value is None:
+        if self._judged < _WARM_UP or self._read_s.value is None or self._hidden.value is None:
             return Decision(True, "warming up", precision)
-        miss_s = self._miss_s.get(self._read_s.get())
-        gain = max(0.0, self._used.get() * miss_s - self._late_s.get())
-        loss = self._unused.get() * self._waste() + self._ask_s.get() + self._ghosts.get() * miss_s
+        reads = self._used.get() + self._unused.get()
+        gain = max(0.0, self._hidden.get() - self._hidden_without.get())
+        loss = (
+            self._unused.get() * self._read_s.get()
+            + reads * self._expert_bytes * CPU_SECONDS_PER_BYTE
+            + self._ask_s.get()
+            + self._ghosts.get() * self._miss_s.get(self._read_s.get())
+        )
         enabled = gain > loss
         verdict = "pays" if enabled else "does not pay"
         reason = (
-            f"{verdict}: saves {gain * 1e3:.2f} ms, costs {loss * 1e3:.2f} ms a token "
+            f"{verdict}: hides {gain * 1e3:.2f} ms of reading, costs {loss * 1e3:.2f} ms a token "
             f"({self._used.get():.1f} used, {self._unused.get():.1f} unused reads, {self._ghosts.get():.1f} hits lost)"
         )
         return Decision(enabled, reason, precision, gain, loss)
@@ -257,5 +278,5 @@ class _Counts:
     used: int = 0
     unused: int = 0
     ghosts: int = 0
-    late_s: float = 0.0
+    hidden_s: float = 0.0
     ask_s: float = 0.0
