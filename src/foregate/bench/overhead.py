@@ -13,6 +13,9 @@ from foregate.errors import ForegateError, KilledError
 STEP = 32 << 20
 """Bytes. Added to what was seen allocated (for code, page tables, what no look saw), and again after a kill."""
 
+SPARE = 3 * STEP
+"""Bytes beyond that: the trial is shorter than the arms, whose longest once died of the least that it survived."""
+
 Trial = Callable[[int], Mapping[str, int] | None]
 """Runs our engine with so many bytes of overhead; what it used (``Usage.as_dict``), None where that cannot be told.
 
@@ -20,7 +23,9 @@ Raises KilledError."""
 
 
 def measured_overhead(trial: Trial, *, stated: int, held: int) -> int:
-    """The least overhead, in steps of ``STEP``, under which ``trial`` gets through; ``held``: budget and dense bytes.
+    """The least overhead, in steps of ``STEP``, under which ``trial`` gets through, and ``SPARE``.
+
+    ``held``: budget and dense bytes.
 
     At most ``stated``. Raises ForegateError where the kernel does not tell what is used.
     """
@@ -34,7 +39,7 @@ def measured_overhead(trial: Trial, *, stated: int, held: int) -> int:
         except KilledError:
             tried += STEP
         else:
-            return tried
+            return min(tried + SPARE, stated)
     return stated
 
 
