@@ -213,6 +213,7 @@ def judged(used: int, wasted: int) -> Controller:
         c.saw_io(8 * 2**20, 0.008)
         c.saw_misses(1, 0.008)
         c.saw_hidden(0.080 if c.speculating else 0.0)
+        c.saw_waste(8 * 2**20 * outcomes[step : step + 10].count(False))
         c.saw_prediction(0.0001)
         c.saw_window(1, 1, 0.010)
         for outcome in outcomes[step : step + 10]:
@@ -236,11 +237,24 @@ def test_where_the_link_never_rests_reads_that_are_used_save_nothing() -> None:
         c.saw_misses(5, 0.045)
         c.saw_hidden(0.005 if c.speculating else 0.0)
         c.saw_prediction(0.0001)
+        c.saw_waste(8 * 2**20)
         for outcome in [True, True, True, True, False]:
             c.judge(Guess(1, 1, 0), used=outcome)
     c.begin_step()
     assert not c.decision.enabled
     assert "does not pay" in c.decision.reason
+
+
+def test_a_read_that_is_cancelled_before_it_began_costs_nothing() -> None:
+    c = controller()
+    for _ in range(20):
+        c.begin_step()
+        c.saw_io(4 * 8 * 2**20, 0.032)
+        c.saw_misses(1, 0.008)
+        c.saw_hidden(0.024 if c.speculating else 0.0)
+        for outcome in [True, True, True, False, False, False]:
+            c.judge(Guess(1, 1, 0), used=outcome)
+    assert c.decision.enabled
 
 
 def test_what_is_hidden_without_speculation_is_not_its_merit() -> None:
@@ -251,6 +265,7 @@ def test_what_is_hidden_without_speculation_is_not_its_merit() -> None:
             c.saw_io(4 * 8 * 2**20, 0.032)
             c.saw_misses(1, 0.008)
             c.saw_hidden(0.032 if c.speculating else without)
+            c.saw_waste(8 * 2**20 if c.speculating else 0)
             for outcome in [True, True, True, False]:
                 c.judge(Guess(1, 1, 0), used=outcome)
         assert c.decision.enabled is (without == 0.0)

@@ -98,6 +98,7 @@ class Controller:
         self._ask_s = Average()
         self._used = Average()
         self._unused = Average()
+        self._wasted_s = Average()
         self._ghosts = Average()
         self._hidden = Average()
         self._hidden_without = Average(0.25)
@@ -198,6 +199,10 @@ class Controller:
         account = self.ledger.accounts[layer]
         account.window_s = max(self._windows[key].get() for key in self._windows if key[0] == layer)
 
+    def saw_waste(self, nbytes: int) -> None:
+        """In this step ``nbytes`` were read beyond what was needed; cancelled reads are no waste but for what came."""
+        self._now.wasted_bytes += nbytes
+
     def saw_prediction(self, seconds: float) -> None:
         """Asking the predictor took ``seconds``."""
         self._now.ask_s += seconds
@@ -233,6 +238,7 @@ class Controller:
             self._hidden_without.add(now.hidden_s)
             return
         self._hidden.add(now.hidden_s)
+        self._wasted_s.add(now.wasted_bytes / self._expert_bytes * self._read_s.get())
         self._ask_s.add(now.ask_s)
         self._used.add(now.used)
         self._unused.add(now.unused)
@@ -254,11 +260,10 @@ class Controller:
         precision = self._precision.get(1.0)
         if self._judged < _WARM_UP or self._read_s.value is None or self._hidden.value is None:
             return Decision(True, "warming up", precision)
-        reads = self._used.get() + self._unused.get()
         gain = max(0.0, self._hidden.get() - self._hidden_without.get())
         loss = (
-            self._unused.get() * self._read_s.get()
-            + reads * self._expert_bytes * CPU_SECONDS_PER_BYTE
+            max(0.0, self._wasted_s.get())
+            + gain * min(1.0, CPU_SECONDS_PER_BYTE * self._expert_bytes / self._read_s.get())
             + self._ask_s.get()
             + self._ghosts.get() * self._miss_s.get(self._read_s.get())
         )
@@ -279,4 +284,5 @@ class _Counts:
     unused: int = 0
     ghosts: int = 0
     hidden_s: float = 0.0
+    wasted_bytes: int = 0
     ask_s: float = 0.0
