@@ -271,16 +271,6 @@ def test_what_is_hidden_without_speculation_is_not_its_merit() -> None:
         assert c.decision.enabled is (without == 0.0)
 
 
-def test_a_read_that_queues_behind_demand_has_no_room_in_its_window() -> None:
-    with bench(slots=20, staging=4, limit=None) as b:
-        b.controller.judge(Guess(1, 1, 0), used=True)
-        seen: list[int] = []
-        b.pipeline.decode(0, [1, 2, 3], lambda e, s: None, lambda: seen.append(b.prefetcher.demanded))
-        b.pipeline.decode(0, [1, 2, 3], lambda e, s: None, lambda: seen.append(b.prefetcher.demanded))
-        assert seen == [3, 0]
-        assert b.prefetcher.demanded == 0
-
-
 def test_a_read_is_worth_what_its_window_has_room_for() -> None:
     c = judged(used=60, wasted=0)
     first, second, third = (c.value(Guess(1, 1, 0), queued) for queued in (0, 1, 2))

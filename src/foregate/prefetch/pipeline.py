@@ -57,13 +57,11 @@ class Pipeline:
             self._request(missing, flight)
             # What was staged for this layer and is not needed makes room for the layers after it.
             self._prefetcher.expire(layer)
-            self._prefetcher.demanded = len(flight)
             predict()
             self._serve_all(ready, compute, together, pinned)
             if flight or missing:
                 self._serve_absent(flight, missing, compute, pinned)
         finally:
-            self._prefetcher.demanded = 0
             self._abandon(flight)
             self._cache.unpin(pinned)
 

@@ -40,8 +40,6 @@ class Prefetcher:
         self.may_stream = may_stream
         self.controller = controller
         self.stats = StepStats()
-        self.demanded = 0
-        """Reads that the running layer waits for: what is predicted meanwhile queues behind them."""
         self._cache = cache
         self._transfer = transfer
         self._experts = experts
@@ -154,7 +152,7 @@ class Prefetcher:
         """What is expected to save more than it costs, the most valuable first; experts weigh the same bytes."""
         absent = [guess for guess in wanted if self._cache.state(ExpertKey(guess.layer, experts[guess])) is None]
         controller = self.controller
-        queued = self.demanded + sum(not ticket.done for ticket in self._tickets.values()) if absent else 0
+        queued = sum(not ticket.done for ticket in self._tickets.values()) if absent else 0
         if controller.trusting:
             absent = [guess for guess in absent if guess.rank < self._top_k]
         else:
