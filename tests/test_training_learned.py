@@ -167,6 +167,14 @@ def test_numpy_serves_the_scores_that_torch_trained(name: str, given: Sequence[s
                 predictor.observe(signals.step(token, layer))
 
 
+def test_a_last_batch_of_one_token_does_not_end_the_training_of_architecture_1(data: Dataset) -> None:
+    made, _ = learner("pre-attention", data, "arch=1", "hidden=64")
+    block = next(b for b in data.blocks(TRAIN, 10**6, FEATURES))
+    tensors = Tensors(block, data.model.experts_per_layer, data.score_kind)
+    made.train()
+    assert made.scores(View(tensors, torch.arange(1)), torch.arange(4)).isfinite().all()
+
+
 def test_hybrid_takes_each_layer_from_the_source_that_was_chosen(data: Dataset) -> None:
     made, options = learner("hybrid", data, "lookahead=2")
     plain = estimator.Plain(data, made.hops, recover(data))

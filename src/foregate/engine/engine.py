@@ -406,9 +406,7 @@ class Engine:
         step = self._meter.so_far()
         controller.saw_io(step.demand_bytes + step.prefetch_bytes, step.io_s)
         controller.saw_misses(step.misses - step.late, step.demand_stall_s)
-        controller.saw_hidden(step.io_s - step.stall_s)
-        needed = (step.misses - step.late + step.used) * self.spec.expert_slot_bytes
-        controller.saw_waste(step.demand_bytes + step.prefetch_bytes - needed)
+        controller.saw_step(step.misses - step.late + step.used, step.stall_s, step.prefetch_bytes)
 
     def _learned(self) -> None:
         """The first pass has shown whether the model's routers can be asked ahead; if not, say so and do not."""

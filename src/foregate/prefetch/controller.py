@@ -3,11 +3,11 @@
 Two questions. *Is this read worth it?* An expert that is predicted for layer l at distance d and rank r is used with
 probability p (measured by layer, and by distance and rank). If it is, it saves the stall of one miss, as far as the
 window of l has room behind what is queued already; if not, it costs the CPU time of its bytes and half a chunk's time.
-*Does speculation pay at all?* A token takes C + stall, and reading takes as long as it takes: what it can save is the
-reading that happens under computation, H, less what would be hidden without it (seen in control steps), less the
-reading of what nobody used. So H - H' - U must be more than the predictor's time, the CPU time of reading beside
-computation, and the hits that the slots set aside would have been (counted: misses of experts that were evicted last).
-On a link that never rests H is small whatever the recall: there, reading ahead only takes another read's place.
+*Does speculation pay at all?* Steps without it (the first, and one in 64) show how long the model waits for each expert
+that has to be read. As many waits, for the experts that were needed with it, less what was really waited for, is what
+it saves: waste, queues and a link that never rests are in that. It must be more than the predictor's time, the CPU time
+of reading beside computation, and the hits that the slots set aside would have been (counted: misses of experts that
+were evicted last).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROBE_EVERY = 16
 PROBE_MOST = 128
 
 CONTROL_EVERY = 64
-"""Switched on, one step in this many (the first among them) does without, to see what is hidden without speculation."""
+"""Switched on, one step in this many (the first among them) does without, to see what waiting costs then."""
 
 _WARM_UP = 8
 """Speculative reads judged before the first decision."""
@@ -98,10 +98,12 @@ class Controller:
         self._ask_s = Average()
         self._used = Average()
         self._unused = Average()
-        self._wasted_s = Average()
+        self._ahead_bytes = Average()
         self._ghosts = Average()
-        self._hidden = Average()
-        self._hidden_without = Average(0.25)
+        self._needed = Average()
+        self._stall_s = Average()
+        self._alone_s = Average(0.25)
+        """Wait for an expert that has to be read, in steps without speculation."""
         self._now = _Counts()
         self._step = 0
         self._probe_at = PROBE_EVERY
@@ -199,10 +201,6 @@ class Controller:
         account = self.ledger.accounts[layer]
         account.window_s = max(self._windows[key].get() for key in self._windows if key[0] == layer)
 
-    def saw_waste(self, nbytes: int) -> None:
-        """In this step ``nbytes`` were read beyond what was needed; cancelled reads are no waste but for what came."""
-        self._now.wasted_bytes += nbytes
-
     def saw_prediction(self, seconds: float) -> None:
         """Asking the predictor took ``seconds``."""
         self._now.ask_s += seconds
@@ -212,9 +210,10 @@ class Controller:
         if misses > 0:
             self._miss_s.add(stall_s / misses)
 
-    def saw_hidden(self, seconds: float) -> None:
-        """In this step reads ran for ``seconds`` in which the model did not wait for them."""
-        self._now.hidden_s += max(0.0, seconds)
+    def saw_step(self, needed: int, stall_s: float, ahead_bytes: int) -> None:
+        """In this step ``needed`` experts had to be read, ahead or not; the model waited ``stall_s`` for them, and
+        ``ahead_bytes`` came by speculation."""
+        self._now.needed, self._now.stall_s, self._now.ahead_bytes = needed, stall_s, ahead_bytes
 
     def saw_ghost(self) -> None:
         """A miss would have been a hit, had its slot not been set aside for speculation."""
@@ -235,10 +234,12 @@ class Controller:
         if not self._step:
             return
         if not self.speculating:
-            self._hidden_without.add(now.hidden_s)
+            if now.needed:
+                self._alone_s.add(now.stall_s / now.needed)
             return
-        self._hidden.add(now.hidden_s)
-        self._wasted_s.add(now.wasted_bytes / self._expert_bytes * self._read_s.get())
+        self._needed.add(now.needed)
+        self._stall_s.add(now.stall_s)
+        self._ahead_bytes.add(now.ahead_bytes)
         self._ask_s.add(now.ask_s)
         self._used.add(now.used)
         self._unused.add(now.unused)
@@ -258,19 +259,15 @@ class Controller:
 
     def _decide(self) -> Decision:
         precision = self._precision.get(1.0)
-        if self._judged < _WARM_UP or self._read_s.value is None or self._hidden.value is None:
+        if self._judged < _WARM_UP or self._read_s.value is None or self._needed.value is None:
             return Decision(True, "warming up", precision)
-        gain = max(0.0, self._hidden.get() - self._hidden_without.get())
-        loss = (
-            max(0.0, self._wasted_s.get())
-            + gain * min(1.0, CPU_SECONDS_PER_BYTE * self._expert_bytes / self._read_s.get())
-            + self._ask_s.get()
-            + self._ghosts.get() * self._miss_s.get(self._read_s.get())
-        )
+        alone_s = self._alone_s.get(self._miss_s.get(self._read_s.get()))
+        gain = max(0.0, self._needed.get() * alone_s - self._stall_s.get())
+        loss = self._ahead_bytes.get() * CPU_SECONDS_PER_BYTE + self._ask_s.get() + self._ghosts.get() * alone_s
         enabled = gain > loss
         verdict = "pays" if enabled else "does not pay"
         reason = (
-            f"{verdict}: hides {gain * 1e3:.2f} ms of reading, costs {loss * 1e3:.2f} ms a token "
+            f"{verdict}: saves {gain * 1e3:.2f} ms, costs {loss * 1e3:.2f} ms a token "
             f"({self._used.get():.1f} used, {self._unused.get():.1f} unused reads, {self._ghosts.get():.1f} hits lost)"
         )
         return Decision(enabled, reason, precision, gain, loss)
@@ -283,6 +280,7 @@ class _Counts:
     used: int = 0
     unused: int = 0
     ghosts: int = 0
-    hidden_s: float = 0.0
-    wasted_bytes: int = 0
+    needed: int = 0
+    stall_s: float = 0.0
+    ahead_bytes: int = 0
     ask_s: float = 0.0

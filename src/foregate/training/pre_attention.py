@@ -69,9 +69,17 @@ class PreAttention(Learner):
         if self.norm is None:
             hidden = functional.silu(hidden)
         else:
-            hidden = functional.gelu(self.norm(hidden.flatten(1)).view_as(hidden), approximate="tanh")
+            hidden = functional.gelu(self._normed(self.norm, hidden.flatten(1)).view_as(hidden), approximate="tanh")
             hidden = functional.dropout(hidden, self._options.dropout, self.training)
         return self.second(hidden, layers)[:, :, None] + self.mask
+
+    @staticmethod
+    def _normed(norm: nn.BatchNorm1d, hidden: Tensor) -> Tensor:
+        """A batch of one token has no spread: it is normed as in serving."""
+        if len(hidden) > 1:
+            normed: Tensor = norm(hidden)
+            return normed
+        return functional.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
     def loss(self, scores: Tensor, targets: Targets) -> Tensor:
         kind = self._options.loss
