@@ -144,7 +144,7 @@ def test_no_slot_is_set_aside_while_speculation_is_off(tiny: Tiny) -> None:
     config = RunConfig(model=str(tiny("qwen2_moe")), memory_budget="50%", predictor="random")
     with Engine(config) as engine:
         stream = engine.stream(PROMPT, SamplingConfig(max_new_tokens=40))
-        for _ in range(3):  # the prompt, a control step, one that speculates
+        for _ in range(4):  # the prompt, two control steps, one that speculates
             next(stream)
         assert engine.cache.staging > 0
         asked = engine.predictor.predict
