@@ -292,12 +292,12 @@ def test_hits_lost_to_the_reserve_count_against_speculation() -> None:
 def test_speculation_that_wastes_is_switched_off_but_probed() -> None:
     c = judged(used=0, wasted=200)
     allowed = []
-    for _ in range(2 * PROBE_EVERY):
+    for _ in range(4 * PROBE_EVERY):
         c.begin_step()
         allowed.append(c.allowance(4))
     assert not c.decision.enabled
     assert "does not pay" in c.decision.reason
-    assert sum(value > 0 for value in allowed) == 1  # the first probe was among the steps that judged
+    assert 1 <= sum(value > 0 for value in allowed) <= 2  # ever more rarely
     assert c.switches == 1
 
 

@@ -3,11 +3,11 @@
 Two questions. *Is this read worth it?* An expert that is predicted for layer l at distance d and rank r is used with
 probability p (measured by layer, and by distance and rank). If it is, it saves the stall of one miss, as far as the
 window of l has room behind what is queued already; if not, it costs the CPU time of its bytes and half a chunk's time.
-*Does speculation pay at all?* Steps without it (the first two, and two in 64) show how long the model waits for each expert
-that has to be read. As many waits, for the experts that were needed with it, less what was really waited for, is what
-it saves: waste, queues and a link that never rests are in that. It must be more than the predictor's time, the CPU time
-of reading beside computation, and the hits that the slots set aside would have been (counted: misses of experts that
-were evicted last).
+*Does speculation pay at all?* Steps without it (the first two, and two in 64) show how long the model waits for each
+expert that has to be read. As many waits, for the experts that were needed with it, less what was really waited for, is
+what it saves: waste, queues and a link that never rests are in that. It must be more than the predictor's time, the CPU
+time of reading beside computation, and the hits that the slots set aside would have been (counted: misses of experts
+that were evicted last).
 """
 
 from __future__ import annotations
