@@ -38,6 +38,10 @@ COMBINED = ("next-gate@2", "next-gate+{pre-attention}", "{sequence}+{pre-attenti
 """Combinations that are evaluated; {NAME} is the trained file of a method."""
 
 
+LIMITS = ("--tokens", "4000", "--sim-tokens", "300")
+"""Held-out tokens that are scored, and those that are simulated in time: what two cores judge in a quarter of an hour."""
+
+
 def trace_commands(model: str, out: Path, data: Path, scale: float) -> list[list[str]]:
     """``foregate trace`` for every domain: features and scores, the text itself as the continuation."""
     found = []
@@ -84,7 +88,7 @@ def evaluate_command(out: Path, jobs: int) -> list[str]:
             for name in wanted:
                 text = text.replace("{" + name + "}", files[name])
             command += ["--predictor", text]
-    return [*command, "--out", str(out / "evaluation")]
+    return [*command, *LIMITS, "--out", str(out / "evaluation")]
 
 
 def fresh(out: Path) -> bool:
