@@ -39,7 +39,7 @@ COMBINED = ("next-gate@2", "next-gate+{pre-attention}", "{sequence}+{pre-attenti
 
 
 LIMITS = ("--tokens", "4000", "--sim-tokens", "300")
-"""Held-out tokens that are scored, and those that are simulated in time: what two cores judge in a quarter of an hour."""
+"""Held-out tokens that are scored, and those that are simulated in time: so that two cores are done in minutes."""
 
 
 def trace_commands(model: str, out: Path, data: Path, scale: float) -> list[list[str]]:
