@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,13 @@ REAL = ("mathematics", "code", "prose")
 ELSEWHERE = ("pre-attention", "sequence", "markov")
 """Methods that are also trained on one domain alone (code; synthetic prompts) and judged on all."""
 
-COMBINED = ("next-gate@2", "next-gate+{pre-attention}", "{sequence}+{pre-attention}", "{fusion}+{pre-attention}")
+COMBINED = (
+    "next-gate@2",
+    "{fusion}@1",
+    "next-gate+{pre-attention}",
+    "{sequence}+{pre-attention}",
+    "{fusion}+{pre-attention}",
+)
 """Combinations that are evaluated; {NAME} is the trained file of a method."""
 
 
@@ -83,7 +90,7 @@ def evaluate_command(out: Path, jobs: int) -> list[str]:
     for path in sorted((out / "elsewhere").glob(f"*{SUFFIX}")):
         command += ["--predictor", str(path)]
     for text in COMBINED:
-        wanted = [part.strip("{}") for part in text.split("+") if part.startswith("{")]
+        wanted = re.findall(r"{(.+?)}", text)
         if all(name in files for name in wanted):
             for name in wanted:
                 text = text.replace("{" + name + "}", files[name])
