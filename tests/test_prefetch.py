@@ -297,7 +297,7 @@ def test_speculation_that_wastes_is_switched_off_but_probed() -> None:
         allowed.append(c.allowance(4))
     assert not c.decision.enabled
     assert "does not pay" in c.decision.reason
-    assert 1 <= sum(value > 0 for value in allowed) <= 2  # ever more rarely
+    assert sum(value > 0 for value in allowed) == 1  # the one before was among the steps that judged, the next is later
     assert c.switches == 1
 
 

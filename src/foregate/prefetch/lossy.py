@@ -13,7 +13,7 @@ from foregate.events import ReadSubmitted, Use
 from foregate.experts.cache import ExpertCache
 from foregate.experts.paired_transfer import PairedTransfer
 from foregate.interfaces import Ticket, Transfer
-from foregate.prefetch.pipeline import Compute, Pipeline, Together
+from foregate.prefetch.pipeline import Compute, Pipeline
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import ExpertKey
 
@@ -40,21 +40,12 @@ class SkippingPipeline(LossyPipeline):
         super().__init__(cache, transfer, prefetcher)
         self._landing: dict[ExpertKey, Ticket] = {}
 
-    def decode(
-        self,
-        layer: int,
-        needed: Sequence[int],
-        compute: Compute,
-        predict: Callable[[], None],
-        together: Together | None = None,
-    ) -> None:
-        """As the exact one, without waiting."""
+    def _begin_decode(self) -> None:
         if self.lossy:
             self._collect()
             self.affected = set()
         else:
             self.settle()
-        super().decode(layer, needed, compute, predict, together)
 
     def _serve_absent(
         self, flight: dict[ExpertKey, Ticket], missing: deque[ExpertKey], compute: Compute, pinned: set[ExpertKey]
@@ -128,17 +119,8 @@ class LowPrecisionPipeline(LossyPipeline):
         """Keys whose slot holds, or will hold, the low precision."""
         self._paired = transfer
 
-    def decode(
-        self,
-        layer: int,
-        needed: Sequence[int],
-        compute: Compute,
-        predict: Callable[[], None],
-        together: Together | None = None,
-    ) -> None:
-        """As the exact one, but for what ``affected`` names."""
+    def _begin_decode(self) -> None:
         self.affected = set()
-        super().decode(layer, needed, compute, predict, together)
 
     def _read(self, key: ExpertKey, slot: int, flight: dict[ExpertKey, Ticket]) -> None:
         if not self.lossy:

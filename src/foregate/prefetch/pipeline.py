@@ -48,6 +48,7 @@ class Pipeline:
         go through ``together`` if it is given and nobody wants to know how long each took. Experts beyond the cache's
         room are served in waves. Raises TransferError when a read has failed for good.
         """
+        self._begin_decode()
         keys = [ExpertKey(layer, expert) for expert in needed]
         flight: dict[ExpertKey, Ticket] = {}
         pinned = set(keys)
@@ -110,6 +111,9 @@ class Pipeline:
         while flight or missing:
             self._request(missing, flight)
             self._serve(self._next_arrival(flight, missing), compute, pinned)
+
+    def _begin_decode(self) -> None:
+        """A step of few tokens comes to a layer: for loops that keep something between layers."""
 
     # Deciding what is where
 
