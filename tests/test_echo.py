@@ -211,3 +211,18 @@ def test_a_victim_and_an_observation_cost_microseconds_not_milliseconds() -> Non
         policy.observe(step % 16, experts[step : step + 1], rows[step : step + 1])
         policy.victim(keys)
     assert (process_time() - began) / 320 < 1e-3
+
+
+@pytest.mark.parametrize(("experts", "k"), [(8, 2), (60, 4), (128, 8)])
+def test_one_token_alone_teaches_the_same_bits_as_a_prompt_of_one(experts: int, k: int) -> None:
+    rng = np.random.default_rng(experts)
+    policy, past = Echo(), echo._Past(experts)
+    past.scored = True
+    for _ in range(40):
+        raw = (2 * rng.standard_normal((1, experts))).astype(np.float32)
+        ids = np.argsort(-raw, axis=1)[:, :k].astype(np.int64)
+        ids[0, -1] = -1 if rng.random() < 0.2 else ids[0, -1]
+        policy.observe(0, ids, raw)
+        past.see(echo._softmax(raw), echo._hot(ids, experts), echo._unit(raw))
+        np.testing.assert_array_equal(policy.worth(0), past.worth())
+        np.testing.assert_array_equal(policy.features(0), past.features())

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
 from foregate.engine.plain_gate import ENOUGH, PlainGate, order
-from foregate.testing.tiny import FAMILIES
-from foregate.types import Phase, RoutingStep
+from foregate.native import kernels
+from foregate.testing.tiny import FAMILIES, build
+from foregate.types import Moment, Phase, RoutingStep
 
 PROMPT = [5 + (7 * i) % 240 for i in range(20)]
 E, D, K = 8, 16, 2
@@ -90,3 +91,73 @@ def test_the_fast_order_is_that_of_the_module(family: str, tiny: Callable[[str],
         list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=5)))
     assert all(compared)
     assert bool(compared) == (family in ("qwen3_moe", "mixtral", "gpt_oss"))
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="the kernels are not built")
+@pytest.mark.parametrize(("experts", "width"), [(5, 16), (32, 2048), (128, 192), (1, 32), (300, 48), (7, 33)])
+@torch.no_grad()
+def test_one_call_ranks_as_norm_product_and_order_do(experts: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(experts)
+    gate = torch.randn(experts, width, generator=generator).bfloat16()
+    norm = (torch.randn(width, generator=generator).bfloat16(), 1e-6) if width % 16 == 0 else None
+    top_k = min(4, experts)
+    plain, ranker = kernels.matrix(gate, None), kernels.Ranker(gate, norm, top_k)
+    decided = 0
+    for row in torch.randn(100, 1, width, generator=generator).bfloat16():
+        x = row if norm is None else kernels.rms_norm(row, *norm)
+        experts_there, scores_there = order(kernels.linear(plain, x, experts)[0], top_k)
+        found = ranker(row)
+        if found is not None:
+            decided += 1
+            np.testing.assert_array_equal(found[0], experts_there)
+            np.testing.assert_array_equal(found[1].view(np.int32), scores_there.view(np.int32))
+    assert decided > 50
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="the kernels are not built")
+@torch.no_grad()
+def test_one_call_leaves_ties_nan_and_strange_inputs_to_others() -> None:
+    gate = torch.eye(32).bfloat16()
+    ranker = kernels.Ranker(gate, None, 2)
+    x = torch.arange(32.0)[None].bfloat16()
+    ranked = ranker(x)
+    assert ranked is not None
+    assert ranked[0].tolist() == list(range(31, -1, -1))
+    x[0, 5] = x[0, 30]  # the second and the third
+    assert ranker(x) is None
+    x[0, 5], x[0, 3], x[0, 4] = -1.0, 0.0, -0.0
+    ranked = ranker(x)
+    assert ranked is not None
+    assert ranked[0].tolist()[-4:] == [0, 3, 4, 5]
+    assert ranker(x.float()) is None
+    assert ranker(x[:, :16]) is None
+    x[0, 0] = float("nan")
+    assert ranker(x) is None
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="the kernels are not built")
+@pytest.mark.parametrize("source", ["residual", "router_input", "pre_attention"])
+def test_the_engine_ranks_in_one_call_as_in_four(source: str, tmp_path: Path) -> None:
+    build("qwen3_moe", tmp_path, dtype="bfloat16")
+    with Engine(RunConfig(model=str(tmp_path), memory_budget="100%", predictor="none")) as engine:
+        signals, compared = engine.signals, 0
+
+        class Compare:
+            def on_route(self, step: RoutingStep) -> None:
+                nonlocal compared
+                target = (step.layer + 1) % signals.layers
+                if step.phase is Phase.DECODE and signals._plain[target].trusted:
+                    signals.layer, signals.moment = step.layer, Moment.AFTER_ROUTING
+                    ranker = signals._ranker(target, source == "residual")
+                    assert ranker is not None
+                    fast, scores = signals.rank(target, source)
+                    signals._rankers[target, source == "residual"] = None
+                    slow, slow_scores = signals.rank(target, source)
+                    signals._rankers[target, source == "residual"] = ranker
+                    np.testing.assert_array_equal(fast, slow)
+                    np.testing.assert_array_equal(scores, slow_scores)
+                    compared += ranker(signals._known(source)) is not None
+
+        engine.observers.append(Compare())
+        list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=6)))
+    assert compared

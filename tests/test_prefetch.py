@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import sleep
 
+import numpy as np
 import pytest
 
 from foregate.errors import TransferError
@@ -15,7 +16,7 @@ from foregate.experts.slots import SlotPool
 from foregate.experts.transfer import ThreadedTransfer
 from foregate.prefetch.controller import CONTROL_EVERY, PROBE_EVERY, Controller, Guess
 from foregate.prefetch.pipeline import Pipeline
-from foregate.prefetch.prefetcher import Prefetcher
+from foregate.prefetch.prefetcher import Prefetcher, _existing
 from foregate.testing.faults import Fault, FaultyStore, Kind
 from foregate.testing.stores import MemoryStore
 from foregate.types import ExpertKey, Moment, Prediction
@@ -339,3 +340,11 @@ def test_the_next_layer_is_queued_before_the_first_expert_of_this_one_runs() -> 
             lambda: b.prefetcher.stream_ahead(1),
         )
         assert all(queued)
+
+
+@pytest.mark.parametrize("named", [(3, 1, 2, 5, 0), (3, 99, 1, -1, 2, 5, 0), (np.int64(3), 1, "2", True, 2), [4, 4, 1]])
+def test_what_is_no_expert_is_passed_over_whatever_it_is_named_in(named: Sequence[int]) -> None:
+    real = [int(e) for e in named if isinstance(e, (int, np.integer)) and 0 <= e < EXPERTS]
+    for most in (1, 3, 9):
+        assert _existing(named, EXPERTS, most) == real[:most]
+    assert _existing(iter(named), EXPERTS, 2) == real[:2]

@@ -147,4 +147,11 @@ def _norm(module: nn.Module) -> Callable[..., Tensor]:
             return theirs(x, *args, **kwargs)
         return kernels.rms_norm(x, weight, epsilon)
 
+    vars(forward)["native"] = (weight, epsilon)
     return forward
+
+
+def native_norm(module: nn.Module) -> tuple[Tensor, float] | None:
+    """Weight and epsilon of a norm that is the kernel's now; None for any other."""
+    found: tuple[Tensor, float] | None = getattr(module.forward, "native", None)
+    return found

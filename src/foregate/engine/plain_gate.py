@@ -47,6 +47,12 @@ class PlainGate:
         """Scores [E] of ``x`` [1, D]; only when ``trusted``."""
         return self._product(x)[0]
 
+    def ranker(self, norm: tuple[Tensor, float] | None, top_k: int) -> kernels.Ranker | None:
+        """``order`` of ``logits`` in one call, of what ``norm`` makes of its input; None where the kernels cannot."""
+        if self._matrix is None or self._weight is None or not 1 <= top_k <= len(self._weight) <= kernels.MOST_RANKED:
+            return None
+        return kernels.Ranker(self._weight, norm, top_k)
+
     def _product(self, x: Tensor) -> Tensor:
         """[1, E] for ``x`` [1, D]; by the compiled kernel where it can, which takes a tenth of torch's time."""
         assert self._weight is not None

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from foregate.checkpoint.anatomy import FlowWatcher, MoeAnatomy
+from foregate.engine.dense import native_norm
 from foregate.engine.plain_gate import PlainGate, order
 from foregate.errors import ConfigError
+from foregate.native.kernels import Ranker
 from foregate.types import Moment, RoutingStep
 
 Ranking = tuple[NDArray[np.int64], NDArray[np.float32]]
@@ -44,6 +46,7 @@ class ModelSignals:
         self._dtype = next(model.parameters()).dtype
         self._flow = FlowWatcher(model, paths, experts, self._at)
         self._plain = [PlainGate(part.router, part.experts) for part in self._flow.parts]
+        self._rankers: dict[tuple[int, bool], Ranker | None] = {}
         self._outputs: list[Any] = [None] * self.layers
         self._listening: list[Any] = []
         self._unexplained: set[int] = set()
@@ -74,7 +77,7 @@ class ModelSignals:
         scored = [t for t in _tensors(output) if t.is_floating_point() and t.shape[-1] >= experts]
         if step.layer in self._unexplained or not scored:
             return None
-        scores = _all_scores(output, experts)
+        scores = _numbers(scored[-1], experts)
         if len(scores) != len(step.experts) or (self._flow.learning and not _explain(scores, step.experts)):
             self._unexplained.add(step.layer)
             return None
@@ -116,12 +119,26 @@ class ModelSignals:
         return self._rank(target, source, self._tensor(row))
 
     def _rank(self, target: int, source: str, value: Tensor) -> Ranking:
-        if source == "residual":
+        there, plain, normed = self._flow.parts[target], self._plain[target], source == "residual"
+        ranker = self._ranker(target, normed) if plain.trusted else None
+        ranked = None if ranker is None else ranker(value)
+        if ranked is not None:
+            return ranked
+        if normed:
             value = self._norm(target, value)
-        there, plain = self._flow.parts[target], self._plain[target]
         if plain.trusted:
             return order(plain.logits(value), self.top_k)
         return _ranking(_route(there, value), there.experts)
+
+    def _ranker(self, target: int, normed: bool) -> Ranker | None:
+        """Norm, router and order of ``target`` in one call; None where one of them is not the kernels'."""
+        key = target, normed
+        if key not in self._rankers:
+            norm = self._flow.parts[target].norm if normed else None
+            native = None if norm is None else native_norm(norm)
+            suits = norm is None or native is not None
+            self._rankers[key] = self._plain[target].ranker(native, self.top_k) if suits else None
+        return self._rankers[key]
 
     def fed_with(self, layer: int, target: int, source: str) -> str:
         """What ``rank`` at ``layer`` really feeds to the router of ``target``: without a norm, a router input."""
@@ -173,9 +190,11 @@ class ModelSignals:
         matrix alone does."""
         if self._flow.learning and not self.distrust:
             self.distrust = self._mismatch(step)
-        plain, given = self._plain[step.layer], self._flow.parts[step.layer].router_input
-        if plain.open and given is not None and len(given) == len(step.experts):
-            plain.see(given, step.experts)
+        plain = self._plain[step.layer]
+        if plain.open:
+            given = self._flow.parts[step.layer].router_input
+            if given is not None and len(given) == len(step.experts):
+                plain.see(given, step.experts)
 
     def stop_learning(self) -> None:
         """After the first pass."""
@@ -223,7 +242,11 @@ def _all_scores(output: Any, experts: int) -> NDArray[np.float32]:
     """Scores [T, E] of every token."""
     scored = [t for t in _tensors(output) if t.is_floating_point() and t.shape[-1] >= experts]
     # Llama 4 returns scores (zero where not chosen) before logits: the last is the one that ranks them all.
-    rows: NDArray[np.float32] = scored[-1].reshape(-1, scored[-1].shape[-1]).float().numpy()[:, :experts]
+    return _numbers(scored[-1], experts)
+
+
+def _numbers(scored: Tensor, experts: int) -> NDArray[np.float32]:
+    rows: NDArray[np.float32] = scored.reshape(-1, scored.shape[-1]).float().numpy()[:, :experts]
     return rows
 
 

@@ -112,6 +112,10 @@ class ExpertCache:
             return SlotState.STAGED
         return SlotState.LOADING if key in self._loading else None
 
+    def holds(self, key: ExpertKey) -> bool:
+        """Whether ``key`` has a slot, in any state."""
+        return key in self._resident or key in self._staged or key in self._loading
+
     def slot(self, key: ExpertKey) -> int | None:
         """Slot of ``key`` in any state."""
         for held in (self._resident, self._staged, self._loading):
@@ -314,5 +318,5 @@ class ExpertCache:
         return held.pop(key)
 
     def _expect_absent(self, key: ExpertKey) -> None:
-        if self.slot(key) is not None:
+        if self.holds(key):
             raise IntegrityError(f"{key} has slot {self.slot(key)} already")

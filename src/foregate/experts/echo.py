@@ -42,7 +42,8 @@ class _Past:
 
     def __init__(self, experts: int) -> None:
         self.length = min(MOST_TOKENS, max(REACH + 1, WINDOW // experts))
-        self.means = np.full((len(_RATES), experts), 1 / experts, np.float32)
+        self._shares = np.full((len(_RATES) + 1, experts), 1 / experts, np.float32)
+        self.means = self._shares[:-1]  # the last row is for the votes
         self._keys = np.zeros((2 * self.length, experts), np.float32)
         self._after = np.zeros((2 * self.length, experts), np.float32)
         self._rows = 0
@@ -51,33 +52,41 @@ class _Past:
     def widen(self, experts: int) -> None:
         """There are more experts than were known."""
         more = ((0, 0), (0, experts - self.means.shape[1]))
-        self.means, self._keys, self._after = (np.pad(old, more) for old in (self.means, self._keys, self._after))
+        self._shares, self._keys, self._after = (np.pad(old, more) for old in (self._shares, self._keys, self._after))
+        self.means = self._shares[:-1]
 
     def see(self, shares: Floats, choices: Floats, keys: Floats) -> None:
         """The newest tokens, [T, E] each: rows of ``shares`` and ``choices`` sum to 1, ``keys`` have norm 1."""
-        tokens = len(keys)
-        if tokens == 1:
-            self.means *= 1 - _RATES
-            self.means[:-1] += _RATES[:-1] * shares
-            self.means[-1] += _RATES[-1] * choices[0]
-        else:
-            kept = (1 - _RATES) ** np.arange(tokens - 1, -1, -1, dtype=np.float32)  # [rates, T]
-            self.means *= kept[:, :1] * (1 - _RATES)
-            self.means[:-1] += _RATES[:-1] * kept[:-1] @ shares
-            self.means[-1] += _RATES[-1] * kept[-1] @ choices
+        kept = _KEPT ** np.arange(len(keys) - 1, -1, -1, dtype=np.float32)  # [rates, T]
+        self.means *= kept[:, :1] * _KEPT
+        self.means[:-1] += _RATES[:-1] * kept[:-1] @ shares
+        self.means[-1] += _RATES[-1] * kept[-1] @ choices
         self._append(shares[-self.length :], keys[-self.length :])
+
+    def see_one(self, shares: Floats, choices: Floats, key: Floats) -> None:
+        """``see`` for one token, [E] each."""
+        self._shares[:-1] *= _KEPT
+        self._shares[:-2] += _SHARE_RATES * shares
+        self._shares[-2] += _CHOICE_RATE * choices
+        start = self._room(1)
+        self._keys[start], self._after[start] = key, 0.0
+        rows = min(REACH, start)
+        self._after[start - rows : start] += _FADES[REACH - rows :] * shares
 
     def features(self) -> Floats:
         """Log shares, in multiples of the uniform one: [5, E]."""
-        shares = np.concatenate([self.means, self._votes()[None]])
-        logs: Floats = np.log(shares * shares.shape[1] + FLOOR)
-        return logs
+        self._shares[-1] = self._votes()
+        logs: Floats = self._shares * self._shares.shape[1]
+        logs += FLOOR
+        return np.log(logs, out=logs)
 
     def worth(self) -> Floats:
         """log of the expected exp(-(tokens to the next use - 1) / PATIENCE), [E]."""
         weights, bias = (SCORE_WEIGHTS, SCORE_BIAS) if self.scored else (CHOICE_WEIGHTS, CHOICE_BIAS)
-        worth: Floats = -np.log1p(np.exp(-(weights @ self.features() + bias)))
-        return worth
+        worth: Floats = weights @ self.features()
+        worth += bias
+        np.exp(np.negative(worth, out=worth), out=worth)
+        return np.negative(np.log1p(worth, out=worth), out=worth)
 
     def _votes(self) -> Floats:
         """What is needed after a token routed like the newest one, [E]; sums to 1 or a little less."""
@@ -91,21 +100,22 @@ class _Past:
         vote *= SHARPNESS
         np.exp(vote, out=vote)
         found: Floats = vote @ self._after[first:last]
-        found /= vote.sum() * _FADES.sum()
+        found /= np.add.reduce(vote) * _FADES_TOTAL
         return found
 
-    def _append(self, shares: Floats, keys: Floats) -> None:
-        tokens = len(keys)
+    def _room(self, tokens: int) -> int:
+        """The first of ``tokens`` new rows of the window."""
         if self._rows + tokens > len(self._keys):
             kept = slice(max(0, self._rows - self.length), self._rows)
             self._rows = kept.stop - kept.start
             self._keys[: self._rows], self._after[: self._rows] = self._keys[kept].copy(), self._after[kept].copy()
-        start, self._rows = self._rows, self._rows + tokens
+        self._rows += tokens
+        return self._rows - tokens
+
+    def _append(self, shares: Floats, keys: Floats) -> None:
+        tokens = len(keys)
+        start = self._room(tokens)
         self._keys[start : self._rows], self._after[start : self._rows] = keys, 0.0
-        if tokens == 1:
-            rows = min(REACH, start)
-            self._after[start - rows : start] += _FADES[REACH - rows :] * shares
-            return
         for ago in range(REACH):  # token t is in the future of row start + t - 1 - ago
             skip = max(0, 1 + ago - start)
             if skip >= tokens:
@@ -126,6 +136,7 @@ class Echo:
         self._pasts: dict[int, _Past] = {}
         self._worth = np.zeros((0, 0), np.float32)
         self._held = np.zeros((0, 0), np.bool_)
+        self._away = np.zeros((0, 0, 1), np.float32)
         self._stale: set[int] = set()
         self._layer = -1
         self._touched: dict[int, None] = {}
@@ -136,7 +147,7 @@ class Echo:
         """See ``interfaces.RoutingAware``."""
         self._observed = True
         self._layer = layer
-        if scores is not None and not math.isfinite(scores.sum()):
+        if scores is not None and not math.isfinite(np.add.reduce(scores, axis=None)):
             scores = None  # a router that masks
         self._see(layer, experts, scores)
 
@@ -158,17 +169,19 @@ class Echo:
             self._worth[layer, : past.means.shape[1]] = past.worth()
         self._stale.clear()
         layers, width = self._worth.shape
-        away = (np.arange(layers) - self._layer - 1) % layers if layers else np.zeros(0)
-        worth = np.where(self._held, self._worth - (away / (PATIENCE * layers))[:, None].astype(np.float32), np.inf)
+        if len(self._away) != layers:
+            self._away = _away(layers)
+        away = self._away[self._layer] if layers else np.float32(0)
+        worth = np.where(self._held, self._worth - away, _NEVER)
         flat = worth.ravel()
         for _ in range(_TRIES):
             best = int(flat.argmin()) if flat.size else 0
-            if not flat.size or flat[best] == np.inf:
+            if not flat.size or flat[best] == _NEVER:
                 break
             key = ExpertKey(*divmod(best, width))
             if key in candidates:
                 return key
-            flat[best] = np.inf
+            flat[best] = _NEVER
         left = [key for key in candidates if key.layer < layers and key.expert < width and self._held[key]]
         if not left:
             raise IntegrityError(f"none of {len(candidates)} candidates was ever touched")
@@ -206,15 +219,36 @@ class Echo:
             scores = None  # not of all its experts
         width = max(width, int(experts.max(initial=0)) + 1 if scores is None else scores.shape[1])
         past = self._make(layer, past, width)
+        past.scored = scores is not None
+        self._stale.add(layer)
+        if len(experts) == 1:
+            self._see_one(past, experts[0], None if scores is None else scores[0])
+            return
         choices = _hot(experts[-MOST_TOKENS:], width)
         shares, raw = choices, choices
         if scores is not None:
             raw = scores[-MOST_TOKENS:].astype(np.float32, copy=False)
             self._logits = self._logits or bool(raw.min() < 0)
             shares = _softmax(raw) if self._logits else raw / np.maximum(raw.sum(axis=1, keepdims=True), 1e-9)
-        past.scored = scores is not None
         past.see(shares, choices, _unit(raw))
-        self._stale.add(layer)
+
+    def _see_one(self, past: _Past, chosen: NDArray[np.int64], scores: Floats | None) -> None:
+        """``_see`` for one token, without the axis and the temporaries of many: the same values, bit for bit."""
+        width = past.means.shape[1]
+        choices = _hot_one(chosen, width)
+        shares = raw = choices
+        if scores is not None:
+            raw = scores.astype(np.float32, copy=False)
+            self._logits = self._logits or bool(np.minimum.reduce(raw) < 0)
+            if self._logits:
+                shares = raw - np.maximum.reduce(raw)
+                np.exp(shares, out=shares)
+                shares /= np.add.reduce(shares)
+            else:
+                shares = raw / max(np.add.reduce(raw), _LEAST)
+        key = raw - np.add.reduce(raw) / width
+        key /= np.sqrt(np.add.reduce(key * key)) + _LEAST
+        past.see_one(shares, choices, key)
 
     def _make(self, layer: int, past: _Past | None, width: int) -> _Past:
         """The past of ``layer``, with room for ``width`` experts everywhere."""
@@ -236,6 +270,10 @@ class Echo:
 
 _RATES = np.array([1 - 0.5 ** (1 / half) for half in (*HALF_LIVES, HALF_LIVES[-1])], np.float32)[:, None]
 _FADES = np.array([[FADE**ago] for ago in range(REACH - 1, -1, -1)], np.float32)
+_KEPT = 1 - _RATES
+_SHARE_RATES, _CHOICE_RATE = _RATES[:-1], _RATES[-1]
+_FADES_TOTAL = _FADES.sum()
+_LEAST, _NEVER = np.float32(1e-9), np.float32(np.inf)
 _TRIES = 16
 """Lowest keys looked at one by one; past them the pinned are many, as in prefill, and the candidates are walked."""
 
@@ -247,6 +285,24 @@ def _hot(experts: NDArray[np.int64], width: int) -> Floats:
     out = out[:, :width]
     out /= np.maximum(out.sum(axis=1, keepdims=True), 1.0)
     return out
+
+
+def _hot_one(chosen: NDArray[np.int64], width: int) -> Floats:
+    """``_hot`` of one token: [k] → [E]."""
+    out = np.zeros(width, np.float32)
+    ids = {expert for expert in chosen.tolist() if 0 <= expert < width}
+    if ids:
+        share = 1 / len(ids)
+        for expert in ids:
+            out[expert] = share
+    return out
+
+
+def _away(layers: int) -> Floats:
+    """How far each layer is when the first index has just run, in units of ``worth``: [L, L, 1]."""
+    there = (np.arange(layers)[None] - np.arange(layers)[:, None] - 1) % max(1, layers)
+    found: Floats = (there / (PATIENCE * max(1, layers)))[:, :, None].astype(np.float32)
+    return found
 
 
 def _softmax(logits: Floats) -> Floats:

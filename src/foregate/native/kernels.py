@@ -13,11 +13,17 @@ from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from foregate.errors import IntegrityError
 from foregate.native.library import load
+from foregate.native.matrix import BF16, F32, INT4, INT8, threads_asked
+from foregate.native.matrix import MOST_COLUMNS as MOST_COLUMNS
+from foregate.native.matrix import Matrix as Matrix
+from foregate.native.matrix import use_threads as use_threads
 
 MOST_TOKENS = 8
 """Tokens up to which the kernels run; more are cheaper as one product of matrices."""
@@ -25,17 +31,14 @@ MOST_TOKENS = 8
 MOST_EXPERTS = 64
 """Experts that are computed in one call at most."""
 
-MOST_COLUMNS = 65536
-"""Integer sums of longer rows could overflow."""
-
-_BF16, _INT8, _INT4, _F32 = range(4)
-_FORMATS = {torch.bfloat16: _BF16, torch.int8: _INT8, torch.uint8: _INT4}
-ACTIVATIONS = {torch.bfloat16: _BF16, torch.float32: _F32}
+_FORMATS = {torch.bfloat16: BF16, torch.int8: INT8, torch.uint8: INT4}
+ACTIVATIONS = {torch.bfloat16: BF16, torch.float32: F32}
 """Dtypes of inputs and outputs."""
 
 
 FUNCTIONS = tuple(
-    f"foregate_{name}" for name in ("expert", "experts", "linear", "rms_norm", "attend", "expand", "read", "kernels")
+    f"foregate_{name}"
+    for name in ("expert", "experts", "linear", "rms_norm", "attend", "expand", "rank", "read", "kernels")
 )
 
 _MOST_VALUES, _MOST_WIDTH = 16384, 1024
@@ -43,31 +46,13 @@ _MOST_VALUES, _MOST_WIDTH = 16384, 1024
 _WORTH_A_THREAD = 1 << 21
 """Products of an attention from which on a second thread is woken."""
 
-_threads: int | None = None
-
-
-def use_threads(threads: int | None) -> None:
-    """Threads of the kernels from now on; None: as many as torch has."""
-    global _threads
-    _threads = threads
+MOST_RANKED, _UNDECIDED = 4096, 3
+"""Rows that ``Ranker`` takes; its answer where they tie."""
 
 
 def num_threads() -> int:
     """Threads that the kernels compute with. Their results do not depend on it."""
-    return _threads or torch.get_num_threads()
-
-
-class Matrix(ctypes.Structure):
-    """``matrix`` of kernels.c. Holds no reference: whoever makes one keeps the tensors."""
-
-    _fields_ = [
-        ("weights", c_void_p),
-        ("scales", c_void_p),
-        ("dtype", c_int32),
-        ("rows", c_int32),
-        ("columns", c_int32),
-        ("group", c_int32),
-    ]
+    return threads_asked() or torch.get_num_threads()
 
 
 class _Expert(ctypes.Structure):
@@ -87,10 +72,22 @@ class _Attention(ctypes.Structure):
     ]
 
 
+class _Ranking(ctypes.Structure):
+    """``ranking`` of kernels.c."""
+
+    _fields_ = [
+        ("gate", Matrix),
+        ("norm", c_void_p),
+        ("epsilon", c_float),
+        ("scores", c_void_p),
+        ("order", c_void_p),
+    ]
+
+
 def matrix(values: Tensor, scales: Tensor | None) -> Matrix:
     """``values`` as ``checkpoint.quantise`` stores them, or bf16 [N, K]. Raises KeyError for another dtype."""
     kind = _FORMATS[values.dtype]
-    if kind == _INT4:
+    if kind == INT4:
         assert scales is not None
         rows, columns = values.shape[0] * 16, values.shape[1] * 8
         return Matrix(values.data_ptr(), scales.data_ptr(), kind, rows, columns, columns // scales.shape[1])
@@ -112,6 +109,7 @@ def library() -> ctypes.CDLL | None:
     found.foregate_rms_norm.argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_int, c_float]
     found.foregate_attend.argtypes = [POINTER(_Attention), c_int, c_int]
     found.foregate_expand.argtypes = [pointer, c_void_p, c_int, c_int, c_int]
+    found.foregate_rank.argtypes = [POINTER(_Ranking), c_void_p, c_int]
     found.foregate_read.argtypes = [c_void_p, c_size_t, c_int]
     found.foregate_read.restype = c_uint64
     found.foregate_kernels.argtypes = [c_int]
@@ -193,6 +191,37 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     rows = x.numel() // width
     _check(_loaded().foregate_rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, epsilon))
     return out
+
+
+class Ranker:
+    """Rows of ``gate`` (bf16 [E, D], contiguous) by their products with one token, after ``norm`` if there is one.
+
+    One call and one thread: a router is small, and waking a second costs more than it saves. ``norm``: weight [D] and
+    epsilon of ``rms_norm``. Scores are rounded to bf16, as a router's are.
+    """
+
+    def __init__(self, gate: Tensor, norm: tuple[Tensor, float] | None, top_k: int) -> None:
+        weight, epsilon = norm or (None, 0.0)
+        self._kept = gate, weight
+        self._scores, self._order = np.empty(len(gate), np.float32), np.empty(len(gate), np.int64)
+        pointer = None if weight is None else weight.data_ptr()
+        self._job = _Ranking(
+            matrix(gate, None), pointer, epsilon, self._scores.ctypes.data, self._order.ctypes.data
+        )  # fmt: skip
+        self._given = ctypes.byref(self._job)
+        self._width = gate.shape[1]
+        self._top_k = top_k
+        self._run = _loaded().foregate_rank
+
+    def __call__(self, x: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """Rows best first and their scores for ``x`` [1, D]; None where it does not suit, or the ``top_k``-th ties."""
+        if x.dtype is not torch.bfloat16 or x.shape[-1] != self._width or not x.is_contiguous():
+            return None
+        code = self._run(self._given, x.data_ptr(), self._top_k)
+        if code == _UNDECIDED:
+            return None
+        _check(code)
+        return self._order.copy(), self._scores.copy()
 
 
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -29,9 +29,10 @@ class _Router(BasePredictor):
         return self._cost
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        ahead = [target for target in targets(self, signals.layer, signals.layers) if target < signals.layers]
+        known = targets(self, signals.layer, signals.layers)
+        ahead = range(known.start, min(known.stop, signals.layers))
         predictions = [self._rank(signals, target) for target in ahead]
-        if not self._cost.flops and ahead:
+        if ahead and not self._cost.flops:
             numbers = len(signals.hidden(self.signal)) * sum(signals.experts[target] for target in ahead)
             self._cost = PredictorCost(2 * numbers, 4 * numbers)
         return predictions

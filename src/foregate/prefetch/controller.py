@@ -13,6 +13,7 @@ that were evicted last).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from foregate.prefetch.average import Average
 from foregate.prefetch.ledger import Ledger
@@ -46,8 +47,7 @@ class Decision:
     loss_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Guess:
+class Guess(NamedTuple):
     """Why a read was issued: for ``layer``, from ``distance`` layers before, ``rank``-th of the predicted (from 0)."""
 
     layer: int
@@ -68,7 +68,7 @@ class _Share:
 
     def blended(self, prior: float) -> float:
         """The recent share, drawn towards ``prior`` while there are few cases."""
-        return (self.recent.get() * self.cases + prior * _PRIOR) / (self.cases + _PRIOR)
+        return ((self.recent.value or 0.0) * self.cases + prior * _PRIOR) / (self.cases + _PRIOR)
 
 
 class Controller:
@@ -93,7 +93,8 @@ class Controller:
         self._precision = Average()
         self._by_guess: dict[tuple[int, int], _Share] = {}
         self._by_layer = [_Share() for _ in range(layers)]
-        self._windows: dict[tuple[int, int], Average] = {}
+        self._windows: list[dict[int, Average]] = [{} for _ in range(layers)]
+        """Of each layer, by distance."""
         self._read_s = Average()
         self._miss_s = Average()
         self._ask_s = Average()
@@ -198,9 +199,11 @@ class Controller:
 
     def saw_window(self, layer: int, distance: int, seconds: float) -> None:
         """``seconds`` passed between the prediction of ``layer``, ``distance`` layers before it, and its routing."""
-        self._windows.setdefault((layer, distance), Average()).add(seconds)
-        account = self.ledger.accounts[layer]
-        account.window_s = max(self._windows[key].get() for key in self._windows if key[0] == layer)
+        windows = self._windows[layer]
+        if distance not in windows:
+            windows[distance] = Average()
+        windows[distance].add(seconds)
+        self.ledger.accounts[layer].window_s = max([window.get() for window in windows.values()])
 
     def saw_prediction(self, seconds: float) -> None:
         """Asking the predictor took ``seconds``."""
@@ -248,11 +251,12 @@ class Controller:
 
     def _saving(self, guess: Guess, queued: int) -> float:
         """Seconds of stall that the read saves if it is used: one miss's, as far as its window has room for it."""
-        window = self._windows.get((guess.layer, guess.distance))
-        miss_s = self._miss_s.get(self._read_s.get())
+        window = self._windows[guess.layer].get(guess.distance)
+        read_s = self._read_s.value or 0.0
+        miss_s = self._miss_s.get(read_s)
         if window is None:
             return miss_s
-        return min(miss_s, max(0.0, window.get() - queued * self._read_s.get()))
+        return min(miss_s, max(0.0, window.get() - queued * read_s))
 
     def _waste(self) -> float:
         """Seconds that a read costs which nobody uses."""

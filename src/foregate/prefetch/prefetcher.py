@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from time import perf_counter, perf_counter_ns, sleep
 
@@ -74,24 +74,27 @@ class Prefetcher:
         self._tell_predictions(layer, moment, predictions)
         limit = self.controller.fixed
         width = limit or self._top_k + max(1, self._top_k // 2)
-        first = layer + (moment is Moment.AFTER_ROUTING)
-        wanted: list[Guess] = []
-        experts: dict[Guess, int] = {}
-        for prediction in sorted(predictions, key=lambda p: p.layer):
-            if not first <= prediction.layer < first + len(self._experts):
+        first, layers = layer + (moment is Moment.AFTER_ROUTING), len(self._experts)
+        absent: dict[Guess, ExpertKey] = {}
+        for prediction in predictions if len(predictions) < 2 else sorted(predictions, key=_layer_of):
+            if not first <= prediction.layer < first + layers:
                 continue
-            target, distance = prediction.layer % len(self._experts), prediction.layer - layer
+            target, distance = prediction.layer % layers, prediction.layer - layer
             self._predicted_at.setdefault(target, {}).setdefault(distance, now)
-            there = self._experts[target]
-            ranked = list(islice((int(e) for e in prediction.experts if _is_expert(e, there)), 2 * width))
+            ranked = _existing(prediction.experts, self._experts[target], 2 * width)
             self._withdraw(target, ranked)
-            guesses = {Guess(target, distance, rank): expert for rank, expert in enumerate(ranked[:width])}
-            experts |= guesses
-            wanted += guesses
+            for rank, expert in enumerate(ranked[:width]):
+                key = ExpertKey(target, expert)
+                if not self._cache.holds(key):
+                    absent[Guess(target, distance, rank)] = key
+                elif absent:  # of two predictions for one layer, the later one counts
+                    absent.pop(Guess(target, distance, rank), None)
+        if not absent:
+            return
         if limit is not None:
-            self._submit_limited(wanted, experts, limit)
+            self._submit_limited(absent, limit)
         else:
-            self._submit_valued(wanted, experts)
+            self._submit_valued(absent)
 
     def stream_ahead(self, layer: int) -> None:
         """Prefill: read the whole of ``layer`` ahead, as far as staging has room."""
@@ -126,8 +129,9 @@ class Prefetcher:
 
     def expire(self, layer: int | None = None, but: Collection[ExpertKey] = ()) -> None:
         """Give up what is staged for ``layer`` (None: for any) and was not used, ``but`` what still will be."""
-        for key in [k for k in self._tickets if (layer is None or k.layer == layer) and k not in but]:
-            self._give_up(key, self._tickets.pop(key))
+        if self._tickets:
+            for key in [k for k in self._tickets if (layer is None or k.layer == layer) and k not in but]:
+                self._give_up(key, self._tickets.pop(key))
         self._reap()
 
     def settle(self) -> None:
@@ -138,35 +142,38 @@ class Prefetcher:
             sleep(1e-4)
         self._reap()
 
-    def _submit_limited(self, wanted: Sequence[Guess], experts: Mapping[Guess, int], limit: int) -> None:
-        """At most ``limit`` reads a target layer, in the order of ``wanted``."""
-        left = dict.fromkeys((guess.layer for guess in wanted), limit)
-        for guess in wanted:
-            key = ExpertKey(guess.layer, experts[guess])
-            if left[guess.layer] and self._cache.state(key) is None:
+    def _submit_limited(self, absent: Mapping[Guess, ExpertKey], limit: int) -> None:
+        """At most ``limit`` reads a target layer, in the order of ``absent``."""
+        left = dict.fromkeys((guess.layer for guess in absent), limit)
+        for guess, key in absent.items():
+            if left[guess.layer] and not self._cache.holds(key):
                 if not self._submit(key, guess):
                     return
                 left[guess.layer] -= 1
 
-    def _submit_valued(self, wanted: Sequence[Guess], experts: Mapping[Guess, int]) -> None:
+    def _submit_valued(self, absent: Mapping[Guess, ExpertKey]) -> None:
         """What is expected to save more than it costs, the most valuable first; experts weigh the same bytes."""
-        absent = [guess for guess in wanted if self._cache.state(ExpertKey(guess.layer, experts[guess])) is None]
         controller = self.controller
-        queued = sum(not ticket.done for ticket in self._tickets.values()) if absent else 0
         if controller.trusting:
-            absent = [guess for guess in absent if guess.rank < self._top_k]
-        else:
-            absent.sort(key=lambda guess: -controller.value(guess, queued))
-        for guess in absent:
-            if not controller.trusting and controller.value(guess, queued) <= 0:
+            for guess, key in absent.items():
+                if guess.rank < self._top_k and not self._submit(key, guess):
+                    return
+            return
+        queued = before = sum([not ticket.done for ticket in self._tickets.values()])
+        values = {guess: controller.value(guess, queued) for guess in absent}
+        for guess in sorted(values, key=values.__getitem__, reverse=True):
+            value = values[guess] if queued == before else controller.value(guess, queued)
+            if value <= 0:
                 controller.declined(guess)
-            elif self._submit(ExpertKey(guess.layer, experts[guess]), guess):
+            elif self._submit(absent[guess], guess):
                 queued += 1
             else:
                 return
 
     def _withdraw(self, target: int, ranked: Sequence[int]) -> None:
         """Cancel what an earlier prediction wanted of ``target``, this one does not, and is not read yet."""
+        if not self._tickets:
+            return
         gone = [
             key
             for key, ticket in self._tickets.items()
@@ -179,7 +186,7 @@ class Prefetcher:
         """Read ``key`` ahead unless it is there already; False when staging is full."""
         if not self._cache.staging_room:
             return False
-        if self._cache.state(key) is not None:
+        if self._cache.holds(key):
             return True
         slot = self._cache.stage(key)
         if slot is None:
@@ -215,8 +222,9 @@ class Prefetcher:
     def _reap(self) -> None:
         if self.events.on:
             self._tell_arrivals()
-        for key in [k for k, ticket in self._dying.items() if ticket.done]:
-            self._let_go(key, self._dying.pop(key))
+        if self._dying:
+            for key in [k for k, ticket in self._dying.items() if ticket.done]:
+                self._let_go(key, self._dying.pop(key))
 
     def _let_go(self, key: ExpertKey, ticket: Ticket) -> None:
         self._cache.drop(key)
@@ -247,6 +255,20 @@ class Prefetcher:
         if self.events.on:
             for p in predictions:
                 self.events.emit(PredictionMade(perf_counter_ns(), layer, moment, p.layer, tuple(p.experts)))
+
+
+def _layer_of(prediction: Prediction) -> int:
+    return prediction.layer
+
+
+def _existing(named: Iterable[int], experts: int, most: int) -> list[int]:
+    """The first ``most`` of ``named`` that are experts of a layer of ``experts``."""
+    if type(named) is tuple:
+        head = named[:most]
+        found = [e for e in head if type(e) is int and 0 <= e < experts]
+        if len(found) == len(head):
+            return found
+    return list(islice((int(e) for e in named if _is_expert(e, experts)), most))
 
 
 def _is_expert(value: object, experts: int) -> bool:
