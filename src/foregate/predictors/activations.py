@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,6 +37,11 @@ def unit_rms(x: Floats) -> Floats:
     mean = np.einsum("...d,...d->...", x, x)[..., None] / np.float32(x.shape[-1])
     out: Floats = x / np.sqrt(mean + np.float32(1e-9))
     return out
+
+
+def inverse_rms(x: Floats) -> np.float32:
+    """What ``unit_rms`` multiplies ``x`` [D] with."""
+    return np.float32(1 / math.sqrt(float(x @ x) / len(x) + 1e-9))
 
 
 def layer_norm(x: Floats, weight: Floats, bias: Floats) -> Floats:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from foregate.interfaces import Signals
+from foregate.native.products import Products
 from foregate.predictors.activations import silu, unit_rms
 from foregate.predictors.file import Artifact
 from foregate.predictors.learned import Floats, LearnedPredictor
@@ -31,21 +32,25 @@ class Estimator(LearnedPredictor):
         embedding = self.floats("layer", layers, None)
         signal = hops * self.hidden_size
         first = self.floats("first_weight", None, signal + embedding.shape[1])
-        self._first = np.ascontiguousarray(first[:, :signal])
+        self._first = Products(first[None, :, :signal])
         self._place = embedding @ first[:, signal:].T + self.floats("first_bias", len(first))
-        self._second = self.floats("second_weight", hops * self.width, len(first))
+        self._second = Products(self.floats("second_weight", hops * self.width, len(first))[None])
         self._second_bias = self.floats("second_bias", hops * self.width)
 
     def cost(self) -> PredictorCost:
-        return self.multiplied(self._first.size + self._second.size)
+        return self.multiplied(self._first.size + self._second.size, self._first.nbytes + self._second.nbytes)
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
         return self.ranked(signals, self._estimate(signals.layer, unit_rms(self.told(signals, "residual"))))
 
     def _estimate(self, layer: int, unit: Floats) -> Floats:
         """Scores [H, E] from the unit residual [D]."""
-        hidden = silu(self._first @ (unit * self._norm[layer]).ravel() + self._place[layer])
-        return (self._second @ hidden + self._second_bias).reshape(self.hops, self.width)
+        np.multiply(unit, self._norm[layer], out=self._first.x.reshape(self._norm[layer].shape))
+        inner = self._first.of(0)
+        inner += self._place[layer]
+        scores = self._second(0, silu(inner))
+        scores += self._second_bias
+        return scores.reshape(self.hops, self.width)
 
 
 class Hybrid(Estimator):
@@ -58,18 +63,22 @@ class Hybrid(Estimator):
         super().__init__(artifact, lookahead)
         layers, hops = self.layers, self.hops
         self._estimated = artifact.array("estimated", (layers, hops), "iu").astype(bool)
-        self._router = self.floats("router", layers, hops, self.width, self.hidden_size)
+        router = self.floats("router", layers, hops, self.width, self.hidden_size)
+        self._router = Products(router.reshape(layers, hops * self.width, self.hidden_size))
         self._bias = self.floats("router_bias", layers, hops, self.width)
 
     def cost(self) -> PredictorCost:
-        numbers = (self._first.size + self._second.size) * float(self._estimated.any(axis=1).mean())
-        return self.multiplied(round(numbers + self._router[0].size * float((~self._estimated).mean())))
+        estimated, copied = float(self._estimated.any(axis=1).mean()), float((~self._estimated).mean())
+        numbers = round((self._first.size + self._second.size) * estimated + self._router.size * copied)
+        return self.multiplied(numbers, numbers * self._first.nbytes // self._first.size)
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
         layer = signals.layer
         unit = unit_rms(self.told(signals, "residual"))
         estimated = self._estimated[layer]
-        scores = self._bias[layer] + self._router[layer] @ unit if not estimated.all() else None
+        scores = None
+        if not estimated.all():
+            scores = self._bias[layer] + self._router(layer, unit).reshape(self.hops, self.width)
         if estimated.any():
             guess = self._estimate(layer, unit)
             scores = guess if scores is None else np.where(estimated[:, None], guess, scores)

@@ -52,8 +52,8 @@ class FittedPredictor(BasePredictor):
 
 def ranked(layer: int, scores: NDArray[np.float32]) -> Prediction:
     """All experts of ``layer`` by ``scores`` [E], largest first; the lower number where they tie."""
-    order = np.argsort(-scores, kind="stable")
-    return Prediction(layer, tuple(order.tolist()), tuple(scores[order].tolist()))
+    experts, values = (-scores).argsort(kind="stable").tolist(), scores.tolist()
+    return Prediction(layer, tuple(experts), tuple([values[expert] for expert in experts]))
 
 
 def last_token(step: RoutingStep, experts: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

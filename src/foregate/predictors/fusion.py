@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from foregate.interfaces import Signals
-from foregate.predictors.activations import silu, unit_rms
+from foregate.native.products import Products
+from foregate.predictors.activations import inverse_rms, silu
 from foregate.predictors.file import Artifact
+from foregate.predictors.fitted import last_token
 from foregate.predictors.learned import RoutedPredictor
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
@@ -32,71 +34,92 @@ class Fusion(RoutedPredictor):
     def __init__(self, artifact: Artifact, lookahead: int) -> None:
         super().__init__(artifact, lookahead)
         layers, hops, experts, hidden = self.layers, self.hops, self.width, self.hidden_size
+        asked = self._asked = min(lookahead, hops)
         inward = self.floats("inward_weight", layers, 2 * hidden + experts, None)
         width = inward.shape[-1]
         before = self.floats("before_weight", layers, hops * hidden, width)
-        self._dense = np.concatenate([inward[:, : 2 * hidden], before], axis=1)
-        self._dense_bias = self.floats("inward_bias", layers, width) + self.floats("before_bias", layers, width)
+        self._dense = Products(np.concatenate([inward[:, : 2 * hidden], before], axis=1).transpose(0, 2, 1))
+        self._gains = self._dense.x[2 * hidden :].reshape(hops, hidden)
+        dense_bias = self.floats("inward_bias", layers, width) + self.floats("before_bias", layers, width)
         # What depends on the chosen experts alone: rows to pick and weigh, no product over all experts.
-        outward = self.floats("experts_weight", layers, experts, hops * hidden)
+        outward = self.floats("experts_weight", layers, experts, hops * hidden)[..., : asked * hidden]
         self._picked = np.concatenate(
             [inward[:, 2 * hidden :], self.floats("gate_weight", layers, experts, width), outward], axis=2
         )
         gate_bias = self.floats("gate_bias", layers, width) + 1
         shift = self.floats("experts_bias", layers, hops * hidden) + self.floats("outward_bias", layers, hops * hidden)
-        self._picked_bias = np.concatenate([self._dense_bias, gate_bias, shift], axis=1)
-        direct = self.floats("direct_weight", layers, width, hops * experts)
-        self._outward = np.concatenate([self.floats("outward_weight", layers, width, hops * hidden), direct], axis=2)
+        self._picked_bias = np.concatenate([dense_bias, gate_bias, shift[:, : asked * hidden]], axis=1)
+        direct = self.floats("direct_weight", layers, width, hops * experts)[..., : asked * experts]
+        further = self.floats("outward_weight", layers, width, hops * hidden)[..., : asked * hidden]
+        self._outward = Products(np.concatenate([further, direct], axis=2).transpose(0, 2, 1))
         direct_bias = self.floats("direct_bias", layers, hops * experts).reshape(layers, hops, experts)
-        self._router = self.floats("router", layers, hops, experts, hidden)
+        router = self.floats("router", layers, hops, experts, hidden)[:, :asked]
+        self._router = Products(router.reshape(layers * asked, experts, hidden))
         self._bias = self.floats("router_bias", layers, hops, experts) + direct_bias
         self._repeat = self.floats("repeat", layers, hops, experts, experts)
         self._size = width
         self._now = np.zeros((layers, hidden), np.float32)
         self._last = np.zeros((layers, hidden), np.float32)
+        self._now_scale = [inverse_rms(row) for row in self._now]
+        self._last_scale = self._now_scale.copy()
         self._ids: list[np.ndarray] = [np.zeros(0, np.int64)] * layers
 
     def cost(self) -> PredictorCost:
-        picked = self.model.top_k * (self._picked.shape[-1] + self.hops * self.width)
-        return self.multiplied(self._dense[0].size + self._outward[0].size + self._router[0].size + picked)
+        picked = self.model.top_k * (self._picked.shape[-1] + self._asked * self.width)
+        parts = [self._dense, self._outward, *[self._router] * self._asked]
+        numbers, nbytes = sum(part.size for part in parts), sum(part.nbytes for part in parts)
+        return self.multiplied(picked + numbers, 4 * picked + nbytes)
 
     def reset(self) -> None:
         super().reset()
         self._now[:] = 0
         self._last[:] = 0
+        self._now_scale = [inverse_rms(row) for row in self._now]
+        self._last_scale = self._now_scale.copy()
         self._ids = [np.zeros(0, np.int64)] * self.layers
 
     def observe(self, step: RoutingStep) -> None:
-        super().observe(step)
+        self.ids, self.weights = last_token(step, self.model.experts[step.layer])
         self._ids[step.layer] = self.ids
         if step.layer == 0:
             self._now, self._last = self._last, self._now
+            self._now_scale, self._last_scale = self._last_scale, self._now_scale
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        layer, hidden, hops = signals.layer, self.hidden_size, self.hops
-        residual = self.told(signals, "residual")
-        self._now[layer] = residual
-        unit = unit_rms(residual)
-        seen = np.concatenate([unit, self.told(signals, "pre_attention"), *self._gains(layer)])
-        picked = self.weights @ self._picked[layer][self.ids] + self._picked_bias[layer]
-        size = self._size
-        inner = silu(seen @ self._dense[layer] + picked[:size]) * picked[size : 2 * size]
-        out = inner @ self._outward[layer]
-        guess = unit_rms(unit + (out[: hops * hidden] + picked[2 * size :]).reshape(hops, hidden))
-        scores = np.matmul(self._router[layer], guess[:, :, None])[..., 0] + self._bias[layer]
-        scores += out[hops * hidden :].reshape(hops, -1)
-        for hop in range(hops):
+        layer, hidden, size = signals.layer, self.hidden_size, self._size
+        seen = self._dense.x
+        unit = seen[:hidden]
+        self._now[layer] = residual = self.told(signals, "residual")
+        scale = self._now_scale[layer] = inverse_rms(residual)
+        np.multiply(residual, scale, out=unit)
+        seen[hidden : 2 * hidden] = self.told(signals, "pre_attention")
+        self._gain(layer)
+        picked = self.weights @ self._picked[layer][self.ids]
+        picked += self._picked_bias[layer]
+        inner = self._dense.of(layer)
+        inner += picked[:size]
+        inner = silu(inner)
+        inner *= picked[size : 2 * size]
+        out = self._outward(layer, inner)
+        shifts = out[: self._asked * hidden]
+        shifts += picked[2 * size :]
+        direct = out[self._asked * hidden :].reshape(self._asked, -1)
+        direct += self._bias[layer, : self._asked]
+        for hop in range(self._asked):
+            scores, guess = direct[hop], shifts[hop * hidden : (hop + 1) * hidden]
+            guess += unit
+            routed = self._router(layer * self._asked + hop, guess)
+            routed *= inverse_rms(guess)
+            scores += routed
             history = self._ids[(layer + hop + 1) % self.layers]
             if len(history):
-                scores[hop] += self._repeat[layer, hop][history].sum(axis=0)
-        return self.ranked(signals, scores)
+                scores += np.add.reduce(self._repeat[layer, hop][history])
+        return self.ranked(signals, direct)
 
-    def _gains(self, layer: int) -> list[np.ndarray]:
-        """What the last token's residual gained up to each hop, [D] each; zero beyond the last layer."""
-        base = self._last[layer]
-        scale = 1 / np.sqrt(base @ base / np.float32(len(base)) + np.float32(1e-9))
-        gains = []
-        for hop in range(1, self.hops + 1):
-            known = layer + hop < self.layers
-            gains.append((self._last[layer + hop] - base) * scale if known else np.zeros_like(base))
-        return gains
+    def _gain(self, layer: int) -> None:
+        """Write what the last token's residual gained up to each hop, [H, D]; zero beyond the last layer."""
+        base, known = self._last[layer], min(self.hops, self.layers - layer - 1)
+        gains = self._gains[:known]
+        np.subtract(self._last[layer + 1 : layer + 1 + known], base, out=gains)
+        gains *= self._last_scale[layer]
+        self._gains[known:] = 0

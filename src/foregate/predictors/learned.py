@@ -5,6 +5,8 @@ Shapes: L MoE layers, E experts of the widest layer, H hops (the trained lookahe
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,7 @@ from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
 Floats = NDArray[np.float32]
+L = TypeVar("L", bound="LearnedPredictor")
 
 
 class LearnedPredictor(FittedPredictor):
@@ -31,6 +34,13 @@ class LearnedPredictor(FittedPredictor):
         self.hops = artifact.lookahead
         self._artifact = artifact
 
+    @classmethod
+    def from_file(cls: type[L], artifact: Artifact, lookahead: int) -> L:
+        """See ``FittedPredictor``. What the file held is let go: it is kept in the form in which it is used."""
+        made = super().from_file(artifact, lookahead)
+        del made._artifact
+        return made
+
     def floats(self, name: str, *shape: int | None) -> Floats:
         """Array ``name``, float32. Raises PredictorError unless it has ``shape`` (None: any)."""
         return np.ascontiguousarray(self._artifact.array(name, shape), np.float32)
@@ -44,9 +54,9 @@ class LearnedPredictor(FittedPredictor):
         here = signals.layer
         return [self.rank(target, scores[target - here - 1]) for target in targets(self, here, self.layers)]
 
-    def multiplied(self, numbers: int) -> PredictorCost:
-        """The cost of matrix-vector products with ``numbers`` weights."""
-        return PredictorCost(2 * numbers, 4 * numbers, self.parameters)
+    def multiplied(self, numbers: int, nbytes: int | None = None) -> PredictorCost:
+        """The cost of matrix-vector products with ``numbers`` weights of ``nbytes`` in all; None: they are float32."""
+        return PredictorCost(2 * numbers, 4 * numbers if nbytes is None else nbytes, self.parameters)
 
 
 class RoutedPredictor(LearnedPredictor):

@@ -11,6 +11,7 @@ import numpy as np
 
 from foregate.errors import PredictorError
 from foregate.interfaces import Signals
+from foregate.native.products import Products
 from foregate.predictors.activations import gelu, silu
 from foregate.predictors.file import Artifact
 from foregate.predictors.learned import Floats, LearnedPredictor
@@ -43,24 +44,28 @@ class PreAttention(LearnedPredictor):
         self._previous = bool(artifact.option("previous", bool))
         inputs = self.hidden_size * (2 if self._previous else 1)
         self._activation = _activation(artifact)
-        self._first = self.floats("first", self.layers, inputs, None)
-        hidden = self._first.shape[-1]
+        first = self.floats("first", self.layers, inputs, None)
+        hidden = first.shape[-1]
+        self._first = Products(first.transpose(0, 2, 1))
         self._first_bias = self.floats("first_bias", self.layers, hidden)
-        self._second = self.floats("second", self.layers, hidden, self.width)
+        self._second = Products(self.floats("second", self.layers, hidden, self.width).transpose(0, 2, 1))
         self._second_bias = self.floats("second_bias", self.layers, self.width)
         self._last = np.zeros((self.layers, self.hidden_size), np.float32)
 
     def cost(self) -> PredictorCost:
-        return self.multiplied(self._first[0].size + self._second[0].size)
+        return self.multiplied(self._first.size + self._second.size, self._first.nbytes + self._second.nbytes)
 
     def reset(self) -> None:
         self._last[:] = 0
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        layer, x = signals.layer, self.told(signals, "pre_attention")
+        layer, x, size = signals.layer, self._first.x, self.hidden_size
+        x[:size] = self.told(signals, "pre_attention")
         if self._previous:
-            last = self._last[layer].copy()
-            self._last[layer] = x
-            x = np.concatenate([x, last])
-        hidden = self._activation(x @ self._first[layer] + self._first_bias[layer])
-        return [self.rank(layer, hidden @ self._second[layer] + self._second_bias[layer])]
+            x[size:] = self._last[layer]
+            self._last[layer] = x[:size]
+        inner = self._first.of(layer)
+        inner += self._first_bias[layer]
+        scores = self._second(layer, self._activation(inner))
+        scores += self._second_bias[layer]
+        return [self.rank(layer, scores)]
