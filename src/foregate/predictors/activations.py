@@ -11,12 +11,16 @@ Floats = NDArray[np.float32]
 
 
 def sigmoid(x: Floats) -> Floats:
-    out: Floats = np.tanh(x * np.float32(0.5)) * np.float32(0.5) + np.float32(0.5)
+    out: Floats = x * 0.5
+    np.tanh(out, out=out)
+    out *= 0.5
+    out += 0.5
     return out
 
 
 def silu(x: Floats) -> Floats:
-    out: Floats = x * sigmoid(x)
+    out = sigmoid(x)
+    out *= x
     return out
 
 
@@ -39,9 +43,9 @@ def unit_rms(x: Floats) -> Floats:
     return out
 
 
-def inverse_rms(x: Floats) -> np.float32:
+def inverse_rms(x: Floats) -> float:
     """What ``unit_rms`` multiplies ``x`` [D] with."""
-    return np.float32(1 / math.sqrt(float(x @ x) / len(x) + 1e-9))
+    return 1 / math.sqrt(float(x.dot(x)) / len(x) + 1e-9)
 
 
 def layer_norm(x: Floats, weight: Floats, bias: Floats) -> Floats:

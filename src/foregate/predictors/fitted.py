@@ -59,5 +59,8 @@ def ranked(layer: int, scores: NDArray[np.float32]) -> Prediction:
 def last_token(step: RoutingStep, experts: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Experts that the last token of ``step`` goes to, of ``experts`` there are, and their weights."""
     chosen, weights = step.experts[-1], step.weights[-1]
+    ids = chosen.tolist()
+    if ids and min(ids) >= 0 and max(ids) < experts:
+        return chosen, weights
     real = (chosen >= 0) & (chosen < experts)
-    return (chosen, weights) if real.all() else (chosen[real], weights[real])
+    return chosen[real], weights[real]

@@ -94,7 +94,7 @@ class Fusion(RoutedPredictor):
         np.multiply(residual, scale, out=unit)
         seen[hidden : 2 * hidden] = self.told(signals, "pre_attention")
         self._gain(layer)
-        picked = self.weights @ self._picked[layer][self.ids]
+        picked = self.weights.dot(self._picked[layer].take(self.ids, axis=0))
         picked += self._picked_bias[layer]
         inner = self._dense.of(layer)
         inner += picked[:size]
@@ -113,7 +113,7 @@ class Fusion(RoutedPredictor):
             scores += routed
             history = self._ids[(layer + hop + 1) % self.layers]
             if len(history):
-                scores += np.add.reduce(self._repeat[layer, hop][history])
+                scores += np.add.reduce(self._repeat[layer, hop].take(history, axis=0))
         return self.ranked(signals, direct)
 
     def _gain(self, layer: int) -> None:
@@ -122,4 +122,5 @@ class Fusion(RoutedPredictor):
         gains = self._gains[:known]
         np.subtract(self._last[layer + 1 : layer + 1 + known], base, out=gains)
         gains *= self._last_scale[layer]
-        self._gains[known:] = 0
+        if known < self.hops:
+            self._gains[known:] = 0
