@@ -7,7 +7,7 @@ where the kernel takes 0.05. Shapes: H heads, G key/value heads, S positions, V 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,11 @@ def decoding() -> Iterator[None]:
         _here.on = False
 
 
+def is_on() -> bool:
+    """Whether this thread is ``decoding``."""
+    return getattr(_here, "on", False)
+
+
 def _install() -> None:
     """Stand in front of transformers' function, once; everything else is handed on."""
     if _installed:
@@ -46,7 +51,7 @@ def _install() -> None:
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
-        ours = getattr(_here, "on", False) and not args and attention_mask is None and _is_plain(kwargs)
+        ours = is_on() and not args and attention_mask is None and is_plain(kwargs)
         if ours and kernels.attends(query, key, value):
             scale = kwargs.get("scaling")
             return kernels.attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
@@ -56,9 +61,9 @@ def _install() -> None:
     _installed.append(theirs)
 
 
-def _is_plain(kwargs: dict[str, Any]) -> bool:
-    """Whether nothing beyond a scale is asked for."""
+def is_plain(kwargs: dict[str, Any], known: Container[str] = ("scaling",)) -> bool:
+    """Whether nothing beyond what is ``known`` is asked for."""
     return all(
-        name in PLAIN or name == "scaling" or value is None or value is False or (name == "dropout" and not value)
+        name in PLAIN or name in known or value is None or value is False or (name == "dropout" and not value)
         for name, value in kwargs.items()
     )

@@ -1,5 +1,5 @@
-"""Who computes the dense layers of a decode step: kernels for large matrices, norms and attention, torch on one thread
-for the rest.
+"""Who computes the dense layers of a decode step: kernels for large matrices, norms, attention and whole self-attention
+modules, torch on one thread for the rest.
 
 Waking a second thread costs torch more than a small operation does (measured: 0.54 ms for a router of 32 x 2048 on two
 threads that wait passively, 0.03 ms on one), so it is worth it only where torch has large matrices left to multiply.
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foregate.checkpoint.dense_int8 import Int8Linear
-from foregate.engine import attention
+from foregate.engine import attention, attention_block, norms
 from foregate.native import kernels
 
 SMALLEST = 1 << 20
@@ -28,15 +27,8 @@ LARGE_SHARE = 0.9
 """Share of the weights in linear layers that the kernels must have for torch to be left one thread."""
 
 
-NORM_VALUES = 1 << 15
-"""Numbers up to which a norm is the kernel's: eight tokens of 32 heads of 128."""
-
-TRIALS, ALIKE = 8, 0.99
-"""A norm is believed to be the kernel's if on so many random rows this share of the outputs has the same bits."""
-
-
 class DenseKernels:
-    """Large bf16 matrices and norms of ``model`` computed by the compiled kernels, until ``close``.
+    """Large bf16 matrices, norms and attention of ``model`` computed by the compiled kernels, until ``close``.
 
     ``sufficient``: so much of a decode step is theirs that torch needs one thread only. What is chosen depends on the
     model and the installation alone, so every budget and predictor computes the same bits.
@@ -54,9 +46,12 @@ class DenseKernels:
                 object.__setattr__(module, "forward", _forward(module))
                 self._replaced.append(module)
                 native += weights[module]
-        for norm in filter(_is_norm, model.modules()):
-            object.__setattr__(norm, "forward", _norm(norm))
+        for norm in filter(norms.is_norm, model.modules()):
+            object.__setattr__(norm, "forward", norms.forward(norm))
             self._replaced.append(norm)
+        for block, forward in list(attention_block.forwards(model, frozenset(self._replaced))):
+            object.__setattr__(block, "forward", forward)
+            self._replaced.append(block)
         self.sufficient = bool(weights) and native >= LARGE_SHARE * sum(weights.values())
 
     def close(self) -> None:
@@ -112,46 +107,3 @@ def _forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
 def _bias(module: nn.Linear) -> Tensor | None:
     """torch's annotation leaves out that there may be none."""
     return module.bias
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is an RMSNorm as most families have it, by its parts and then by what it computes."""
-    weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or kernels.library() is None:
-        return False
-    parts = list(module.parameters()) + list(module.buffers())
-    fits = weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
-    if len(parts) != 1 or not fits or weight.dim() != 1 or len(weight) % 16 or _epsilon(module) is None:
-        return False
-    rows = torch.randn(TRIALS, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    with torch.inference_mode():
-        theirs, ours = module.forward(rows), kernels.rms_norm(rows, weight, _epsilon(module) or 0.0)
-    same = theirs.dtype is ours.dtype and theirs.shape == ours.shape
-    return same and bool((theirs == ours).float().mean() >= ALIKE) and torch.allclose(theirs, ours, rtol=0.01)
-
-
-def _epsilon(module: nn.Module) -> float | None:
-    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return found if isinstance(found, float) else None
-
-
-def _norm(module: nn.Module) -> Callable[..., Tensor]:
-    """``module.forward`` by the kernel for few tokens; the choice depends on their number alone."""
-    weight, epsilon, theirs = module.weight, _epsilon(module), module.forward
-    assert isinstance(weight, Tensor)
-    assert epsilon is not None
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        few = x.dtype is torch.bfloat16 and x.numel() <= NORM_VALUES and x.is_contiguous()
-        if not few or args or kwargs:
-            return theirs(x, *args, **kwargs)
-        return kernels.rms_norm(x, weight, epsilon)
-
-    vars(forward)["native"] = (weight, epsilon)
-    return forward
-
-
-def native_norm(module: nn.Module) -> tuple[Tensor, float] | None:
-    """Weight and epsilon of a norm that is the kernel's now; None for any other."""
-    found: tuple[Tensor, float] | None = getattr(module.forward, "native", None)
-    return found

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from foregate.checkpoint.anatomy import FlowWatcher, MoeAnatomy
-from foregate.engine.dense import native_norm
+from foregate.engine.norms import native_norm
 from foregate.engine.plain_gate import PlainGate, order
 from foregate.errors import ConfigError
 from foregate.native.kernels import Ranker

@@ -1,9 +1,10 @@
-/* What a decode step does between its matrices: the norm, and attention of one token over the cache. bf16 in and out,
- * fp32 between. Included by kernels.c. */
+/* What a decode step does between its matrices: the norm, the rotary embedding, and attention of one token over the
+ * cache. bf16 in and out, fp32 between. Included by kernels.c. */
 #ifndef FOREGATE_DECODE_H
 #define FOREGATE_DECODE_H
 
 enum { MOST_VALUES = 16384, MOST_WIDTH = 1024 }; /* floats on the stack: of all heads of a group, of one head */
+enum { WORTH_A_THREAD = 1 << 21 };               /* products of an attention from which on a second thread is woken */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -52,6 +53,41 @@ typedef void (*norm_fn)(const uint16_t *x, const uint16_t *w, uint16_t *out, int
 
 static void norm_plain(const uint16_t *x, const uint16_t *w, uint16_t *out, int n, float eps) {
     norm_any(x, w, out, n, eps);
+}
+
+/* ---- Rotary embedding of one head's first `turned` values, x cos + (-second half, first half) sin, each operation
+ * rounded to bf16 as torch's are ---- */
+
+INLINE uint32_t rounded(float value) { /* as nearest_bf16, still 32 bits wide */
+    return (uint32_t)nearest_bf16(value) << 16;
+}
+
+INLINE float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint16_t turn(uint16_t x, uint16_t other, float sign, uint16_t cos, uint16_t sin) {
+    float straight = float_of((uint32_t)x << 16) * float_of((uint32_t)cos << 16);
+    float across = sign * float_of((uint32_t)other << 16) * float_of((uint32_t)sin << 16);
+    return nearest_bf16(float_of(rounded(straight)) + float_of(rounded(across)));
+}
+
+INLINE void rotate_any(uint16_t *restrict x, const uint16_t *cos, const uint16_t *sin, int turned) {
+    const int half = turned / 2;
+    uint16_t *restrict y = x + half;
+    for (int i = 0; i < half; i++) {
+        uint16_t first = x[i], second = y[i];
+        x[i] = turn(first, second, -1.0f, cos[i], sin[i]);
+        y[i] = turn(second, first, 1.0f, cos[half + i], sin[half + i]);
+    }
+}
+
+typedef void (*rotate_fn)(uint16_t *x, const uint16_t *cos, const uint16_t *sin, int turned);
+
+static void rotate_plain(uint16_t *x, const uint16_t *cos, const uint16_t *sin, int turned) {
+    rotate_any(x, cos, sin, turned);
 }
 
 /* ---- Attention of one token: softmax(scale q k^T) v, every position seen ---- */
@@ -134,6 +170,12 @@ AVX2 static void norm_avx2(const uint16_t *x, const uint16_t *w, uint16_t *out, 
 }
 AVX512 static void norm_avx512(const uint16_t *x, const uint16_t *w, uint16_t *out, int n, float eps) {
     norm_any(x, w, out, n, eps);
+}
+AVX2 static void rotate_avx2(uint16_t *x, const uint16_t *cos, const uint16_t *sin, int turned) {
+    rotate_any(x, cos, sin, turned);
+}
+AVX512 static void rotate_avx512(uint16_t *x, const uint16_t *cos, const uint16_t *sin, int turned) {
+    rotate_any(x, cos, sin, turned);
 }
 AVX2 static void attend_avx2(const attention *a, int head) { attend_any(a, head); }
 AVX512 static void attend_avx512(const attention *a, int head) { attend_any(a, head); }

@@ -458,6 +458,7 @@ static struct {
     kernel_fn kernels[3];
     void (*quantise)(const float *x, int n, int group, input *in);
     norm_fn norm;
+    rotate_fn rotate;
     attend_fn attend;
 } chosen;
 
@@ -470,6 +471,7 @@ static void choose(int level) {
     chosen.kernels[INT4] = int4_plain;
     chosen.quantise = quantise_plain;
     chosen.norm = norm_plain;
+    chosen.rotate = rotate_plain;
     chosen.attend = attend_plain;
 #ifdef X86
     __builtin_cpu_init();
@@ -484,6 +486,7 @@ static void choose(int level) {
         chosen.kernels[INT4] = int4_avx2;
         chosen.quantise = quantise_avx2;
         chosen.norm = norm_avx2;
+        chosen.rotate = rotate_avx2;
         chosen.attend = attend_avx2;
     }
     if (avx2 && avx512 && level >= 2) {
@@ -493,6 +496,7 @@ static void choose(int level) {
         chosen.kernels[INT4] = int4_avx512;
         chosen.quantise = quantise_avx512;
         chosen.norm = norm_avx512;
+        chosen.rotate = rotate_avx512;
         chosen.attend = attend_avx512;
     }
 #else
@@ -826,19 +830,28 @@ int foregate_rms_norm(const uint16_t *x, const uint16_t *w, uint16_t *out, int r
     return 0;
 }
 
+static int refuse_attention(const attention *a, int heads) {
+    return heads < 1 || a->positions < 1 || a->width < 16 || a->width % 16 || a->width > MOST_WIDTH ||
+           a->out_width < 16 || a->out_width % 16 || a->out_width > MOST_WIDTH || a->group < 1 ||
+           (int64_t)a->group * a->width > MOST_VALUES || (int64_t)a->group * a->out_width > MOST_VALUES;
+}
+
 static void attend_chunk(void *context, int head) { chosen.attend(context, head); }
+
+static void attend_all(attention *a, int heads, int threads) {
+    int64_t products = (int64_t)heads * a->group * a->positions * (a->width + a->out_width);
+    pool_run(attend_chunk, a, heads, products < WORTH_A_THREAD ? 1 : threads);
+}
 
 /* Attention of one token; `a->scores` is filled in here. Returns as foregate_linear. */
 int foregate_attend(attention *a, int heads, int threads) {
     choose_best();
-    if (heads < 1 || a->positions < 1 || a->width < 16 || a->width % 16 || a->width > MOST_WIDTH ||
-        a->out_width < 16 || a->out_width % 16 || a->out_width > MOST_WIDTH || a->group < 1 ||
-        (int64_t)a->group * a->width > MOST_VALUES || (int64_t)a->group * a->out_width > MOST_VALUES)
+    if (refuse_attention(a, heads))
         return 1;
     if (!reserve((size_t)heads * a->group * a->positions * 4))
         return 2;
     a->scores = carve(0);
-    pool_run(attend_chunk, a, heads, threads);
+    attend_all(a, heads, threads);
     return 0;
 }
 
@@ -908,6 +921,8 @@ int foregate_rank(const ranking *r, const uint16_t *x, int top) {
     }
     return 0;
 }
+
+#include "block.h"
 
 /* ---- The bar: reading memory and nothing else ---- */
 

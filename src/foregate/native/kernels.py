@@ -38,13 +38,13 @@ ACTIVATIONS = {torch.bfloat16: BF16, torch.float32: F32}
 
 FUNCTIONS = tuple(
     f"foregate_{name}"
-    for name in ("expert", "experts", "linear", "rms_norm", "attend", "expand", "rank", "read", "kernels")
-)
+    for name in (
+        "expert", "experts", "linear", "rms_norm", "attend", "qkv", "attend_out", "expand", "rank", "read", "kernels"
+    )
+)  # fmt: skip
 
 _MOST_VALUES, _MOST_WIDTH = 16384, 1024
 """Of decode.h."""
-_WORTH_A_THREAD = 1 << 21
-"""Products of an attention from which on a second thread is woken."""
 
 MOST_RANKED, _UNDECIDED = 4096, 3
 """Rows that ``Ranker`` takes; its answer where they tie."""
@@ -108,6 +108,9 @@ def library() -> ctypes.CDLL | None:
     found.foregate_experts.argtypes = [c_void_p, c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int, c_int]
     found.foregate_rms_norm.argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_int, c_float]
     found.foregate_attend.argtypes = [POINTER(_Attention), c_int, c_int]
+    found.foregate_qkv.argtypes = [c_void_p] * 4 + [c_int] + [c_void_p] * 3 + [c_int]
+    strided: list[Any] = [c_void_p, c_int64, c_int64]
+    found.foregate_attend_out.argtypes = [c_void_p, c_void_p, *strided, *strided, c_int, c_void_p, c_int]
     found.foregate_expand.argtypes = [pointer, c_void_p, c_int, c_int, c_int]
     found.foregate_rank.argtypes = [POINTER(_Ranking), c_void_p, c_int]
     found.foregate_read.argtypes = [c_void_p, c_size_t, c_int]
@@ -117,7 +120,8 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def _loaded() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """``library()`` where there is one."""
     found = library()
     assert found is not None
     return found
@@ -143,7 +147,7 @@ class FusedExpert:
         self.form = tuple((m.dtype, m.rows, m.columns, m.group) for m in self._parts)
         """Experts of equal form can be computed ``together``."""
         self._hidden = hidden
-        self._run = _loaded().foregate_expert
+        self._run = loaded().foregate_expert
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output [T, D] for ``x`` [T, D], in the dtype of ``x`` (see ``ACTIVATIONS``)."""
@@ -155,7 +159,7 @@ class FusedExpert:
         code = self._run(
             *self._parts, self._hidden, x.data_ptr(), width, kind, tokens, out.data_ptr(), width, kind, threads
         )
-        _check(code)
+        check(code)
         return out
 
     @staticmethod
@@ -166,10 +170,10 @@ class FusedExpert:
         width = x.shape[1]
         out = x.new_empty(count, width)
         kind, parts = ACTIVATIONS[x.dtype], (_Expert * count)(*[one._whole for one in experts])
-        code = _loaded().foregate_experts(
+        code = loaded().foregate_experts(
             parts, count, first._hidden, x.data_ptr(), width, kind, out.data_ptr(), width, kind, num_threads()
         )
-        _check(code)
+        check(code)
         return out
 
 
@@ -179,8 +183,8 @@ def linear(weight: Matrix, x: Tensor, width: int) -> Tensor:
     tokens, inputs = x.shape
     out = x.new_empty(tokens, width)
     kind, threads = ACTIVATIONS[x.dtype], num_threads()
-    run = _loaded().foregate_linear
-    _check(run(weight, x.data_ptr(), inputs, kind, tokens, out.data_ptr(), width, kind, threads))
+    run = loaded().foregate_linear
+    check(run(weight, x.data_ptr(), inputs, kind, tokens, out.data_ptr(), width, kind, threads))
     return out
 
 
@@ -189,7 +193,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     out = torch.empty_like(x)
     width = x.shape[-1]
     rows = x.numel() // width
-    _check(_loaded().foregate_rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, epsilon))
+    check(loaded().foregate_rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, epsilon))
     return out
 
 
@@ -211,7 +215,7 @@ class Ranker:
         self._given = ctypes.byref(self._job)
         self._width = gate.shape[1]
         self._top_k = top_k
-        self._run = _loaded().foregate_rank
+        self._run = loaded().foregate_rank
 
     def __call__(self, x: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Rows best first and their scores for ``x`` [1, D]; None where it does not suit, or the ``top_k``-th ties."""
@@ -220,7 +224,7 @@ class Ranker:
         code = self._run(self._given, x.data_ptr(), self._top_k)
         if code == _UNDECIDED:
             return None
-        _check(code)
+        check(code)
         return self._order.copy(), self._scores.copy()
 
 
@@ -254,19 +258,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), None, heads // shared, positions, width,
         out_width, k_head, k_row, v_head, v_row, scale,
     )  # fmt: skip
-    few = positions * heads * (width + out_width) < _WORTH_A_THREAD
-    _check(_loaded().foregate_attend(job, shared, 1 if few else num_threads()))
+    check(loaded().foregate_attend(job, shared, num_threads()))
     return out
 
 
 def expand(weight: Matrix, out: Tensor) -> Tensor:
     """Write the first rows and columns of an int8 or int4 ``weight`` to ``out`` (bf16, contiguous, [N, K])."""
     rows, width = out.shape
-    _check(_loaded().foregate_expand(weight, out.data_ptr(), rows, width, num_threads()))
+    check(loaded().foregate_expand(weight, out.data_ptr(), rows, width, num_threads()))
     return out
 
 
-def _check(code: int) -> None:
+def check(code: int) -> None:
+    """Raise MemoryError or IntegrityError for what a kernel has returned."""
     if code == 2:
         raise MemoryError("no memory for the inputs of an expert")
     if code:

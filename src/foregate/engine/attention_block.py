@@ -1,0 +1,225 @@
+"""Self-attention of a decode step in two compiled calls: everything before the cache, and everything after it.
+
+transformers spends 20 calls of torch and some 200 of Python a layer on what the kernels do in two. Which modules are
+taken is decided when the model is built: by their parts, and then by trial, as the bits must be those of the module's
+own forward (with the kernels of ``engine/dense.py``). Everything unusual at a call goes on to that forward.
+Shapes: D hidden, H heads, G key/value heads, W width of a head, R values of a head that are turned by position.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from foregate.checkpoint.dense_int8 import Int8Linear
+from foregate.engine import attention, norms
+from foregate.native import kernels
+from foregate.native.attention_block import AttentionBlock, Heads
+
+PROJECTIONS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
+
+CACHES = {DynamicLayer, DynamicSlidingWindowLayer}
+"""Layers of a cache that give back all that is to be attended to, in the dtype that they were given."""
+
+_NEEDED = {"hidden_states", "position_embeddings"}
+_KNOWN = {*_NEEDED, "past_key_values"}
+
+TRIALS = ((6, 1.0), (100_003, 30.0))
+"""Positions and sizes of the inputs on which a module must agree: some families scale or clip where these are large."""
+
+Forward = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def forwards(model: nn.Module, native: Collection[nn.Module]) -> Iterator[tuple[nn.Module, Forward]]:
+    """Attention modules of ``model`` and the forward that each is to have. ``native``: what has a kernel's already."""
+    rotary = next(filter(_is_rotary, model.modules()), None)
+    if rotary is None or kernels.library() is None:
+        return
+    for module in model.modules():
+        heads = _heads(module, native)
+        if heads is not None:
+            forward = _forward(module, _block(module, heads))
+            if _agrees(module, forward, heads, rotary):
+                yield module, forward
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    """Whether ``module`` gives cosines and sines for positions, the same for all layers."""
+    named = type(module).__name__.endswith("RotaryEmbedding")
+    return named and list(inspect.signature(module.forward).parameters) == ["x", "position_ids"]
+
+
+# What a module consists of
+
+
+def _heads(module: nn.Module, native: Collection[nn.Module]) -> Heads | None:
+    """The heads of ``module`` if it has the parts of a standard attention, each computed by a kernel; else None."""
+    parts = dict(module.named_children())
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if own or set(parts) not in ({*PROJECTIONS}, {*PROJECTIONS, *NORMS}) or not _is_called_as_usual(module):
+        return None
+    if not all(part in native or (name in PROJECTIONS and _is_int8(part)) for name, part in parts.items()):
+        return None
+    return None if _clips(module) else _divided(module, parts)
+
+
+def _is_called_as_usual(module: nn.Module) -> bool:
+    taken = inspect.signature(module.forward).parameters
+    needed = {name for name, one in taken.items() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+    anything = any(one.kind is one.VAR_KEYWORD for one in taken.values())
+    known = {*_KNOWN, "attention_mask"}
+    return anything and needed <= known <= set(taken) and isinstance(getattr(module, "layer_idx", None), int)
+
+
+def _is_int8(part: nn.Module) -> bool:
+    return isinstance(part, Int8Linear) and part.weight.device.type == "cpu" and part.weight.is_contiguous()
+
+
+def _clips(module: nn.Module) -> bool:
+    """OLMoE's option, which a trial sees only where values are that large."""
+    return getattr(getattr(module, "config", None), "clip_qkv", None) is not None
+
+
+def _divided(module: nn.Module, parts: dict[str, nn.Module]) -> Heads | None:
+    width, scale = getattr(module, "head_dim", None), getattr(module, "scaling", None)
+    if not isinstance(width, int) or not isinstance(scale, float) or width % 16:
+        return None
+    q, k, v, o = (_weight(parts[name]) for name in PROJECTIONS)
+    rows, shared_rows = len(q), len(k)
+    heads, shared = rows // width, shared_rows // width
+    whole = heads * width == rows and shared * width == shared_rows and shared > 0 and heads % shared == 0
+    fits = k.shape == v.shape and q.shape[1] == k.shape[1] and o.shape[1] == rows and q.dtype is k.dtype is v.dtype
+    plain = all(_is_bf16(parts[name].bias) for name in PROJECTIONS)
+    for name, values in zip(NORMS, (rows, shared_rows), strict=True):
+        plain = plain and (name not in parts or len(_weight(parts[name])) in (width, values))
+    return Heads(heads, shared, width, scale) if whole and fits and plain and _narrow(heads, shared, width) else None
+
+
+def _is_bf16(bias: Any) -> bool:
+    return bias is None or (bias.dtype is torch.bfloat16 and bias.device.type == "cpu" and bias.is_contiguous())
+
+
+def _narrow(heads: int, shared: int, width: int) -> bool:
+    """Whether the kernels attend to such heads, and torch's norms would be theirs."""
+    key = torch.empty(1, shared, 1, width, dtype=torch.bfloat16)
+    return heads * width <= norms.NORM_VALUES and kernels.attends(key.new_empty(1, heads, 1, width), key, key)
+
+
+def _layer(module: nn.Module) -> int:
+    index = module.layer_idx
+    assert isinstance(index, int)
+    return index
+
+
+def _weight(part: nn.Module) -> Tensor:
+    weight = part.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _block(module: nn.Module, heads: Heads) -> AttentionBlock:
+    parts = dict(module.named_children())
+    projections = [parts[name] for name in PROJECTIONS]
+    matrices = [kernels.matrix(_weight(part), getattr(part, "weight_scale", None)) for part in projections]
+    found = [(_weight(parts[name]), norms.epsilon(parts[name]) or 0.0) if name in parts else None for name in NORMS]
+    return AttentionBlock(heads, matrices, [getattr(part, "bias", None) for part in projections], found)
+
+
+# What takes the place of a module's forward
+
+
+def _forward(module: nn.Module, block: AttentionBlock) -> Forward:
+    theirs, layer, hooks = module.forward, _layer(module), tuple(_hooks(module))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        past = kwargs.get("past_key_values")
+        if args or any(hooks) or not attention.is_on() or not _is_usual(kwargs) or not _gives_all(past, layer):
+            return theirs(*args, **kwargs)
+        x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        if not block.takes(x, cos, sin):
+            return theirs(*args, **kwargs)
+        query, key, value = block.qkv(x, cos, sin)
+        if past is not None:
+            key, value = past.update(key, value, layer)
+        return block.attend(query, key, value), None
+
+    return forward
+
+
+def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
+    """Where hooks that would be passed by are kept; they stay the same dictionaries as long as the parts live."""
+    for part in module.children():
+        yield part._forward_hooks
+        yield part._forward_pre_hooks
+    yield torch_module._global_forward_hooks
+    yield torch_module._global_forward_pre_hooks
+
+
+def _is_usual(kwargs: dict[str, Any]) -> bool:
+    """Whether a call asks for plain attention, without a mask."""
+    return kwargs.keys() >= _NEEDED and attention.is_plain(kwargs, _KNOWN)
+
+
+def _gives_all(past: Any, layer: int) -> bool:
+    """Whether ``past`` gives attention what it was given before and now, and nothing else."""
+    if past is None:
+        return True
+    return type(past) is DynamicCache and layer < len(past.layers) and type(past.layers[layer]) in CACHES
+
+
+# Trial
+
+
+@torch.inference_mode()
+def _agrees(module: nn.Module, forward: Forward, heads: Heads, rotary: nn.Module) -> bool:
+    """Whether ``forward`` gives the bits of ``module``'s own, with a cache and without."""
+    with attention.decoding():
+        for position, size in TRIALS:
+            given, cached = _token(module, rotary, position, size), _cached(heads, position)
+            for past in (None, cached):
+                theirs, ours = (_run(each, _layer(module), given, past) for each in (module.forward, forward))
+                if len(theirs) != len(ours) or not all(map(_same, theirs, ours)):
+                    return False
+    return True
+
+
+def _token(module: nn.Module, rotary: nn.Module, position: int, size: float) -> dict[str, Any]:
+    """Arguments for a token at ``position``. Some rotary embeddings remember the largest they were asked."""
+    x = _random(position, 1, 1, _weight(module.get_submodule("q_proj")).shape[1]) * size
+    ids = torch.tensor([[position]])
+    given = {"hidden_states": x, "attention_mask": None, "position_ids": ids, "use_cache": True}
+    return {**given, "position_embeddings": rotary(x, ids % 10)}
+
+
+def _cached(heads: Heads, seed: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of five positions."""
+    shape = (1, heads.shared, 5, heads.width)
+    return _random(seed + 1, *shape), _random(seed + 2, *shape)
+
+
+def _random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+def _run(forward: Forward, layer: int, given: dict[str, Any], cached: tuple[Tensor, Tensor] | None) -> list[Any]:
+    """What ``forward`` returns for ``given``, and what it leaves in a cache that had ``cached``."""
+    if cached is None:
+        return list(forward(**given, past_key_values=None))
+    past = DynamicCache()
+    past.update(*cached, layer)
+    returned = forward(**given, past_key_values=past)
+    kept = past.layers[layer]
+    assert isinstance(kept, DynamicLayer)
+    return [*returned, kept.keys, kept.values]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return one is other
+    return one.dtype is other.dtype and torch.equal(one, other)

@@ -1,0 +1,116 @@
+/* Self-attention of one decoded token, the matrices around it included: hidden state -> q, k, v, and q with the cache
+ * -> output. Between the two calls k and v go into the cache. Included by kernels.c.
+ *
+ * D hidden, H heads, G key/value heads, W width of a head. Every value is rounded to bf16 where torch would. */
+#ifndef FOREGATE_BLOCK_H
+#define FOREGATE_BLOCK_H
+
+typedef struct {
+    const uint16_t *weight; /* NULL: none */
+    int32_t width;          /* W, or that of all heads together */
+    float epsilon;
+} head_norm;
+
+/* Biases are NULL where there is none. */
+typedef struct {
+    matrix q, k, v, o; /* [H W, D], [G W, D], [G W, D], [D, H W] */
+    const uint16_t *q_bias, *k_bias, *v_bias, *o_bias;
+    head_norm q_norm, k_norm;
+    int32_t heads, shared, width;
+    float scale;
+} attention_block;
+
+static void add(uint16_t *x, const uint16_t *bias, int n) {
+    for (int i = 0; bias && i < n; i++)
+        x[i] = nearest_bf16(from_bf16(x[i]) + from_bf16(bias[i]));
+}
+
+/* `spare` has room for as much as `x`: a loop from one array to another is compiled to vectors. */
+static void finish_heads(uint16_t *x, uint16_t *spare, int heads, int width, const uint16_t *bias,
+                         const head_norm *norm, const uint16_t *cos, const uint16_t *sin, int turned) {
+    add(x, bias, heads * width);
+    if (norm->weight)
+        memcpy(spare, x, (size_t)heads * width * sizeof *x);
+    for (int i = 0; norm->weight && i < heads * width; i += norm->width)
+        chosen.norm(spare + i, norm->weight, x + i, norm->width, norm->epsilon);
+    for (int h = 0; h < heads; h++)
+        chosen.rotate(x + (size_t)h * width, cos, sin, turned);
+}
+
+typedef struct {
+    product parts[3];
+    int ends[3]; /* chunks of the parts up to here */
+} products3;
+
+static void products3_chunk(void *context, int chunk) {
+    const products3 *all = context;
+    int part = (chunk >= all->ends[0]) + (chunk >= all->ends[1]);
+    product_chunk((void *)(all->parts + part), part ? chunk - all->ends[part - 1] : chunk);
+}
+
+static int refuse_norm(const head_norm *norm, int heads, int width) {
+    return norm->weight && (norm->width < 16 || norm->width % 16 || heads * width % norm->width);
+}
+
+/* q [H, W], k and v [G, W] of x [D]; q and k are normed and turned by cos and sin [turned]. As foregate_linear. */
+int foregate_qkv(const attention_block *b, const uint16_t *x, const uint16_t *cos, const uint16_t *sin, int turned,
+                 uint16_t *q, uint16_t *k, uint16_t *v, int threads) {
+    choose_best();
+    const matrix *matrices[3] = {&b->q, &b->k, &b->v};
+    uint16_t *out[3] = {q, k, v};
+    int heads[3] = {b->heads, b->shared, b->shared};
+    products3 all;
+    if (b->heads < b->shared || turned < 0 || turned % 2 || turned > b->width || refuse_norm(&b->q_norm, b->heads, b->width) ||
+        refuse_norm(&b->k_norm, b->shared, b->width))
+        return 1;
+    for (int i = 0; i < 3; i++)
+        if (refuse(matrices[i], 1) || matrices[i]->dtype != b->q.dtype || matrices[i]->columns != b->q.columns ||
+            matrices[i]->group || matrices[i]->rows != heads[i] * b->width)
+            return 1;
+    int padded = round_up(b->q.columns, STEP);
+    size_t values = (size_t)b->heads * b->width;
+    if (!reserve(input_bytes(&b->q) + (size_t)padded * 4 + values * sizeof *q + 256))
+        return 2;
+    input in;
+    uint16_t *spare = carve(values * sizeof *q);
+    float *row = carve((size_t)padded * 4);
+    load_row(x, BF16, 0, b->q.columns, row, padded);
+    make_input(&b->q, row, &in);
+    for (int i = 0, chunks = 0; i < 3; i++) {
+        int step = chunk_rows(matrices[i], 1);
+        all.parts[i] = (product){matrices[i], &in, 1, step, out[i], BF16, matrices[i]->rows};
+        all.ends[i] = chunks += (matrices[i]->rows + step - 1) / step;
+    }
+    pool_run(products3_chunk, &all, all.ends[2], threads);
+    finish_heads(q, spare, b->heads, b->width, b->q_bias, &b->q_norm, cos, sin, turned);
+    finish_heads(k, spare, b->shared, b->width, b->k_bias, &b->k_norm, cos, sin, turned);
+    add(v, b->v_bias, b->shared * b->width);
+    return 0;
+}
+
+/* out [D] = o softmax(scale q k^T) v for q [H, W] over `positions` rows of k and v, whose strides (of a head, of a
+ * row) are in elements. As foregate_linear. */
+int foregate_attend_out(const attention_block *b, const uint16_t *q, const uint16_t *k, int64_t k_head, int64_t k_row,
+                        const uint16_t *v, int64_t v_head, int64_t v_row, int positions, uint16_t *out, int threads) {
+    choose_best();
+    const int values = b->heads * b->width, padded = round_up(b->o.columns, STEP);
+    attention a = {q,     k,     v,     NULL,   NULL,  b->heads / b->shared, positions, b->width, b->width, k_head,
+                   k_row, v_head, v_row, b->scale};
+    if (refuse_attention(&a, b->shared) || refuse(&b->o, 1) || b->o.group || b->o.columns != values)
+        return 1;
+    size_t scores = (size_t)b->heads * positions * 4;
+    if (!reserve(scores + (size_t)values * 2 + (size_t)padded * 4 + input_bytes(&b->o) + 256))
+        return 2;
+    a.scores = carve(scores);
+    a.out = carve((size_t)values * 2);
+    attend_all(&a, b->shared, threads);
+    input in;
+    float *row = carve((size_t)padded * 4);
+    load_row(a.out, BF16, 0, values, row, padded);
+    make_input(&b->o, row, &in);
+    multiply(&b->o, &in, 1, out, BF16, b->o.rows, threads);
+    add(out, b->o_bias, b->o.rows);
+    return 0;
+}
+
+#endif
