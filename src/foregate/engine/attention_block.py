@@ -27,8 +27,7 @@ PROJECTIONS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_nor
 CACHES = {DynamicLayer, DynamicSlidingWindowLayer}
 """Layers of a cache that give back all that is to be attended to, in the dtype that they were given."""
 
-_NEEDED = {"hidden_states", "position_embeddings"}
-_KNOWN = {*_NEEDED, "past_key_values"}
+_KNOWN = {"hidden_states", "position_embeddings", "past_key_values"}
 
 TRIALS = ((6, 1.0), (100_003, 30.0))
 """Positions and sizes of the inputs on which a module must agree: some families scale or clip where these are large."""
@@ -162,8 +161,10 @@ def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
 
 
 def _is_usual(kwargs: dict[str, Any]) -> bool:
-    """Whether a call asks for plain attention, without a mask."""
-    return kwargs.keys() >= _NEEDED and attention.is_plain(kwargs, _KNOWN)
+    """Whether a call asks for plain attention, without a mask, by cosines and sines."""
+    turns = kwargs.get("position_embeddings")
+    pair = isinstance(turns, tuple) and len(turns) == 2
+    return pair and "hidden_states" in kwargs and attention.is_plain(kwargs, _KNOWN)
 
 
 def _gives_all(past: Any, layer: int) -> bool:
