@@ -126,7 +126,7 @@ def _block(module: nn.Module, heads: Heads) -> AttentionBlock:
     parts = dict(module.named_children())
     projections = [parts[name] for name in PROJECTIONS]
     matrices = [kernels.matrix(_weight(part), getattr(part, "weight_scale", None)) for part in projections]
-    found = [(_weight(parts[name]), norms.epsilon(parts[name]) or 0.0) if name in parts else None for name in NORMS]
+    found = [norms.native_norm(parts[name]) if name in parts else None for name in NORMS]
     return AttentionBlock(heads, matrices, [getattr(part, "bias", None) for part in projections], found)
 
 
