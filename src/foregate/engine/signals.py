@@ -169,7 +169,7 @@ class ModelSignals:
         # Before attention the parts still hold the last token's residual and router input.
         if value is None or (self.moment is Moment.BEFORE_ATTENTION and name != "pre_attention"):
             raise ConfigError(f"{self.family}: MoE layer {self.layer} has no {name} {self.moment.value}")
-        return value[-1:]
+        return value if len(value) == 1 else value[-1:]
 
     def _norm(self, target: int, residual: Tensor) -> Tensor:
         norm = self._flow.parts[target].norm
@@ -224,7 +224,7 @@ def _route(part: MoeAnatomy, x: Tensor) -> Any:
 
 def _floats(x: Tensor) -> NDArray[np.float32]:
     """The last row of ``x`` [T, D] as [D]."""
-    row: NDArray[np.float32] = x[-1].float().numpy()
+    row: NDArray[np.float32] = (x if len(x) == 1 else x[-1:]).float().numpy()[0]
     return row
 
 
