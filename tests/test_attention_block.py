@@ -13,6 +13,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel
 from foregate.checkpoint.dense_int8 import Int8Linear
 from foregate.engine import attention_block, dense
 from foregate.engine.dense import DenseKernels
+from foregate.engine.kv_room import make_room
 from foregate.native import kernels
 from foregate.native.attention_block import AttentionBlock
 from foregate.testing.families import config_of
@@ -66,11 +67,15 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.inference_mode()
-def decoded(model: PreTrainedModel, kernel: DenseKernels, prompt: int = 5, tokens: int = 4) -> list[Tensor]:
+def decoded(
+    model: PreTrainedModel, kernel: DenseKernels, prompt: int = 5, tokens: int = 4, *, room: bool = False
+) -> list[Tensor]:
     """Logits of a prompt and of the tokens after it, then what is in the cache."""
     ids = torch.randint(3, 60, (1, prompt + tokens), generator=torch.Generator().manual_seed(0))
     past = DynamicCache(config=model.config)
     found = [model(input_ids=ids[:, :prompt], past_key_values=past, use_cache=True).logits]
+    if room:
+        make_room(past)
     for at in range(prompt, prompt + tokens):
         with kernel.decode():
             found.append(model(input_ids=ids[:, at : at + 1], past_key_values=past, use_cache=True).logits)
@@ -102,6 +107,8 @@ def test_a_decoded_token_has_the_bits_of_the_modules_own_forward(family: str, in
     calls.clear()
     assert same(decoded(model, kernel), wanted)
     assert len(calls) == 4 * len(attentions(model))
+    assert same(decoded(model, kernel, room=True), wanted)
+    assert len(calls) == 8 * len(attentions(model))
 
 
 @pytest.mark.parametrize("level", [0, 1])

@@ -19,12 +19,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from foregate.checkpoint.dense_int8 import Int8Linear
 from foregate.engine import attention, norms
+from foregate.engine.kv_room import RoomyLayer
 from foregate.native import kernels
 from foregate.native.attention_block import AttentionBlock, Heads
 
 PROJECTIONS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
 
-CACHES = {DynamicLayer, DynamicSlidingWindowLayer}
+CACHES = {DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer}
 """Layers of a cache that give back all that is to be attended to, in the dtype that they were given."""
 
 _KNOWN = {"hidden_states", "position_embeddings", "past_key_values"}

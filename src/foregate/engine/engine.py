@@ -21,6 +21,7 @@ from foregate.config import DEFAULT_READERS, RunConfig, SamplingConfig, parse_pr
 from foregate.engine.chunks import READ_WHOLE, chunk_bounds
 from foregate.engine.dense import DenseKernels
 from foregate.engine.deviation import Deviation
+from foregate.engine.kv_room import make_room
 from foregate.engine.lossy import MODES, LowPack, check_family, deviation_of
 from foregate.engine.memory import SlotPlan, Staging, overhead, plan_slots, plan_staging
 from foregate.engine.meter import Meter
@@ -382,6 +383,7 @@ class Engine:
         if phase is Phase.PREFILL:
             self.runtime.begin_prefill()
             *_, out = self._chunks(ids, keep=1)
+            make_room(out.past_key_values)
             self.runtime.end_prefill()
             self._learned()
         else:
