@@ -75,7 +75,7 @@ rivals-test: $(VENV)/.installed rivals  ## What the rivals compute against trans
 	.venv-vllm/bin/pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard src/foregate/native/*.c src/foregate/native/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@

@@ -39,6 +39,7 @@ def test_prefetch_grammar() -> None:
     "settings",
     [
         {"lookahead": -1},
+        {"lookahead": 2, "prefetch": "off"},
         {"reader_threads": -1},
         {"reader_threads": 0},
         {"threads": 0},

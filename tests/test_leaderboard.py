@@ -20,11 +20,12 @@ ROOT = Path(__file__).parent.parent
 def entry(gain: float, source: str = "", domain: str = "code") -> dict[str, object]:
     rates = {"recall_at_k": 0.5, "exact_set": 0.25, "top1": 0.75, "at_least_half": 0.5, "jaccard": 0.4}
     values = {"recall_on_misses": {"25%": 0.5}, "oracle_gain": {"25%": gain}}
-    cell = {"useful_bytes": 5, "late_bytes": 3, "wasted_bytes": 2}
+    cell = {"useful_bytes": 5, "late_bytes": 3, "wasted_bytes": 2, "oracle_gain": gain}
+    values = {key: {budget: max(0.0, rate) for budget, rate in table.items()} for key, table in values.items()}
     return {
         **rates, **values, "us_per_token": 12.0, "parameters": 7, "recall_at": {"2": 0.5, "4": 0.9}, "source": source,
         "moment": "after-routing", "lookahead": 1, "cache": {"lfru": {"25%": cell}},
-        "by_domain": {domain: {**rates, **values, "prompts": 1}},
+        "by_domain": {domain: {**rates, **values, "oracle_gain_signed": {"25%": gain}, "prompts": 1}},
     }  # fmt: skip
 
 
@@ -38,6 +39,7 @@ def write(path: Path) -> None:
         "stale-gate": entry(0.6, "FATE"),
         "mine": entry(0.7, "ours"),
         "b+c": entry(0.65, "FATE"),
+        "slower": entry(-0.12, "ours"),
     }
     path.parent.mkdir(parents=True)
     path.write_text(
@@ -54,6 +56,7 @@ def test_a_table_that_says_what_no_result_says(tmp_path: Path) -> None:
     assert text.index("| mine |") < text.index("| b+c |") < text.index("| stale-gate |")
     assert "30.0 | 20.0 | 12 | 7 |" in text
     assert "left out: x: no feature" in text
+    assert text.count("| -12.0 |") == 2, "what is slower than the cache alone must not read 0"
 
 
 def test_no_result_at_all(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_exact_is_the_default_and_says_so(tiny: Tiny) -> None:
         ({"lossy": "skip"}, "unknown lossy mode 'skip'; choose from: execute-predicted"),
         ({"lossy": "execute-predicted", "predictor": "none"}, "predictor none"),
         ({"lossy": "execute-predicted", "prefetch": "off"}, "prefetch off"),
-        ({"lossy": "low-precision-miss"}, "go together"),
+        ({"lossy": "low-precision-miss"}, "give --lossy low-precision-miss and --low-precision-pack together"),
         ({"lossy": "skip-late", "low_precision_pack": "x"}, "low-precision pack x"),
         ({"low_precision_pack": "x"}, "low-precision pack x"),
         ({"lossy": "skip-late", "predictor": "none", "prefetch": "off", "reader_threads": 0}, "reader threads 0"),

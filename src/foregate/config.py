@@ -126,6 +126,8 @@ class RunConfig:
             raise ConfigError(
                 f"predictor none predicts nothing: prefetch {self.prefetch} and lookahead {self.lookahead} have no use"
             )
+        if self.lookahead is not None and parse_prefetch(self.prefetch) == 0:
+            raise ConfigError(f"prefetch off reads nothing ahead: lookahead {self.lookahead} has no use")
         readers = parse_readers(self.reader_threads)
         if readers == 0 and (self.predictor != "none" or parse_prefetch(self.prefetch) != 0):
             raise ConfigError("reader threads 0 read nothing ahead: give predictor none and prefetch off with it")
@@ -146,7 +148,7 @@ class RunConfig:
             given = (
                 f"low-precision pack {self.low_precision_pack}" if self.low_precision_pack else f"lossy {self.lossy}"
             )
-            raise ConfigError(f"{given}: lossy low-precision-miss and a low-precision pack go together")
+            raise ConfigError(f"{given}: give --lossy low-precision-miss and --low-precision-pack together")
         if parse_readers(self.reader_threads) == 0:
             raise ConfigError(
                 f"lossy {self.lossy} has no use with reader threads 0, which read only what is waited for"

@@ -110,6 +110,9 @@ class Bench:
         text, lookahead = split_lookahead(member)
         if lookahead is None and text not in ("fresh-gate", "none"):
             lookahead = self.settings.lookahead
+        deepest = max(1, self.shape.layers - 1)
+        if lookahead is not None and lookahead > deepest:
+            raise ConfigError(f"lookahead {lookahead}: at most {deepest} with {self.shape.layers} MoE layers")
         return make_predictor(text, lookahead, lambda: self.held.identity)
 
     def _score(self, candidate: Candidate, said: Sequence[Sequence[Answers]]) -> Judged:

@@ -37,7 +37,6 @@ ELSEWHERE = ("pre-attention", "sequence", "markov")
 
 COMBINED = (
     "next-gate@2",
-    "{fusion}@1",
     "next-gate+{pre-attention}",
     "{sequence}+{pre-attention}",
     "{fusion}+{pre-attention}",
@@ -160,7 +159,7 @@ def _domains(result: Mapping[str, Any]) -> str:
         row = [name, ", ".join(one.get("trained_on", [])) or "–"]
         for domain in domains:
             here = one["by_domain"][domain]
-            values = (here["recall_at_k"], here["recall_on_misses"][budget], here["oracle_gain"][budget])
+            values = (here["recall_at_k"], here["recall_on_misses"][budget], here["oracle_gain_signed"][budget])
             row += ["–" if value is None else f"{100 * value:.1f}" for value in values]
         body.append(row)
     return markdown(head, body)

@@ -141,10 +141,16 @@ class _Writer:
                 misses[percent(share)] = _number(_ratio(table[:1], table[1:2]))
             inside = mine[: self._bench.simulated]
             gains = {
-                percent(share): _clipped(self._domain_gain(one, (self._policy, share), inside))
+                percent(share): self._domain_gain(one, (self._policy, share), inside)
                 for share in self._bench.settings.residencies
             }
-            out[domain] = {**rates, "recall_on_misses": misses, "oracle_gain": gains, "prompts": int(mine.sum())}
+            out[domain] = {
+                **rates,
+                "recall_on_misses": misses,
+                "oracle_gain": {key: _clipped(gain) for key, gain in gains.items()},
+                "oracle_gain_signed": {key: _number(gain) for key, gain in gains.items()},
+                "prompts": int(mine.sum()),
+            }
         return out
 
     def _domain_gain(self, one: Judged, cell: tuple[str, float], inside: Any) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from foregate.evaluation.signal_quality import PlainSignal, cosines
 from foregate.evaluation.table import markdown
 from foregate.predictors.choice import SUFFIX, make_predictor
 
+HISTORY = ("history-mlp", "history-lstm", "history-transformer")
 SEEDS = (0, 1, 2)
 FARTHEST = 8
 LOSSES = ("mse", "weighted-bce", "focal", "ranking-bce")
@@ -33,12 +36,44 @@ ARCHITECTURES = (1, 2)
 LAW = ("previous-token", "stale-gate", "next-gate", "oracle")
 LAW_SHARE = 0.25
 METRICS = ("recall_at_k", "rank_alignment")
+PASSES = ("--epochs", "3")
+"""Of the history networks: nine are trained beside the leaderboard's, and the order of the three is the question."""
 QUICK = ("--budget", "25%", "--policies", POLICY, "--sim-tokens", "60", "--no-figures")
 
 
+@dataclass(frozen=True)
+class Run:
+    """A training of ``method``: its file is ``name`` in the directory of ``group``."""
+
+    method: str
+    group: str
+    name: str
+    options: tuple[str, ...]
+
+
+def plan() -> list[Run]:
+    """Every training of the sections."""
+    history = [
+        Run(method, "history", f"{method}-seed{seed}", ("--seed", str(seed), "--lookahead", "2", *PASSES))
+        for method in HISTORY
+        for seed in SEEDS
+    ]
+    sweep = [Run("history-transformer", "sweep", "history-transformer", ("--lookahead", str(FARTHEST), *PASSES))]
+    losses = [
+        Run(
+            "pre-attention",
+            "losses",
+            f"{loss}-arch{arch}",
+            ("--set", f"loss={loss}", "--set", f"arch={arch}", "--epochs", "1"),
+        )
+        for loss in LOSSES
+        for arch in ARCHITECTURES
+    ]
+    return history + sweep + losses
+
+
 class Studies:
-    """``board``: the directory of ``make leaderboard``; ``out``: of these trainings. ``text`` grows "
-    "section by section."""
+    """``board``: the directory of ``make leaderboard``; ``out``: of these trainings. ``text`` grows by sections."""
 
     def __init__(self, board: Path, out: Path, docs: Path, tokens: int) -> None:
         """Raises TraceError where the leaderboard has not been made."""
@@ -52,6 +87,12 @@ class Studies:
         self._main: dict[str, Any] = json.loads(result.read_text())
         self._bench = Bench(Settings(tuple(self._traces), residencies=(LAW_SHARE,), policies=(POLICY,), tokens=tokens))
         self.text: list[str] = []
+
+    def train(self, jobs: int) -> None:
+        """What ``plan`` has and is not there yet, ``jobs`` at a time on a thread each. Raises TraceError for one that
+        fails, when the others have ended."""
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(self._train, plan()))
 
     def write(self, path: Path) -> None:
         """All sections, then the document."""
@@ -71,19 +112,15 @@ class Studies:
 
     def history(self) -> None:
         """Table of the three networks, with seeds."""
-        methods = ("history-mlp", "history-lstm", "history-transformer")
-        for method in methods:
-            for seed in SEEDS:
-                self._train(method, "history", f"{method}-seed{seed}", "--seed", str(seed), "--lookahead", "2")
         found = self._evaluate("history")["predictors"]
         body, mean = [], {}
-        for method in methods:
+        for method in HISTORY:
             runs = [found[f"{method}-seed{seed}"]["by_lead"]["2"] for seed in SEEDS]
             cells = [_spread([run[key] for run in runs]) for key in ("top1", "recall_at_k", "jaccard", "exact_set")]
             mean[method] = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
             body.append([method, f"{published.HISTORY[method]:g}", *cells])
         head = ["network", "published top-1", "top-1", "recall@k", "Jaccard", "exact set"]
-        order = [mean[method]["top1"] for method in methods]
+        order = [mean[method]["top1"] for method in HISTORY]
         claim = "holds" if order[0] < order[1] < order[2] else "does not hold"
         self._add("History networks, two layers ahead", markdown(head, body), (
             f"MLP < LSTM < Transformer {claim} here: top-1 " + ", ".join(f"{100 * value:.1f}" for value in order)
@@ -93,7 +130,6 @@ class Studies:
 
     def sweep(self) -> None:
         """Recall from one to eight layers ahead."""
-        self._train("history-transformer", "sweep", "history-transformer", "--lookahead", str(FARTHEST))
         gates = [f"{name}@{FARTHEST}" for name in ("stale-gate", "next-gate")]
         found = self._evaluate("sweep", *gates)["predictors"]
         names = ["history-transformer", *gates]
@@ -158,18 +194,14 @@ class Studies:
         self._add("Quasi-hidden state q_l and plain signal s_l", shown, (
             f"q_l has the higher recall in {better} of {len(layers) - 1} layers. Published as figures "
             f"without numbers, for models of "
-            "20 to 30 B parameters. What executing the guessed experts costs in quality is measured "
-            "by the lossy modes, not here."
+            "20 to 30 B parameters. What executing the guessed experts costs in quality: "
+            "[lossy.md](lossy.md)."
         ))  # fmt: skip
 
     # Pre-attention prediction
 
     def losses(self) -> None:
         """Four losses, two architectures, one epoch."""
-        for loss in LOSSES:
-            for arch in ARCHITECTURES:
-                options = ("--set", f"loss={loss}", "--set", f"arch={arch}", "--epochs", "1")
-                self._train("pre-attention", "losses", f"{loss}-arch{arch}", *options)
         found = self._evaluate("losses")["predictors"]
         body = []
         for loss in LOSSES:
@@ -216,11 +248,12 @@ class Studies:
 
     # Steps that are kept
 
-    def _train(self, method: str, group: str, name: str, *options: str) -> None:
-        file = self._out / group / f"{name}{SUFFIX}"
+    def _train(self, run: Run) -> None:
+        file = self._out / run.group / f"{run.name}{SUFFIX}"
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.is_file():
-            run_command(["train", "--predictor", method, *trace_options(self._traces), "--out", str(file), *options])
+            given = [*trace_options(self._traces), "--out", str(file), "--threads", "1"]
+            run_command(["train", "--predictor", run.method, *given, *run.options])
 
     def _evaluate(self, group: str, *names: str) -> Mapping[str, Any]:
         directory = self._out / group
@@ -281,8 +314,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/studies"), help="trainings and evaluations")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where studies.md and studies/ are written")
     parser.add_argument("--tokens", type=int, default=4000, help="held-out tokens that are scored at most")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     given = parser.parse_args(arguments)
-    Studies(given.leaderboard, given.out, given.docs, given.tokens).write(given.docs / "studies.md")
+    studies = Studies(given.leaderboard, given.out, given.docs, given.tokens)
+    studies.train(given.jobs)
+    studies.write(given.docs / "studies.md")
     print(given.docs / "studies.md")
 
 

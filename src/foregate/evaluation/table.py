@@ -28,7 +28,8 @@ def columns(result: Mapping[str, Any]) -> list[str]:
 
 
 def rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """One row a predictor, as text. ``misses``: recall on misses at equal bytes; ``gain``: share of the oracle's."""
+    """One row a predictor, as text. ``misses``: recall on misses at equal bytes; ``gain``: share of the oracle's, with
+    its sign: below 0 is slower than the cache alone."""
     budgets, policy = _budgets(result), result["about"]["policy"]
     middle = min(budgets, key=lambda budget: abs(float(budget.rstrip("%")) - 25))
     wide = str(2 * result["about"]["top_k"])
@@ -44,7 +45,7 @@ def rows(result: Mapping[str, Any]) -> list[list[str]]:
                 *(_percent(v) for v in (one["recall_at_k"], one["recall_at"][wide], one["exact_set"], one["top1"])),
                 *(_percent(one[key]) for key in ("at_least_half", "jaccard")),
                 *(_percent(one["recall_on_misses"][budget]) for budget in budgets),
-                *(_percent(one["oracle_gain"][budget]) for budget in budgets),
+                *(_percent(one["cache"][policy][budget]["oracle_gain"]) for budget in budgets),
                 *(_percent(cell[f"{kind}_bytes"] / spent if spent else None) for kind in ("late", "wasted")),
                 f"{one['us_per_token']:,.0f}",
                 f"{one['parameters']:,}",

@@ -26,7 +26,7 @@ from foregate.training.view import Targets, View
 class FusionOptions(LearnOptions):
     """``width`` is R; ``misses`` weighs the loss over absent experts against that over all."""
 
-    lookahead: int = 2
+    lookahead: int = 1
     epochs: int = 8
     learning_rate: float = 2e-3
     width: int = 64

@@ -34,12 +34,15 @@ FOCUS = 2.0
 
 @dataclass(frozen=True)
 class PreAttentionOptions(LearnOptions):
-    """``previous``: read the input of the token before as well (ours, not the paper's)."""
+    """``previous``: read the input of the token before as well (ours, not the paper's).
+
+    The paper's best loss is ``weighted-bce``; here ``mse`` on the router's logits is ahead of it (docs/studies.md).
+    """
 
     lookahead: int = field(default=0, metadata={"choices": (0,)})
     epochs: int = 5
     arch: int = field(default=2, metadata={"choices": (1, 2)})
-    loss: str = field(default=WEIGHTED, metadata={"choices": (MSE, WEIGHTED, FOCAL, RANKING)})
+    loss: str = field(default=MSE, metadata={"choices": (MSE, WEIGHTED, FOCAL, RANKING)})
     hidden: int = 2048
     previous: bool = False
     dropout: float = 0.1

@@ -126,6 +126,9 @@ def train(request: Request, bar: Bar) -> Artifact:
         data = Dataset(request.traces, Path(scratch), features=trainer.features)
         if trainer.scores and not data.score_kind:
             raise ConfigError(f"{request.predictor} needs router scores; trace with --scores")
+        deepest = max(1, data.layers - 1)
+        if options.lookahead > deepest:
+            raise ConfigError(f"lookahead {options.lookahead}: at most {deepest} with {data.layers} MoE layers")
         wanted = _describe(request, options, data)
         done = _finished(request, wanted)
         if done is not None:
