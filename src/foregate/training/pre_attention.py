@@ -40,7 +40,7 @@ class PreAttentionOptions(LearnOptions):
     """
 
     lookahead: int = field(default=0, metadata={"choices": (0,)})
-    epochs: int = 5
+    epochs: int = 10
     arch: int = field(default=2, metadata={"choices": (1, 2)})
     loss: str = field(default=MSE, metadata={"choices": (MSE, WEIGHTED, FOCAL, RANKING)})
     hidden: int = 2048
