@@ -111,3 +111,17 @@ def test_scratch_is_kept_and_two_matrices_do_not_share_it() -> None:
     up, down = scratch.take("up", (4, 6), torch.bfloat16), scratch.take("down", (6, 4), torch.bfloat16)
     assert scratch.take("up", (4, 6), torch.bfloat16).data_ptr() == up.data_ptr() != down.data_ptr()
     assert scratch.take("up", (8, 6), torch.bfloat16).shape == (8, 6)
+
+
+def test_a_warm_cache_that_holds_every_expert_reads_nothing_a_third_time(tiny: Tiny) -> None:
+    """A prompt reads the next layer ahead whole: what it did not need used to be dropped, and read again each time."""
+    ids = ids_of(30)
+    with Engine(config(tiny("qwen3_moe"), "100%")) as engine:
+        read = []
+        for _ in range(3):
+            list(engine.stream(ids, SamplingConfig(max_new_tokens=2)))
+            stats = engine.transfer.stats()
+            read.append(stats.demand_bytes + stats.prefetch_bytes)
+        engine.cache.check_integrity(idle=True)
+    assert read[0] > 0
+    assert read[2] == read[1]

@@ -80,6 +80,10 @@ class ExpertCache:
         """Slots that resident and demand-loading experts may occupy."""
         return self.pool.slots - self._staging
 
+    def has_room_for_all(self, experts: int) -> bool:
+        """Whether ``experts``, all there are, fit into the pool, and one more into the quota as it is."""
+        return self.pool.slots >= experts and not self._excess(1)
+
     @property
     def staging_room(self) -> int:
         """How many ``stage`` calls would succeed now, without evicting any excess."""

@@ -227,7 +227,11 @@ class Prefetcher:
                 self._let_go(key, self._dying.pop(key))
 
     def _let_go(self, key: ExpertKey, ticket: Ticket) -> None:
-        self._cache.drop(key)
+        """Free the slot; where every expert fits, what was read for nothing now stays for later."""
+        if ticket.ok and self._cache.has_room_for_all(sum(self._experts)):
+            self._cache.adopt(key)
+        else:
+            self._cache.drop(key)
         self.tell_end(ticket)
 
     # Telling

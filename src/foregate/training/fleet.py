@@ -18,7 +18,7 @@ from foregate.training.run import SUFFIX, Request
 from foregate.training.standing import Standing, read
 
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "pre-attention-1": ("pre-attention", ("arch=1",)),
+    "pre-attention-1": ("pre-attention", ("arch=1", "epochs=5")),
 }
 """Trained beside each method's defaults: name of the file → predictor, options."""
 
