@@ -40,7 +40,8 @@ class PreAttentionOptions(LearnOptions):
     """
 
     lookahead: int = field(default=0, metadata={"choices": (0,)})
-    epochs: int = 10
+    epochs: int = 8
+    patience: int = 8
     arch: int = field(default=2, metadata={"choices": (1, 2)})
     loss: str = field(default=MSE, metadata={"choices": (MSE, WEIGHTED, FOCAL, RANKING)})
     hidden: int = 2048
