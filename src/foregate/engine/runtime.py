@@ -208,6 +208,7 @@ class ExpertRuntime:
         else:
             self._make_staging(layer)
             self._pipeline.stream(layer, needed, compute, self._ahead(layer, len(needed)), self._keep(layer, index))
+            self._signals.forget_all_but_last(layer)
         if self._events.on:
             self._events.emit(TimeSpent(began, perf_counter_ns(), Part.EXPERTS, layer))
 
