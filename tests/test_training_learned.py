@@ -112,15 +112,19 @@ def learner(name: str, data: Dataset, *given: str) -> tuple[Learner, Options]:
     return made.eval(), options
 
 
-def served(name: str, made: Learner, options: Options, data: Dataset, extra: dict[str, Any]) -> Any:
-    """The numpy predictor with the arrays of ``made``."""
+def stored(name: str, made: Learner, options: Options, data: Dataset, extra: dict[str, Any]) -> Artifact:
+    """What the file of ``made`` would hold."""
     model = data.model
     from foregate.predictors.file import ModelIdentity
 
     identity = ModelIdentity("made", model.fingerprint, model.experts_per_layer, model.width, model.hidden_size)
     settings = {**vars(options), **made.settings()}
-    artifact = Artifact(name, identity, options.lookahead, {**made.arrays(), **extra}, settings)
-    return PREDICTORS.load(name).from_file(artifact, options.lookahead)
+    return Artifact(name, identity, options.lookahead, {**made.arrays(), **extra}, settings)
+
+
+def served(name: str, made: Learner, options: Options, data: Dataset, extra: dict[str, Any]) -> Any:
+    """The numpy predictor with the arrays of ``made``."""
+    return PREDICTORS.load(name).from_file(stored(name, made, options, data, extra), options.lookahead)
 
 
 CASES = [
@@ -265,6 +269,6 @@ def test_training_learns_more_than_popularity(name: str, trace: Path, data: Data
 
 def test_a_lookahead_that_was_not_trained_is_refused(data: Dataset) -> None:
     made, options = learner("ids-mlp", data)
-    artifact = served("ids-mlp", made, options, data, {})._artifact
+    artifact = stored("ids-mlp", made, options, data, {})
     with pytest.raises(ConfigError, match="trained for 1"):
         PREDICTORS.load("ids-mlp").from_file(artifact, 2)

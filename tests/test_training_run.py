@@ -127,7 +127,7 @@ def test_early_stopping_keeps_the_best_epoch(trace: Path, tmp_path: Path) -> Non
         ("history-lstm", ("window=3",), "unknown option 'window'"),
         ("pre-attention", ("loss=hinge",), "unknown loss 'hinge'; choose from: mse, weighted-bce, focal, ranking-bce"),
         ("pre-attention", ("lookahead=1",), "unknown lookahead 1; choose from: 0"),
-        ("markov", ("lookahead=99",), "lookahead 99: at most 3 with 4 MoE layers"),
+        ("markov", ("lookahead=99",), "lookahead 99: at most 4 with 4 MoE layers"),
         ("history-mlp", ("epochs=0",), "epochs=0 must be at least 1"),
         ("next-gate", (), "needs no training"),
         ("nonsense", (), "unknown trainer 'nonsense'"),

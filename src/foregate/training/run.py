@@ -126,9 +126,9 @@ def train(request: Request, bar: Bar) -> Artifact:
         data = Dataset(request.traces, Path(scratch), features=trainer.features)
         if trainer.scores and not data.score_kind:
             raise ConfigError(f"{request.predictor} needs router scores; trace with --scores")
-        deepest = max(1, data.layers - 1)
-        if options.lookahead > deepest:
-            raise ConfigError(f"lookahead {options.lookahead}: at most {deepest} with {data.layers} MoE layers")
+        asked = any(text.startswith("lookahead=") for text in request.given)
+        if asked and options.lookahead > data.layers:  # a method's own may be deeper: it looks as far as there is
+            raise ConfigError(f"lookahead {options.lookahead}: at most {data.layers} with {data.layers} MoE layers")
         wanted = _describe(request, options, data)
         done = _finished(request, wanted)
         if done is not None:
