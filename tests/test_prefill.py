@@ -13,6 +13,7 @@ from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.chunks import READ_WHOLE, REST, chunk_bounds
 from foregate.engine.engine import Engine
 from foregate.engine.runtime import _Groups
+from foregate.engine.signals import KEPT_ROWS
 from foregate.errors import ConfigError
 from foregate.testing.tiny import FAMILIES
 from foregate.trace.tracker import RouterTracker
@@ -125,3 +126,14 @@ def test_a_warm_cache_that_holds_every_expert_reads_nothing_a_third_time(tiny: T
         engine.cache.check_integrity(idle=True)
     assert read[0] > 0
     assert read[2] == read[1]
+
+
+def test_a_prompt_leaves_few_of_its_hidden_states_behind(tiny: Tiny) -> None:
+    """Three of every layer used to stay for the whole chunk: with 512 tokens a process was killed by its limit."""
+    with Engine(config(tiny("qwen3_moe"), "50%")) as engine:
+        for _ in range(2):  # the first pass finds the norms, later ones watch them
+            engine.logits(ids_of(60))
+            for part in engine.signals._flow.parts:
+                for kept in (part.pre_attention, part.residual, part.router_input):
+                    assert kept is not None
+                    assert kept.untyped_storage().nbytes() <= KEPT_ROWS * kept.shape[-1] * kept.element_size()

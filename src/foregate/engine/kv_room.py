@@ -25,7 +25,7 @@ class RoomyLayer(DynamicLayer):
     """
 
     def __init__(self, layer: DynamicLayer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it without types
         assert layer.keys is not None
         assert layer.values is not None
         self.lazy_initialization(layer.keys, layer.values)
