@@ -179,6 +179,28 @@ def test_what_torch_trained_is_served_with_the_same_scores(
                 predictor.observe(signals.step(token, layer))
 
 
+@pytest.mark.skipif(products._linear() is None, reason="the kernels are not built")
+@pytest.mark.parametrize(
+    ("name", "given"), [case for case in CASES if case[0] in ("pre-attention", "fusion")], ids=lambda value: str(value)
+)
+def test_one_compiled_call_gives_what_the_steps_give(name: str, given: Sequence[str], data: Dataset) -> None:
+    """The same bf16 weights, multiplied step by step."""
+    made, options = learner(name, data, *given)
+    one, steps = (served(name, made, options, data, {}) for _ in range(2))
+    steps._kernel = None  # type: ignore[attr-defined]
+    prompt = next(p for p in data.prompts(TRAIN) if p.tokens > 8)
+    signals = Replayed(prompt)
+    for token in range(prompt.tokens):
+        for layer in range(4):
+            signals.position, signals.layer = token, layer
+            if one.moment is not Moment.BEFORE_ATTENTION:
+                one.observe(signals.step(token, layer))
+                steps.observe(signals.step(token, layer))
+            for ours, theirs in zip(one.predict(signals), steps.predict(signals), strict=True):
+                assert ours.layer == theirs.layer
+                np.testing.assert_allclose(ours.scores, theirs.scores, rtol=1e-4, atol=1e-4)
+
+
 def test_a_last_batch_of_one_token_does_not_end_the_training_of_architecture_1(data: Dataset) -> None:
     made, _ = learner("pre-attention", data, "arch=1", "hidden=64")
     block = next(b for b in data.blocks(TRAIN, 10**6, FEATURES))

@@ -34,6 +34,8 @@ class Products:
         self.x = np.zeros(inputs, np.float32)
         self._out = np.zeros(outputs, np.float32)
         self._run = _linear() if 0 < inputs <= MOST_COLUMNS and outputs else None
+        self.matrices: list[Matrix] = []
+        """For the kernels; none where numpy multiplies. They hold no reference to the weights, ``self`` does."""
         if self._run is None:
             self._weights: NDArray[Any] = np.ascontiguousarray(weights, np.float32)
             return
@@ -43,8 +45,8 @@ class Products:
         size = self._weights[0].nbytes if count else 0
         start = self._weights.ctypes.data
         self._large = size >= WORTH_A_THREAD
-        self._matrices = [Matrix(start + n * size, None, BF16, outputs, inputs, 0) for n in range(count)]
-        self._given = [ctypes.byref(matrix) for matrix in self._matrices]
+        self.matrices = [Matrix(start + n * size, None, BF16, outputs, inputs, 0) for n in range(count)]
+        self._given = [ctypes.byref(matrix) for matrix in self.matrices]
         self._from, self._to = self.x.ctypes.data, self._out.ctypes.data
 
     @property

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from foregate.interfaces import Signals
+from foregate.native.predict import FusionKernel
 from foregate.native.products import Products
 from foregate.predictors.activations import inverse_rms, silu
 from foregate.predictors.file import Artifact
-from foregate.predictors.fitted import last_token
-from foregate.predictors.learned import RoutedPredictor
+from foregate.predictors.learned import Floats, RoutedPredictor
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
 
@@ -52,17 +52,18 @@ class Fusion(RoutedPredictor):
         direct = self.floats("direct_weight", layers, width, hops * experts)[..., : asked * experts]
         further = self.floats("outward_weight", layers, width, hops * hidden)[..., : asked * hidden]
         self._outward = Products(np.concatenate([further, direct], axis=2).transpose(0, 2, 1))
-        direct_bias = self.floats("direct_bias", layers, hops * experts).reshape(layers, hops, experts)
+        direct_bias = self.floats("direct_bias", layers, hops * experts).reshape(layers, hops, experts)[:, :asked]
         router = self.floats("router", layers, hops, experts, hidden)[:, :asked]
         self._router = Products(router.reshape(layers * asked, experts, hidden))
-        self._bias = self.floats("router_bias", layers, hops, experts) + direct_bias
-        self._repeat = self.floats("repeat", layers, hops, experts, experts)
+        self._bias = np.ascontiguousarray(self.floats("router_bias", layers, hops, experts)[:, :asked] + direct_bias)
+        self._repeat = np.ascontiguousarray(self.floats("repeat", layers, hops, experts, experts)[:, :asked])
         self._size = width
         self._now = np.zeros((layers, hidden), np.float32)
         self._last = np.zeros((layers, hidden), np.float32)
-        self._now_scale = [inverse_rms(row) for row in self._now]
-        self._last_scale = self._now_scale.copy()
-        self._ids: list[np.ndarray] = [np.zeros(0, np.int64)] * layers
+        tables = self._picked, self._picked_bias, self._bias, self._repeat
+        state = self._now, self._last, self.chosen
+        compiled = self._dense.matrices and self._outward.matrices and self._router.matrices
+        self._kernel = FusionKernel(self._dense, self._outward, self._router, tables, state, hops) if compiled else None
 
     def cost(self) -> PredictorCost:
         picked = self.model.top_k * (self._picked.shape[-1] + self._asked * self.width)
@@ -74,53 +75,39 @@ class Fusion(RoutedPredictor):
         super().reset()
         self._now[:] = 0
         self._last[:] = 0
-        self._now_scale = [inverse_rms(row) for row in self._now]
-        self._last_scale = self._now_scale.copy()
-        self._ids = [np.zeros(0, np.int64)] * self.layers
 
     def observe(self, step: RoutingStep) -> None:
-        self.ids, self.weights = last_token(step, self.model.experts[step.layer])
-        self._ids[step.layer] = self.ids
+        super().observe(step)
         if step.layer == 0:
-            self._now, self._last = self._last, self._now
-            self._now_scale, self._last_scale = self._last_scale, self._now_scale
+            self._last[:] = self._now
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        layer, hidden, size = signals.layer, self.hidden_size, self._size
-        seen = self._dense.x
-        unit = seen[:hidden]
-        self._now[layer] = residual = self.told(signals, "residual")
-        scale = self._now_scale[layer] = inverse_rms(residual)
-        np.multiply(residual, scale, out=unit)
-        seen[hidden : 2 * hidden] = self.told(signals, "pre_attention")
+        layer, before = signals.layer, self.told(signals, "pre_attention")
+        self._now[layer] = self.told(signals, "residual")
+        if self._kernel is None:
+            return self.ranked(signals, self._scores(layer, before))
+        return self.ranked(signals, self._kernel(layer, before, self.ids, self.weights))
+
+    def _scores(self, layer: int, before: Floats) -> Floats:
+        """What the kernel computes, [A, E]."""
+        hidden, size, seen = self.hidden_size, self._size, self._dense.x
+        residual, unit = self._now[layer], seen[:hidden]
+        np.multiply(residual, inverse_rms(residual), out=unit)
+        seen[hidden : 2 * hidden] = before
         self._gain(layer)
-        picked = self.weights.dot(self._picked[layer].take(self.ids, axis=0))
-        picked += self._picked_bias[layer]
-        inner = self._dense.of(layer)
-        inner += picked[:size]
-        inner = silu(inner)
-        inner *= picked[size : 2 * size]
+        picked = self.weights.dot(self._picked[layer].take(self.ids, axis=0)) + self._picked_bias[layer]
+        inner = silu(self._dense.of(layer) + picked[:size]) * picked[size : 2 * size]
         out = self._outward(layer, inner)
-        shifts = out[: self._asked * hidden]
-        shifts += picked[2 * size :]
-        direct = out[self._asked * hidden :].reshape(self._asked, -1)
-        direct += self._bias[layer, : self._asked]
+        shifts = out[: self._asked * hidden] + picked[2 * size :]
+        scores: Floats = out[self._asked * hidden :].reshape(self._asked, -1) + self._bias[layer]
         for hop in range(self._asked):
-            scores, guess = direct[hop], shifts[hop * hidden : (hop + 1) * hidden]
-            guess += unit
-            routed = self._router(layer * self._asked + hop, guess)
-            routed *= inverse_rms(guess)
-            scores += routed
-            history = self._ids[(layer + hop + 1) % self.layers]
-            if len(history):
-                scores += np.add.reduce(self._repeat[layer, hop].take(history, axis=0))
-        return self.ranked(signals, direct)
+            guess = unit + shifts[hop * hidden : (hop + 1) * hidden]
+            scores[hop] += self._router(layer * self._asked + hop, guess) * inverse_rms(guess)
+            scores[hop] += self.chosen[(layer + hop + 1) % self.layers].dot(self._repeat[layer, hop])
+        return scores
 
     def _gain(self, layer: int) -> None:
         """Write what the last token's residual gained up to each hop, [H, D]; zero beyond the last layer."""
         base, known = self._last[layer], min(self.hops, self.layers - layer - 1)
-        gains = self._gains[:known]
-        np.subtract(self._last[layer + 1 : layer + 1 + known], base, out=gains)
-        gains *= self._last_scale[layer]
-        if known < self.hops:
-            self._gains[known:] = 0
+        self._gains[:known] = (self._last[layer + 1 : layer + 1 + known] - base) * inverse_rms(base)
+        self._gains[known:] = 0

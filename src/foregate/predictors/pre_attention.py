@@ -5,12 +5,13 @@ Shapes: L MoE layers, E experts, D hidden, F width of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from foregate.errors import PredictorError
 from foregate.interfaces import Signals
+from foregate.native.predict import NetworkKernel
 from foregate.native.products import Products
 from foregate.predictors.activations import gelu, silu
 from foregate.predictors.file import Artifact
@@ -20,11 +21,11 @@ from foregate.types import Moment, Prediction, PredictorCost
 ACTIVATIONS = {"silu": silu, "gelu": gelu}
 
 
-def _activation(artifact: Artifact) -> Callable[[Floats], Floats]:
-    name = artifact.option("activation", str)
+def _activation(artifact: Artifact) -> str:
+    name: str = artifact.option("activation", str)
     if name not in ACTIVATIONS:
         raise PredictorError(f"{artifact.path}: option 'activation' is {name!r}; known: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    return name
 
 
 class PreAttention(LearnedPredictor):
@@ -51,6 +52,9 @@ class PreAttention(LearnedPredictor):
         self._second = Products(self.floats("second", self.layers, hidden, self.width).transpose(0, 2, 1))
         self._second_bias = self.floats("second_bias", self.layers, self.width)
         self._last = np.zeros((self.layers, self.hidden_size), np.float32)
+        biases = self._first_bias, self._second_bias
+        compiled = self._first.matrices and self._second.matrices
+        self._kernel = NetworkKernel(self._first, self._second, *biases, self._activation) if compiled else None
 
     def cost(self) -> PredictorCost:
         return self.multiplied(self._first.size + self._second.size, self._first.nbytes + self._second.nbytes)
@@ -59,13 +63,16 @@ class PreAttention(LearnedPredictor):
         self._last[:] = 0
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        layer, x, size = signals.layer, self._first.x, self.hidden_size
+        layer, size = signals.layer, self.hidden_size
+        x = self._first.x if self._kernel is None else self._kernel.x
         x[:size] = self.told(signals, "pre_attention")
         if self._previous:
             x[size:] = self._last[layer]
             self._last[layer] = x[:size]
-        inner = self._first.of(layer)
-        inner += self._first_bias[layer]
-        scores = self._second(layer, self._activation(inner))
-        scores += self._second_bias[layer]
-        return [self.rank(layer, scores)]
+        return [self.rank(layer, self._scores(layer) if self._kernel is None else self._kernel(layer))]
+
+    def _scores(self, layer: int) -> Floats:
+        """What the kernel computes, [E]."""
+        inner = ACTIVATIONS[self._activation](self._first.of(layer) + self._first_bias[layer])
+        scores: Floats = self._second(layer, inner) + self._second_bias[layer]
+        return scores
