@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from foregate.cli.output import console, print_json, result
+
+if TYPE_CHECKING:
+    from foregate.evaluation.candidates import Candidate
+    from foregate.evaluation.settings import Settings
 
 _BUDGET = "10%,25%,50%"
 
@@ -51,13 +55,8 @@ def evaluate(
 ) -> None:
     """Accuracy, recall on misses, and simulated time of predictors, on prompts that none was trained on."""
     from foregate.evaluation.candidates import candidates, trainable_free
-    from foregate.evaluation.judge import Bench
     from foregate.evaluation.output import check_out, write
-    from foregate.evaluation.provenance import training_lines
-    from foregate.evaluation.result import result as assemble
-    from foregate.evaluation.run import judge_all
     from foregate.evaluation.settings import Settings, parse_budgets
-    from foregate.evaluation.table import terminal
     from foregate.sim.device import Device
     from foregate.trace.sample import locate
 
@@ -76,32 +75,45 @@ def evaluate(
         device=Device(bandwidth * 1e9, round(expert_mb * 1e6), seconds / 3, 2 * seconds / 3),
         seed=seed,
     )
-    free = trainable_free() if all_free else []
-    chosen = candidates([*(predictor or []), *free], predictors_dir)
+    chosen = candidates([*(predictor or []), *(trainable_free() if all_free else [])], predictors_dir)
+    found = _judged(settings, chosen, jobs)
+    if out is not None:
+        write(found, out, figures=not no_figures)
+    _show(found, as_json)
+
+
+def _judged(settings: Settings, chosen: Sequence[Candidate], jobs: int) -> dict[str, Any]:
+    # Seconds of imports: what was asked for has been found to exist before them.
+    from foregate.evaluation.judge import Bench
+    from foregate.evaluation.result import result as assemble
+    from foregate.evaluation.run import judge_all
+
     with _bar(len(chosen)) as advance:
         bench = Bench(settings)
         judged, left_out = judge_all(bench, chosen, jobs, advance)
-        found = assemble(bench, judged, left_out)
-    if out is not None:
-        write(found, out, figures=not no_figures)
-    for name, why in left_out.items():
-        console().print(f"left out: {name}: {why}", markup=False, soft_wrap=True)
+        return assemble(bench, judged, left_out)
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    from foregate.evaluation.provenance import training_lines
+    from foregate.evaluation.table import terminal
+
+    about, training, notes = found["about"], training_lines(found), console()
+    for name, why in about["left_out"].items():
+        notes.print(f"left out: {name}: {why}", markup=False, soft_wrap=True)
     if as_json:
-        for line in training_lines(found):
+        for line in training:
             if line.startswith("warning"):
-                console().print(line, markup=False, soft_wrap=True)
+                notes.print(line, markup=False, soft_wrap=True)
         print_json(found)
-    else:
-        shown = result()
-        for table in terminal(found, shown.width):
-            shown.print(table)
-        for line in found["about"]["controls"]:
-            shown.print(f"control {line}", markup=False, soft_wrap=True)
-        shown.print(f"held out: {found['about']['held_out']}", markup=False, soft_wrap=True)
-        if found["about"]["echo_sees"]:
-            shown.print(f"cache policy echo: it sees {found['about']['echo_sees']}", markup=False, soft_wrap=True)
-        for line in training_lines(found):
-            shown.print(line, markup=False, soft_wrap=True)
+        return
+    shown = result()
+    for table in terminal(found, shown.width):
+        shown.print(table)
+    lines = [f"control {line}" for line in about["controls"]] + [f"held out: {about['held_out']}"]
+    lines += [f"cache policy echo: it sees {about['echo_sees']}"] if about["echo_sees"] else []
+    for line in [*lines, *training]:
+        shown.print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -29,8 +29,6 @@ from foregate.errors import ForegateError
 # Before torch loads: compute threads that wait by spinning take the cores from readers and from everyone else
 # (measured on a busy two-core machine: 65 against 119 ms a token).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# oneDNN keeps 1,024 prepared products, one for every number of rows: 100 MB after a long prompt that no budget counts.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 app = typer.Typer(
     name="foregate",

@@ -23,7 +23,7 @@ from foregate.engine.dense import DenseKernels
 from foregate.engine.deviation import Deviation
 from foregate.engine.kv_room import make_room
 from foregate.engine.lossy import MODES, LowPack, check_family, deviation_of
-from foregate.engine.memory import SlotPlan, Staging, overhead, plan_slots, plan_staging
+from foregate.engine.memory import SlotPlan, Staging, keep_few_products, overhead, plan_slots, plan_staging
 from foregate.engine.meter import Meter
 from foregate.engine.model import load_model, load_tokenizer, stop_ids, takes_logits_to_keep
 from foregate.engine.report import RunReport
@@ -58,6 +58,7 @@ class Engine:
 
     def __init__(self, config: RunConfig, *, wrap_store: Callable[[ExpertStore], ExpertStore] | None = None) -> None:
         began = perf_counter()
+        keep_few_products()
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def overhead(*, slot_bytes: int, readers: int, packed: bool) -> int:
     """Bytes beside budget, dense weights and KV cache. Original files are read through buffers of about one expert:
     at most two for each reader (a demand read and a speculative one that it overtook)."""
     return FIXED_OVERHEAD + (0 if packed else 2 * readers * (slot_bytes + 2**16))
+
+
+def keep_few_products() -> None:
+    """Before the first product of matrices: oneDNN would keep 1,024 prepared ones, one for every number of rows. After
+    a long prompt those are 100 MB that no budget counts."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def plan_slots(
