@@ -14,6 +14,7 @@ from foregate.experts.cache import ExpertCache, SlotState
 from foregate.experts.policy import Lru
 from foregate.experts.slots import SlotPool
 from foregate.experts.transfer import ThreadedTransfer
+from foregate.prefetch.average import Spread
 from foregate.prefetch.controller import CONTROL_EVERY, PROBE_EVERY, Controller, Guess
 from foregate.prefetch.pipeline import Pipeline
 from foregate.prefetch.prefetcher import Prefetcher, _existing
@@ -300,6 +301,74 @@ def test_speculation_that_wastes_is_switched_off_but_probed() -> None:
     assert "does not pay" in c.decision.reason
     assert sum(value > 0 for value in allowed) == 1  # the one before was among the steps that judged, the next is later
     assert c.switches == 1
+
+
+def on_a_slow_link(alone_s: Sequence[float], with_s: Sequence[float], steps: int) -> Controller:
+    """An expert takes 16 ms, a layer 2: steps need four and wait as long as the sequences say, in turn."""
+    c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=8, layers=LAYERS)
+    c.saw_prompt(100 * 8 * 2**20, 1.6, 1.6)
+    for step in range(steps):
+        c.begin_step()
+        c.saw_layer(0.002)
+        c.saw_io(4 * 8 * 2**20, 0.064)
+        waits = with_s if c.speculating else alone_s
+        c.saw_step(4, waits[step % len(waits)], 3 * 8 * 2**20 if c.speculating else 0)
+        if c.speculating:
+            for outcome in [True, True, True, False]:
+                c.judge(Guess(1, 1, 0), used=outcome)
+    return c
+
+
+def test_on_a_slow_link_speculation_is_off_until_it_has_paid_beyond_chance() -> None:
+    early = on_a_slow_link([0.064], [0.030], 10)
+    assert (early.decision.enabled, early.decision.reason) == (False, "slow link: tried now and then")
+    assert on_a_slow_link([0.064, 0.066], [0.030, 0.032], 120).decision.enabled
+    # A mean of 60 ms against 50, but of waits of 10 and 110: that may be chance.
+    assert not on_a_slow_link([0.010, 0.110], [0.050], 120).decision.enabled
+
+
+def test_a_link_that_gives_more_after_a_rest_is_taken_for_what_it_gives_in_the_long_run() -> None:
+    c = on_a_slow_link([0.064], [0.064], 10)
+    c.saw_io(8 * 2**20, 0.001)
+    c.saw_window(1, 1, 0.002)
+    # 2 ms may be saved, and 14 of 16 lost.
+    bound = c.value(Guess(1, 1, 1), 0)
+    assert bound < 0
+    c.saw_prompt(100 * 8 * 2**20, 0.8, 1.6)  # computing was the bound: it tells nothing
+    assert c.value(Guess(1, 1, 1), 0) > bound
+
+
+def test_what_a_wrong_read_holds_up_counts_against_it() -> None:
+    one, four = (Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=n, layers=LAYERS) for n in (1, 8))
+    for c in (one, four):
+        c.begin_step()
+        c.saw_io(8 * 2**20, 0.016)
+        c.saw_window(1, 1, 0.004)
+        for outcome in [True, True, True, False] * 3:
+            c.judge(Guess(1, 1, 0), used=outcome)
+    assert one.value(Guess(1, 1, 0), 0) > 0 > four.value(Guess(1, 1, 0), 0)
+
+
+def test_windows_and_layers_are_measured_without_the_waits_in_them() -> None:
+    with bench(slots=8) as b:
+        b.cache.set_staging(2)
+        b.prefetcher.arrived(0)
+        b.prefetcher.consider(0, Moment.AFTER_ROUTING, [Prediction(1, (1, 2), ())])
+        b.prefetcher.saw_wait(100.0)
+        b.prefetcher.arrived(1)
+        assert b.controller.ledger.accounts[1].window_s < -90  # nobody waited: the clock was turned back
+
+
+def test_means_are_plain_at_first_and_forget_later() -> None:
+    mean = Spread(0.25)
+    for value in (1.0, 3.0):
+        mean.add(value)
+    assert mean.get() == 2.0
+    assert mean.error == 1.0
+    for _ in range(100):
+        mean.add(7.0)
+    assert mean.get() == pytest.approx(7.0)
+    assert mean.error == pytest.approx(0.0, abs=1e-3)
 
 
 def test_a_reason_known_beforehand_is_final() -> None:

@@ -262,6 +262,7 @@ class Engine:
             parse_prefetch(config.prefetch),
             expert_bytes=spec.expert_slot_bytes,
             chunk_bytes=CHUNK_BYTES,
+            readers=self.readers.threads,
             layers=spec.layers,
             off_reason=self.staging.off_reason,
         )
@@ -381,12 +382,13 @@ class Engine:
     def _forward(self, ids: list[int], past: Any, position: int, phase: Phase) -> tuple[Tensor, Any]:
         if self.events.on:
             self.events.emit(PassBegan(perf_counter_ns(), phase, position - len(ids) + 1, len(ids)))
+        began = perf_counter()
         if phase is Phase.PREFILL:
             self.runtime.begin_prefill()
             *_, out = self._chunks(ids, keep=1)
             make_room(out.past_key_values)
             self.runtime.end_prefill()
-            self._learned()
+            self._learned(perf_counter() - began)
         else:
             self.runtime.begin_decode(position, ids[-1])
             with self.dense.decode():
@@ -411,8 +413,11 @@ class Engine:
         controller.saw_misses(step.misses - step.late, step.demand_stall_s)
         controller.saw_step(step.misses - step.late + step.used, step.stall_s, step.prefetch_bytes)
 
-    def _learned(self) -> None:
-        """The first pass has shown whether the model's routers can be asked ahead; if not, say so and do not."""
+    def _learned(self, seconds: float) -> None:
+        """The first pass, of ``seconds``, has shown whether the model's routers can be asked ahead; if not, say so and
+        do not."""
+        step = self._meter.so_far()
+        self.prefetcher.controller.saw_prompt(step.demand_bytes + step.prefetch_bytes, step.io_s, seconds)
         self.signals.stop_learning()
         if self.signals.distrust and self.predictor.asks_routers:
             self.runtime.give_up_predicting(self.signals.distrust)

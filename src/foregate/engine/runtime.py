@@ -131,7 +131,8 @@ class ExpertRuntime:
 
     def _route(self, layer: int, index: Tensor, weights: Tensor) -> None:
         self._tell_until_now(Part.ROUTING, layer)
-        self._prefetcher.arrived(layer)
+        if self.phase is Phase.DECODE:
+            self._prefetcher.arrived(layer)
         step = RoutingStep(
             layer, self.phase, self.position, index.numpy().astype(np.int64), weights.float().numpy().astype(np.float32)
         )

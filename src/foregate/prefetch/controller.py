@@ -2,9 +2,10 @@
 
 Two questions. *Is this read worth it?* An expert that is predicted for layer l at distance d and rank r is used with
 probability p (measured by layer, and by distance and rank). If it is, it saves the stall of one miss, as far as the
-window of l has room behind what is queued already; if not, it costs the CPU time of its bytes and half a chunk's time.
-*Does speculation pay at all?* Steps without it (the first two, and two in 64) show how long the model waits for each
-expert that has to be read. As many waits, for the experts that were needed with it, less what was really waited for, is
+window of l, waits left out, has room behind what is queued already. If not, it costs the CPU time of its bytes, and
+what readers have of it in their hands when the window ends: on a slow link a demand read waits for that.
+*Does speculation pay at all?* Steps without it (the first two, and two in 64) show how long the model waits then. So
+long, and the link's time for each expert that is needed more or less than there, less what was really waited for, is
 what it saves: waste, queues and a link that never rests are in that. It must be more than the predictor's time, the CPU
 time of reading beside computation, and the hits that the slots set aside would have been (counted: misses of experts
 that were evicted last).
@@ -12,10 +13,11 @@ that were evicted last).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from foregate.prefetch.average import Average
+from foregate.prefetch.average import Average, Spread
 from foregate.prefetch.ledger import Ledger
 
 CPU_SECONDS_PER_BYTE = 60e-12
@@ -27,13 +29,21 @@ PROBE_EVERY = 16
 PROBE_MOST = 128
 
 CONTROL_EVERY = 64
-CONTROL_STEPS = (1, 2)
-"""Switched on, so many steps in so many (the first among them) do without, to see what waiting costs then."""
+CONTROL_STEPS = 2
+"""Switched on, so many steps in so many, the first of them, do without, to see what waiting costs then."""
 
 _WARM_UP = 8
-"""Speculative reads judged before the first decision."""
+"""Speculative reads judged before the first decision; twice as many steps are enough, too."""
+_LINK_BOUND, _ENOUGH_EXPERTS = 0.95, 16
+"""Share of a prompt's time with reads running, and experts read, from which on the link was its bound."""
+_ERRORS = 2
+"""Standard errors by which speculation must have paid on a slow link."""
+_SLOW = 4
+"""A link that needs so many layers' time for an expert is slow."""
 _PRIOR = 4.0
-"""Reads that the precision of a distance and rank counts for, where a layer has few of its own."""
+"""Reads that the precision of all counts for, where a layer, or a distance and rank, has few of its own."""
+_EXPECTED = 0.7
+"""Precision before any read was judged, worth ``_PRIOR`` reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +88,14 @@ class Controller:
     """
 
     def __init__(
-        self, limit: int | None, *, expert_bytes: int, chunk_bytes: int, layers: int = 1, off_reason: str = ""
+        self,
+        limit: int | None,
+        *,
+        expert_bytes: int,
+        chunk_bytes: int,
+        readers: int = 1,
+        layers: int = 1,
+        off_reason: str = "",
     ) -> None:
         self.fixed = limit
         self.off_reason = off_reason
@@ -88,13 +105,14 @@ class Controller:
         self.decision = Decision(not off_reason and limit != 0, off_reason or started)
         self.ledger.decided(0, self.decision.enabled, self.decision.reason)
         self._expert_bytes = expert_bytes
-        self._chunk_share = min(1.0, chunk_bytes / expert_bytes)
-        self._judged = 0
-        self._precision = Average()
+        self._in_hand = min(1.0, readers * chunk_bytes / expert_bytes)
+        """Share of an expert that all readers together are reading."""
+        self._all = _Share()
         self._by_guess: dict[tuple[int, int], _Share] = {}
         self._by_layer = [_Share() for _ in range(layers)]
         self._windows: list[dict[int, Average]] = [{} for _ in range(layers)]
         """Of each layer, by distance."""
+        self._any_window: dict[int, Average] = {}
         self._read_s = Average()
         self._miss_s = Average()
         self._ask_s = Average()
@@ -102,10 +120,13 @@ class Controller:
         self._unused = Average()
         self._ahead_bytes = Average()
         self._ghosts = Average()
-        self._needed = Average()
-        self._stall_s = Average()
-        self._alone_s = Average(0.25)
-        """Wait for an expert that has to be read, in steps without speculation."""
+        self._beyond = Spread()
+        """Wait of a step beyond the link's time for the experts that it needed and had to read."""
+        self._beyond_alone = Spread(0.25)
+        """The same of steps without speculation."""
+        self._layer_s = Average()
+        self._link_s: float | None = None
+        """For one expert, where a prompt was read as fast as the link gave it."""
         self._now = _Counts()
         self._step = 0
         self._probe_at = PROBE_EVERY
@@ -152,21 +173,22 @@ class Controller:
 
     def value(self, guess: Guess, queued: int) -> float:
         """Seconds that a read for ``guess``, behind ``queued`` reads in flight, saves more than it costs. Expected."""
-        p = self.precision(guess)
-        return p * self._saving(guess, queued) - (1.0 - p) * self._waste()
+        exploring = self._all.cases < _WARM_UP and guess.rank == 0
+        p, window = 1.0 if exploring else self.precision(guess), self._window(guess)
+        return p * self._saving(window, queued) - (1.0 - p) * self._waste(window, queued)
 
     @property
     def trusting(self) -> bool:
-        """Whether every read is taken as worth it: a fixed limit, or too little is known yet."""
-        return self.fixed is not None or self._judged < _WARM_UP or self._read_s.value is None
+        """Whether every read is taken as worth it: a fixed limit, or nobody has read anything yet."""
+        return self.fixed is not None or self._read_s.value is None
 
     def precision(self, guess: Guess) -> float:
         """Probability that what ``guess`` reads is used."""
+        overall = self._precision
         shared = self._by_guess.get((guess.distance, guess.rank))
-        overall = self._precision.get(1.0)
         general = shared.blended(overall) if shared else overall
         layer = self._by_layer[guess.layer].blended(overall)
-        return min(1.0, general * layer / overall) if overall > 0 else 0.0
+        return min(1.0, general * layer / overall)
 
     # Being told
 
@@ -180,8 +202,7 @@ class Controller:
 
     def judge(self, guess: Guess, *, used: bool, late: bool = False) -> None:
         """The read for ``guess`` turned out to be used or not; ``late``: it was still under way when needed."""
-        self._judged += 1
-        self._precision.add(1.0 if used else 0.0)
+        self._all.add(used)
         self._by_guess.setdefault((guess.distance, guess.rank), _Share()).add(used)
         self._by_layer[guess.layer].add(used)
         account = self.ledger.accounts[guess.layer]
@@ -197,12 +218,24 @@ class Controller:
         if nbytes > 0 and seconds > 0:
             self._read_s.add(seconds * self._expert_bytes / nbytes)
 
+    def saw_prompt(self, nbytes: int, io_s: float, seconds: float) -> None:
+        """A prompt took ``seconds``, in ``io_s`` of which at least one read of its ``nbytes`` was running.
+
+        Where that was the bound, it tells what the link gives in the long run: some give more after a rest.
+        """
+        bound = io_s >= _LINK_BOUND * seconds and nbytes >= _ENOUGH_EXPERTS * self._expert_bytes
+        self._link_s = seconds * self._expert_bytes / nbytes if bound else None
+
+    def saw_layer(self, seconds: float) -> None:
+        """``seconds`` passed from one routing to the next, waits left out."""
+        self._layer_s.add(seconds)
+
     def saw_window(self, layer: int, distance: int, seconds: float) -> None:
-        """``seconds`` passed between the prediction of ``layer``, ``distance`` layers before it, and its routing."""
+        """``seconds``, waits for reads left out, passed between the prediction of ``layer``, ``distance`` layers before
+        it, and its routing."""
         windows = self._windows[layer]
-        if distance not in windows:
-            windows[distance] = Average()
-        windows[distance].add(seconds)
+        for kept in (windows, self._any_window):
+            kept.setdefault(distance, Average()).add(seconds)
         self.ledger.accounts[layer].window_s = max([window.get() for window in windows.values()])
 
     def saw_prediction(self, seconds: float) -> None:
@@ -227,7 +260,11 @@ class Controller:
 
     @property
     def _controlling(self) -> bool:
-        return self._step % CONTROL_EVERY in CONTROL_STEPS
+        return 1 <= self._step % CONTROL_EVERY <= CONTROL_STEPS
+
+    @property
+    def _slow(self) -> bool:
+        return self._expert_s > _SLOW * self._layer_s.get(self._expert_s)
 
     @property
     def _probing(self) -> bool:
@@ -238,37 +275,56 @@ class Controller:
         if not self._step:
             return
         if not self.speculating:
-            if now.needed:
-                self._alone_s.add(now.stall_s / now.needed)
+            self._beyond_alone.add(now.stall_s - now.needed * self._expert_s)
             return
-        self._needed.add(now.needed)
-        self._stall_s.add(now.stall_s)
+        self._beyond.add(now.stall_s - now.needed * self._expert_s)
         self._ahead_bytes.add(now.ahead_bytes)
         self._ask_s.add(now.ask_s)
         self._used.add(now.used)
         self._unused.add(now.unused)
         self._ghosts.add(now.ghosts)
 
-    def _saving(self, guess: Guess, queued: int) -> float:
-        """Seconds of stall that the read saves if it is used: one miss's, as far as its window has room for it."""
-        window = self._windows[guess.layer].get(guess.distance)
-        read_s = self._read_s.value or 0.0
-        miss_s = self._miss_s.get(read_s)
-        if window is None:
-            return miss_s
-        return min(miss_s, max(0.0, window.get() - queued * read_s))
+    @property
+    def _precision(self) -> float:
+        return self._all.blended(_EXPECTED)
 
-    def _waste(self) -> float:
+    @property
+    def _expert_s(self) -> float:
+        """Seconds of the link for one expert."""
+        return self._read_s.get() if self._link_s is None else self._link_s
+
+    def _window(self, guess: Guess) -> float | None:
+        """Seconds that pass until the routing of the layer; where it has not been seen yet, of others."""
+        window = self._windows[guess.layer].get(guess.distance) or self._any_window.get(guess.distance)
+        return self._layer_s.value if window is None else window.value
+
+    def _saving(self, window: float | None, queued: int) -> float:
+        """Seconds of stall that a read saves if it is used: one miss's, as far as its window has room for it."""
+        read_s = self._expert_s
+        miss_s = self._miss_s.get(read_s)
+        return miss_s if window is None else min(miss_s, max(0.0, window - queued * read_s))
+
+    def _waste(self, window: float | None, queued: int) -> float:
         """Seconds that a read costs which nobody uses."""
-        return self._expert_bytes * CPU_SECONDS_PER_BYTE + 0.5 * self._chunk_share * self._read_s.get()
+        read_s, cpu_s = self._expert_s, self._expert_bytes * CPU_SECONDS_PER_BYTE
+        in_hand_s = self._in_hand * read_s
+        if window is None:
+            return cpu_s + 0.5 * in_hand_s
+        left_s = (queued + 1) * read_s - window
+        if left_s >= read_s:  # not begun by then
+            return 0.0
+        return cpu_s + min(in_hand_s, max(0.0, left_s))
 
     def _decide(self) -> Decision:
-        precision = self._precision.get(1.0)
-        if self._judged < _WARM_UP or self._read_s.value is None or self._needed.value is None:
-            return Decision(True, "warming up", precision)
-        alone_s = self._alone_s.get(self._miss_s.get(self._read_s.get()))
-        gain = max(0.0, self._needed.get() * alone_s - self._stall_s.get())
-        loss = self._ahead_bytes.get() * CPU_SECONDS_PER_BYTE + self._ask_s.get() + self._ghosts.get() * alone_s
+        precision, early = self._precision, self._all.cases < _WARM_UP and self._step <= 2 * _WARM_UP
+        if early or None in (self._read_s.value, self._beyond.value, self._beyond_alone.value):
+            return Decision(not self._slow, "slow link: tried now and then" if self._slow else "warming up", precision)
+        expert_s = self._expert_s
+        saved_s = self._beyond_alone.get() - self._beyond.get()
+        if self._slow:
+            saved_s -= _ERRORS * math.hypot(self._beyond_alone.error, self._beyond.error)
+        gain = max(0.0, min(saved_s, self._used.get() * max(expert_s, self._miss_s.get())))
+        loss = self._ahead_bytes.get() * CPU_SECONDS_PER_BYTE + self._ask_s.get() + self._ghosts.get() * expert_s
         enabled = gain > loss
         verdict = "pays" if enabled else "does not pay"
         reason = (

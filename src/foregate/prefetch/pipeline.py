@@ -221,6 +221,7 @@ class Pipeline:
     def _count_stall(self, key: ExpertKey, began: float, ended: float) -> None:
         seconds = ended - began
         self.stats.stall_s += seconds
+        self._prefetcher.saw_wait(seconds)
         if self._events.on:
             late = key in self._late
             self._events.emit(TimeSpent(ns(began), ns(ended), Part.WAIT, key.layer, key.expert, late))

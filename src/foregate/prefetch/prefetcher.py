@@ -49,6 +49,8 @@ class Prefetcher:
         self._told: set[ExpertKey] = set()
         self._guesses: dict[ExpertKey, Guess] = {}
         self._predicted_at: dict[int, dict[int, float]] = {}
+        self._waited_s = 0.0
+        self._arrived_at: float | None = None
 
     @property
     def pending(self) -> int:
@@ -63,6 +65,7 @@ class Prefetcher:
     def begin(self) -> None:
         """A sequence starts: windows of an earlier one are over."""
         self._predicted_at.clear()
+        self._arrived_at = None
 
     def consider(self, layer: int, moment: Moment, predictions: Sequence[Prediction]) -> None:
         """At ``moment`` of MoE layer ``layer``: submit what is predicted and absent, nearest layer first.
@@ -70,7 +73,7 @@ class Prefetcher:
         Layers from L on are the next token's; what has been routed already, or lies a token or more away, is dropped.
         """
         self._reap()
-        now = perf_counter()
+        now = self._now()
         self._tell_predictions(layer, moment, predictions)
         limit = self.controller.fixed
         width = limit or self._top_k + max(1, self._top_k // 2)
@@ -105,10 +108,21 @@ class Prefetcher:
                     return
 
     def arrived(self, layer: int) -> None:
-        """The routing of ``layer`` is known: its window is over."""
-        now = perf_counter()
+        """A decode step knows the routing of ``layer``: its window is over."""
+        now, last = self._now(), self._arrived_at
+        self._arrived_at = now
+        if last is not None and layer:  # between tokens is more than a layer
+            self.controller.saw_layer(now - last)
         for distance, predicted in self._predicted_at.pop(layer, {}).items():
             self.controller.saw_window(layer, distance, now - predicted)
+
+    def saw_wait(self, seconds: float) -> None:
+        """The model has waited for a read: demand has the link then, so that no window is wider for it."""
+        self._waited_s += seconds
+
+    def _now(self) -> float:
+        """Seconds on a clock that stands still while the model waits."""
+        return perf_counter() - self._waited_s
 
     def claim(self, key: ExpertKey) -> Ticket | None:
         """The ticket of a staged expert that is needed now, or None. One that is being cancelled is revived."""
