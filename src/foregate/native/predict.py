@@ -114,25 +114,23 @@ class FusionKernel:
         ]  # fmt: skip
         self._given = [ctypes.byref(layer) for layer in self._layers]
         self._states = [_State(*map(_pointer, state), layer, layers) for layer in range(layers)]
-        self._out = np.zeros((asked, experts), np.float32)
+        # Arrays of its own: asking numpy for the address of another takes as long as copying it.
+        self._before, self._weights = np.zeros(hidden, np.float32), np.zeros(experts, np.float32)
+        self._ids, self._out = np.zeros(experts, np.int64), np.zeros((asked, experts), np.float32)
+        self._at = self._before.ctypes.data, self._ids.ctypes.data, self._weights.ctypes.data
         self._to = _pointer(self._out)
         self._run = _loaded().foregate_fusion
 
     def __call__(self, layer: int, before: Floats, ids: NDArray[np.int64], weights: Floats) -> Floats:
         """Scores [A, E] from the pre-attention input ``before`` [D] and what ``layer`` chose: overwritten by the next
         call."""
-        before, weights = _floats(before), _floats(weights)
-        ids = np.ascontiguousarray(ids, np.int64)
-        code = self._run(
-            self._given[layer], self._states[layer], before.ctypes.data, ids.ctypes.data, weights.ctypes.data,
-            len(ids), self._to, threads_asked() or 1,
-        )  # fmt: skip
+        count = len(ids)
+        self._before[:] = before
+        self._ids[:count], self._weights[:count] = ids, weights
+        given, state = self._given[layer], self._states[layer]
+        code = self._run(given, state, *self._at, count, self._to, threads_asked() or 1)
         _check(code)
         return self._out
-
-
-def _floats(values: Floats) -> Floats:
-    return np.ascontiguousarray(values, np.float32)
 
 
 def _pointer(array: Floats) -> int:
