@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from time import sleep
 
 import numpy as np
@@ -334,19 +335,63 @@ def test_a_link_that_gives_more_after_a_rest_is_taken_for_what_it_gives_in_the_l
     # 2 ms may be saved, and 14 of 16 lost.
     bound = c.value(Guess(1, 1, 1), 0)
     assert bound < 0
-    c.saw_prompt(100 * 8 * 2**20, 0.8, 1.6)  # computing was the bound: it tells nothing
+    for nothing in ((0, 0.0, 0.1), (10 * 8 * 2**20, 0.01, 0.01), (100 * 8 * 2**20, 0.8, 1.7)):
+        c.saw_prompt(*nothing)
+        assert c.value(Guess(1, 1, 1), 0) == bound
+    c.saw_prompt(100 * 8 * 2**20, 0.8, 1.2)  # faster, and computing was the bound
     assert c.value(Guess(1, 1, 1), 0) > bound
 
 
+def test_probes_try_best_guesses_that_have_become_better() -> None:
+    c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=8, layers=LAYERS)
+    best, reads = Guess(1, 1, 0), []
+    for step in range(400):
+        c.begin_step()
+        c.saw_io(4 * 8 * 2**20, 0.032)
+        c.saw_window(1, 1, 0.003)
+        here = 0
+        while c.speculating and here < 3 and c.value(best, 0) > 0:
+            c.issued(best)
+            c.judge(best, used=step > 50)
+            here += 1
+        c.saw_prediction(0.0005)
+        c.saw_step(4, 0.032 - 0.003 * here * (step > 50), here * 8 * 2**20)
+        reads.append(here)
+    assert sum(reads[20:50]) <= 8
+    assert min(reads[-10:]) > 0
+    assert c.decision.enabled
+
+
+def test_a_predictor_is_asked_once_before_it_is_believed_again() -> None:
+    c = judged(used=0, wasted=200)
+    asked = []
+    for _ in range(3 * PROBE_EVERY):
+        c.begin_step()
+        asked.append((c.rehearsing, c.speculating))
+    for now, then in pairwise(asked):
+        assert now[0] is (then[1] and not now[1])
+    assert any(rehearses for rehearses, _ in asked)
+    assert not any(c.rehearsing for c in (controller(3), controller(0), controller(None, off_reason="no staging")))
+
+
+def test_where_nothing_is_read_predictions_are_not_asked_for_ever() -> None:
+    c = controller()
+    for _ in range(40):
+        c.begin_step()
+        c.saw_step(0, 0.0, 0)
+        c.saw_prediction(0.004)
+    assert not c.decision.enabled
+
+
 def test_what_a_wrong_read_holds_up_counts_against_it() -> None:
-    one, four = (Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=n, layers=LAYERS) for n in (1, 8))
-    for c in (one, four):
+    one, eight = (Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=n, layers=LAYERS) for n in (1, 8))
+    for c in (one, eight):
         c.begin_step()
         c.saw_io(8 * 2**20, 0.016)
         c.saw_window(1, 1, 0.004)
         for outcome in [True, True, True, False] * 3:
             c.judge(Guess(1, 1, 0), used=outcome)
-    assert one.value(Guess(1, 1, 0), 0) > 0 > four.value(Guess(1, 1, 0), 0)
+    assert one.value(Guess(1, 1, 0), 0) > 0 > eight.value(Guess(1, 1, 0), 0)
 
 
 def test_windows_and_layers_are_measured_without_the_waits_in_them() -> None:

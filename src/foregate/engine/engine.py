@@ -170,11 +170,14 @@ class Engine:
         if isinstance(self.predictor, Oracle):
             raise ConfigError("predictor 'oracle' knows what it has seen generated, not a text that is given")
         with self._guarded():
+            self._meter.lap()
             logits, past = self._forward(ids[:given], None, given - 1, Phase.PREFILL)
             rows = [logits]
             for position in range(given, len(ids) - 1):
+                self._meter.lap()
                 logits, past = self._forward([ids[position]], past, position, Phase.DECODE)
                 rows.append(logits)
+            self._meter.lap()
             self.runtime.finish()
         return torch.stack(rows)
 
@@ -414,8 +417,8 @@ class Engine:
         controller.saw_step(step.misses - step.late + step.used, step.stall_s, step.prefetch_bytes)
 
     def _learned(self, seconds: float) -> None:
-        """The first pass, of ``seconds``, has shown whether the model's routers can be asked ahead; if not, say so and
-        do not."""
+        """A prompt was read in ``seconds``: what that says of the link. The first has shown whether the model's routers
+        can be asked ahead; if not, say so and do not."""
         step = self._meter.so_far()
         self.prefetcher.controller.saw_prompt(step.demand_bytes + step.prefetch_bytes, step.io_s, seconds)
         self.signals.stop_learning()

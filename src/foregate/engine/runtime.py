@@ -237,7 +237,10 @@ class ExpertRuntime:
             self._predict(layer, moment)
 
     def _predict(self, layer: int, moment: Moment) -> None:
-        if self.predictor.moment is not moment or self.phase is Phase.PREFILL or not self._prefetcher.wanted:
+        if self.predictor.moment is not moment or self.phase is Phase.PREFILL:
+            return
+        wanted = self._prefetcher.wanted
+        if not wanted and not self._prefetcher.controller.rehearsing:
             return
         began = perf_counter()
         self._signals.layer, self._signals.moment = layer, moment
@@ -246,7 +249,8 @@ class ExpertRuntime:
         except Exception as error:  # a stranger's predictor must not decide whether the text comes out
             self.give_up_predicting(f"predictor {self.predictor.name!r} failed: {type(error).__name__}: {error}")
             return
-        self._prefetcher.consider(layer, moment, predictions)
+        if wanted:
+            self._prefetcher.consider(layer, moment, predictions)
         ended = perf_counter()
         self._prefetcher.stats.predict_s += ended - began
         self._prefetcher.controller.saw_prediction(ended - began)

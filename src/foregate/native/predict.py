@@ -54,6 +54,11 @@ class _State(ctypes.Structure):
     ]
 
 
+def available() -> bool:
+    """Whether the kernels are there, and not built from an older source."""
+    return _library() is not None
+
+
 class NetworkKernel:
     """second act(first x + first_bias) + second_bias, of every layer: ``first`` L of [R, K], ``second`` L of [E, R].
 
@@ -146,10 +151,17 @@ def _check(code: int) -> None:
         raise IntegrityError("the kernels refused the arrays of a predictor")
 
 
-@cache
 def _loaded() -> Any:
-    found = load("kernels", ("foregate_network", "foregate_fusion"))
+    found = _library()
     assert found is not None
+    return found
+
+
+@cache
+def _library() -> Any:
+    found = load("kernels", ("foregate_network", "foregate_fusion"))
+    if found is None:
+        return None
     found.foregate_network.argtypes = [POINTER(_Network), c_void_p, c_void_p, c_int]
     found.foregate_fusion.argtypes = [
         POINTER(_Fusion), POINTER(_State), c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from foregate.interfaces import Signals
-from foregate.native.predict import FusionKernel
+from foregate.native.predict import FusionKernel, available
 from foregate.native.products import Products
 from foregate.predictors.activations import inverse_rms, silu
 from foregate.predictors.file import Artifact
@@ -62,7 +62,7 @@ class Fusion(RoutedPredictor):
         self._last = np.zeros((layers, hidden), np.float32)
         tables = self._picked, self._picked_bias, self._bias, self._repeat
         state = self._now, self._last, self.chosen
-        compiled = self._dense.matrices and self._outward.matrices and self._router.matrices
+        compiled = available() and self._dense.matrices and self._outward.matrices and self._router.matrices
         self._kernel = FusionKernel(self._dense, self._outward, self._router, tables, state, hops) if compiled else None
 
     def cost(self) -> PredictorCost:

@@ -11,7 +11,7 @@ import numpy as np
 
 from foregate.errors import PredictorError
 from foregate.interfaces import Signals
-from foregate.native.predict import NetworkKernel
+from foregate.native.predict import NetworkKernel, available
 from foregate.native.products import Products
 from foregate.predictors.activations import gelu, silu
 from foregate.predictors.file import Artifact
@@ -53,7 +53,7 @@ class PreAttention(LearnedPredictor):
         self._second_bias = self.floats("second_bias", self.layers, self.width)
         self._last = np.zeros((self.layers, self.hidden_size), np.float32)
         biases = self._first_bias, self._second_bias
-        compiled = self._first.matrices and self._second.matrices
+        compiled = available() and self._first.matrices and self._second.matrices
         self._kernel = NetworkKernel(self._first, self._second, *biases, self._activation) if compiled else None
 
     def cost(self) -> PredictorCost:

@@ -32,18 +32,24 @@ CONTROL_EVERY = 64
 CONTROL_STEPS = 2
 """Switched on, so many steps in so many, the first of them, do without, to see what waiting costs then."""
 
+_EXPLORED = 4
+"""Reads of a probe, or of one of the first steps, up to which a layer's best guess is tried whatever it seems worth:
+nothing else would show that predictions have become better."""
 _WARM_UP = 8
 """Speculative reads judged before the first decision; twice as many steps are enough, too."""
 _LINK_BOUND, _ENOUGH_EXPERTS = 0.95, 16
-"""Share of a prompt's time with reads running, and experts read, from which on the link was its bound."""
+"""Share of a prompt's time with reads running from which on the link was its bound (1.0 under a throttle, 0.73 to 0.9
+without), and experts that it must have read: fewer say little about the long run."""
+_PROBES = 4
+"""Steps with speculation that a slow link is to be judged by at least, before probes become rare."""
 _ERRORS = 2
 """Standard errors by which speculation must have paid on a slow link."""
 _SLOW = 4
-"""A link that needs so many layers' time for an expert is slow."""
+"""A link that needs so many layers' time for an expert is slow: 1 to 2.5 without a throttle here, 7 at 300 MB/s."""
 _PRIOR = 4.0
 """Reads that the precision of all counts for, where a layer, or a distance and rank, has few of its own."""
 _EXPECTED = 0.7
-"""Precision before any read was judged, worth ``_PRIOR`` reads."""
+"""Precision before any read was judged, worth ``_PRIOR`` reads; trained predictors have 0.65 to 0.9 on the absent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,29 @@ class _Share:
         return ((self.recent.value or 0.0) * self.cases + prior * _PRIOR) / (self.cases + _PRIOR)
 
 
+class _Waits:
+    """What steps of one kind needed and waited for; the last ones count most, each with ``weight``."""
+
+    def __init__(self, weight: float) -> None:
+        self.steps = 0
+        self._needed, self._stall_s, self._beyond = Average(weight), Average(weight), Spread(weight)
+
+    def add(self, needed: int, stall_s: float, expert_s: float) -> None:
+        self.steps += 1
+        self._needed.add(needed)
+        self._stall_s.add(stall_s)
+        self._beyond.add(stall_s - needed * expert_s)
+
+    def beyond(self, expert_s: float) -> float:
+        """Mean wait beyond the link's time, ``expert_s`` each, for the experts that had to be read."""
+        return self._stall_s.get() - self._needed.get() * expert_s
+
+    @property
+    def error(self) -> float:
+        """Standard error of ``beyond``."""
+        return self._beyond.error
+
+
 class Controller:
     """``limit`` None decides by the cost model; a number is taken as it is (0: never).
 
@@ -105,7 +134,7 @@ class Controller:
         self.decision = Decision(not off_reason and limit != 0, off_reason or started)
         self.ledger.decided(0, self.decision.enabled, self.decision.reason)
         self._expert_bytes = expert_bytes
-        self._in_hand = min(1.0, readers * chunk_bytes / expert_bytes)
+        self._in_hand = min(1.0, max(1, readers) * chunk_bytes / expert_bytes)
         """Share of an expert that all readers together are reading."""
         self._all = _Share()
         self._by_guess: dict[tuple[int, int], _Share] = {}
@@ -120,15 +149,15 @@ class Controller:
         self._unused = Average()
         self._ahead_bytes = Average()
         self._ghosts = Average()
-        self._beyond = Spread()
-        """Wait of a step beyond the link's time for the experts that it needed and had to read."""
-        self._beyond_alone = Spread(0.25)
-        """The same of steps without speculation."""
+        self._with, self._alone = _Waits(0.05), _Waits(0.1)
+        """Of steps with speculation and without."""
         self._layer_s = Average()
         self._link_s: float | None = None
         """For one expert, where a prompt was read as fast as the link gave it."""
         self._now = _Counts()
         self._step = 0
+        self._explored = 0
+        """Reads of this step."""
         self._probe_at = PROBE_EVERY
         self._probe_every = PROBE_EVERY
 
@@ -143,6 +172,7 @@ class Controller:
         self._close_step()
         probed = self._probing
         self._step += 1
+        self._explored = 0
         if self.off_reason or self.fixed is not None:
             return
         decided = self._decide()
@@ -152,7 +182,8 @@ class Controller:
             self._probe_every = PROBE_EVERY
             self._probe_at = self._step + self._probe_every
         elif probed:
-            self._probe_every = min(2 * self._probe_every, PROBE_MOST)
+            if not self._slow or self._with.steps >= _PROBES:
+                self._probe_every = min(2 * self._probe_every, PROBE_MOST)
             self._probe_at = self._step + self._probe_every
         self.decision = decided
 
@@ -165,6 +196,15 @@ class Controller:
             return self.fixed > 0
         return (self.decision.enabled and not self._controlling) or self._probing
 
+    @property
+    def rehearsing(self) -> bool:
+        """Whether the predictor is to be asked, and not believed: the next step speculates, and some look one back."""
+        if self.off_reason or self.fixed is not None or self.speculating:
+            return False
+        return (
+            self._step % CONTROL_EVERY == CONTROL_STEPS if self.decision.enabled else self._step + 1 == self._probe_at
+        )
+
     def allowance(self, width: int) -> int:
         """Speculative reads that one layer may issue now: at most ``width``, or the fixed limit."""
         if not self.speculating:
@@ -173,14 +213,14 @@ class Controller:
 
     def value(self, guess: Guess, queued: int) -> float:
         """Seconds that a read for ``guess``, behind ``queued`` reads in flight, saves more than it costs. Expected."""
-        exploring = self._all.cases < _WARM_UP and guess.rank == 0
+        exploring = guess.rank == 0 and self._explored < _EXPLORED and (self._all.cases < _WARM_UP or self._probing)
         p, window = 1.0 if exploring else self.precision(guess), self._window(guess)
         return p * self._saving(window, queued) - (1.0 - p) * self._waste(window, queued)
 
     @property
     def trusting(self) -> bool:
         """Whether every read is taken as worth it: a fixed limit, or nobody has read anything yet."""
-        return self.fixed is not None or self._read_s.value is None
+        return self.fixed is not None or not self._expert_s
 
     def precision(self, guess: Guess) -> float:
         """Probability that what ``guess`` reads is used."""
@@ -194,6 +234,7 @@ class Controller:
 
     def issued(self, guess: Guess) -> None:
         """A read for ``guess`` was submitted."""
+        self._explored += 1
         self.ledger.accounts[guess.layer].issued += 1
 
     def declined(self, guess: Guess) -> None:
@@ -221,10 +262,16 @@ class Controller:
     def saw_prompt(self, nbytes: int, io_s: float, seconds: float) -> None:
         """A prompt took ``seconds``, in ``io_s`` of which at least one read of its ``nbytes`` was running.
 
-        Where that was the bound, it tells what the link gives in the long run: some give more after a rest.
+        Where that was the bound, it tells what the link gives in the long run: some give more after a rest. Where it
+        was not, only that a link said to be slower is faster now.
         """
-        bound = io_s >= _LINK_BOUND * seconds and nbytes >= _ENOUGH_EXPERTS * self._expert_bytes
-        self._link_s = seconds * self._expert_bytes / nbytes if bound else None
+        if nbytes < _ENOUGH_EXPERTS * self._expert_bytes:
+            return
+        expert_s = seconds * self._expert_bytes / nbytes
+        if io_s >= _LINK_BOUND * seconds:
+            self._link_s = expert_s
+        elif self._link_s is not None and expert_s < self._link_s:
+            self._link_s = None
 
     def saw_layer(self, seconds: float) -> None:
         """``seconds`` passed from one routing to the next, waits left out."""
@@ -275,9 +322,9 @@ class Controller:
         if not self._step:
             return
         if not self.speculating:
-            self._beyond_alone.add(now.stall_s - now.needed * self._expert_s)
+            self._alone.add(now.needed, now.stall_s, self._expert_s)
             return
-        self._beyond.add(now.stall_s - now.needed * self._expert_s)
+        self._with.add(now.needed, now.stall_s, self._expert_s)
         self._ahead_bytes.add(now.ahead_bytes)
         self._ask_s.add(now.ask_s)
         self._used.add(now.used)
@@ -317,12 +364,12 @@ class Controller:
 
     def _decide(self) -> Decision:
         precision, early = self._precision, self._all.cases < _WARM_UP and self._step <= 2 * _WARM_UP
-        if early or None in (self._read_s.value, self._beyond.value, self._beyond_alone.value):
+        if early or not self._with.steps or not self._alone.steps:
             return Decision(not self._slow, "slow link: tried now and then" if self._slow else "warming up", precision)
         expert_s = self._expert_s
-        saved_s = self._beyond_alone.get() - self._beyond.get()
+        saved_s = self._alone.beyond(expert_s) - self._with.beyond(expert_s)
         if self._slow:
-            saved_s -= _ERRORS * math.hypot(self._beyond_alone.error, self._beyond.error)
+            saved_s -= _ERRORS * math.hypot(self._alone.error, self._with.error)
         gain = max(0.0, min(saved_s, self._used.get() * max(expert_s, self._miss_s.get())))
         loss = self._ahead_bytes.get() * CPU_SECONDS_PER_BYTE + self._ask_s.get() + self._ghosts.get() * expert_s
         enabled = gain > loss

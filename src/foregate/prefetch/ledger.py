@@ -16,7 +16,7 @@ class Account:
     unused: int = 0
     declined: int = 0
     window_s: float = 0.0
-    """Seconds from the prediction to the routing, on average."""
+    """Seconds from the prediction to the routing, waits for reads left out, on average."""
     precision: float | None = None
     """Share of the reads issued that were used, the last ones counting most."""
 

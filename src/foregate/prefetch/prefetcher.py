@@ -111,7 +111,7 @@ class Prefetcher:
         """A decode step knows the routing of ``layer``: its window is over."""
         now, last = self._now(), self._arrived_at
         self._arrived_at = now
-        if last is not None and layer:  # between tokens is more than a layer
+        if last is not None and (layer or len(self._experts) == 1):  # between tokens is more than a layer
             self.controller.saw_layer(now - last)
         for distance, predicted in self._predicted_at.pop(layer, {}).items():
             self.controller.saw_window(layer, distance, now - predicted)
