@@ -73,16 +73,22 @@ def test_the_kept_copy_is_the_result(tmp_path: Path) -> None:
 
 
 def test_a_command_with_an_option_that_is_gone(tmp_path: Path) -> None:
-    """Every command of ``make leaderboard`` parses; a renamed option would be noticed after an hour of training."""
+    """Every command of ``make leaderboard`` parses; a renamed option would be noticed after an hour of training.
+
+    A model in a directory is named where it is run: traces know its name alone.
+    """
+    model = str(tmp_path)
     zoo = tmp_path / "zoo"
     zoo.mkdir()
     for name in ("pre-attention", "fusion", "sequence"):
         (zoo / f"{name}.safetensors").touch()
     group = typer.main.get_command(app)
-    commands = leaderboard.trace_commands("reference", tmp_path, tmp_path, 0.1)
-    commands += leaderboard.train_commands(tmp_path, 2) if "train" in group.commands else []  # type: ignore[attr-defined]
-    evaluation = leaderboard.evaluate_command(tmp_path, 2)
+    commands = leaderboard.trace_commands(model, tmp_path, tmp_path, 0.1)
+    commands += leaderboard.train_commands(model, tmp_path, 2) if "train" in group.commands else []  # type: ignore[attr-defined]
+    evaluation = leaderboard.evaluate_command(model, tmp_path, 2)
     assert any(text.count("+") == 1 and "fusion" in text for text in evaluation)
+    for arguments in [evaluation, *(c for c in commands if "--all" in c)]:
+        assert arguments[arguments.index("--model") + 1] == model
     for arguments in [*commands, evaluation]:
         command = group.commands[arguments[0]]  # type: ignore[attr-defined]
         command.make_context(arguments[0], list(arguments[1:]), resilient_parsing=False)

@@ -148,6 +148,9 @@ def test_an_option_that_is_given_twice_is_refused() -> None:
 
 def test_options_of_a_fleet_name_their_method() -> None:
     assert jobs(["markov"], ["markov:smoothing=2"])[0].given == ("smoothing=2",)
+    assert [job.given for job in jobs(["quasi-hidden", "markov"], [], "here")] == [("model=here",), ()]
+    with pytest.raises(ConfigError, match="none of markov runs the model"):
+        jobs(["markov"], [], "here")
     with pytest.raises(ConfigError, match="NAME:key=value"):
         jobs(["markov"], ["smoothing=2"])
     with pytest.raises(ConfigError, match="unknown predictor 'x'"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +34,9 @@ def train(
     options: Annotated[
         list[str] | None, typer.Option("--set", help="An option of the method, key=value; with --all NAME:key=value.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the traced model lies, for methods that run it; its name if not given.")
+    ] = None,
     lookahead: Annotated[int | None, typer.Option(help="Layers ahead; the method's own if not given.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training prompts at most.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.")] = None,
@@ -52,14 +55,17 @@ def train(
         given = [name for name, value in {**flags, "figure": figure or None}.items() if value is not None]
         if given:
             raise ConfigError(f"--{given[0]} is for one method; with --all give --set NAME:{given[0]}=VALUE")
-        _train_all(trace, out, jobs, only, options or [], threads, as_json)
+        from foregate.training.fleet import jobs as find
+
+        todo = find([name.strip() for name in only.split(",") if name.strip()], options or [], model)
+        _train_all(todo, trace, out, jobs, threads, as_json)
         return
     if jobs != 1 or only:
         raise ConfigError(f"{'--jobs' if jobs != 1 else '--only'} needs --all")
     from foregate.training.run import Request, merge_options
     from foregate.training.run import train as run
 
-    request = Request(predictor or "", tuple(trace), out, merge_options(options or [], **flags), threads)
+    request = Request(predictor or "", tuple(trace), out, merge_options(options or [], **flags, model=model), threads)
     with _bar() as bar:
         artifact = run(request, bar)
     drawn = _draw(request.curve, out) if figure else None
@@ -73,12 +79,10 @@ def train(
 
 
 def _train_all(
-    traces: list[Path], out: Path, count: int, only: str, options: list[str], threads: int | None, as_json: bool
+    todo: Sequence[Job], traces: list[Path], out: Path, count: int, threads: int | None, as_json: bool
 ) -> None:
-    from foregate.training.fleet import jobs as find
     from foregate.training.fleet import train_all
 
-    todo = find([name.strip() for name in only.split(",") if name.strip()], options)
     with _fleet(len(todo)) as bar:
         outcomes = train_all(todo, traces, out, count, threads, bar)
     failed = [outcome for outcome in outcomes if outcome.error]

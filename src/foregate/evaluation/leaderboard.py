@@ -69,11 +69,10 @@ def trace_commands(model: str, out: Path, data: Path, scale: float) -> list[list
     return found
 
 
-def train_commands(out: Path, jobs: int) -> list[list[str]]:
+def train_commands(model: str, out: Path, jobs: int) -> list[list[str]]:
     """``foregate train``: every method on all real domains, and some on one domain alone."""
-    commands = [
-        ["train", "--all", "--jobs", str(jobs), "--threads", "1", *_traces(out, REAL), "--out", str(out / "zoo")]
-    ]
+    every = ["train", "--all", "--jobs", str(jobs), "--threads", "1", *_traces(out, REAL), "--out", str(out / "zoo")]
+    commands = [[*every, *_where(model)]]
     for method in ELSEWHERE:
         for domain in ("code", "synthetic"):
             file = out / "elsewhere" / f"{method}-from-{domain}{SUFFIX}"
@@ -82,10 +81,11 @@ def train_commands(out: Path, jobs: int) -> list[list[str]]:
     return commands
 
 
-def evaluate_command(out: Path, jobs: int) -> list[str]:
+def evaluate_command(model: str, out: Path, jobs: int) -> list[str]:
     """``foregate evaluate`` of everything: registered methods, strangers' included, files, combinations."""
     files = {path.name.removesuffix(SUFFIX): str(path) for path in sorted((out / "zoo").glob(f"*{SUFFIX}"))}
     command = ["evaluate", *_traces(out, REAL), "--all", "--predictors-dir", str(out / "zoo"), "--jobs", str(jobs)]
+    command += _where(model)
     for path in sorted((out / "elsewhere").glob(f"*{SUFFIX}")):
         command += ["--predictor", str(path)]
     for text in COMBINED:
@@ -95,6 +95,11 @@ def evaluate_command(out: Path, jobs: int) -> list[str]:
                 text = text.replace("{" + name + "}", files[name])
             command += ["--predictor", text]
     return [*command, *LIMITS, "--out", str(out / "evaluation")]
+
+
+def _where(model: str) -> list[str]:
+    """``--model`` for a directory: traces know a model's name alone."""
+    return ["--model", model] if Path(model).is_dir() else []
 
 
 def fresh(out: Path) -> bool:
@@ -213,10 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for command in trace_commands(given.model, given.out, given.data_dir, given.scale):
             run_command(command)
         (given.out / "elsewhere").mkdir(parents=True, exist_ok=True)
-        for command in train_commands(given.out, given.jobs):
+        for command in train_commands(given.model, given.out, given.jobs):
             run_command(command)
         if not fresh(given.out):
-            run_command(evaluate_command(given.out, given.jobs))
+            run_command(evaluate_command(given.model, given.out, given.jobs))
         _keep(given.out / "evaluation" / "result.json", given.dev / "results" / f"{name}.json")
     write_table(given.dev / "results", given.dev / "LEADERBOARD.md")
     print(given.dev / "LEADERBOARD.md")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from foregate.checkpoint.anatomy import FlowWatcher
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import open_checkpoint
-from foregate.errors import ConfigError, TraceError
+from foregate.errors import CheckpointError, ConfigError, TraceError
 from foregate.trace.routing import MoeLayer, chosen, hidden_states, moe_layers
 from foregate.training.dataset import TRAIN, Dataset
 from foregate.training.trainer import Fitted, Options, Trainer, Watch
@@ -142,13 +142,17 @@ def _sequences(data: Dataset, tokens: int) -> Iterator[np.ndarray[Any, Any]]:
 def _load(name: str, data: Dataset) -> Any:
     from transformers import AutoModelForCausalLM
 
-    checkpoint = open_checkpoint(locate(name))
+    try:
+        checkpoint = open_checkpoint(locate(name))
+    except CheckpointError as error:
+        hint = "" if name != data.model.name else "; the traces know its name alone: give --model DIRECTORY"
+        raise CheckpointError(f"{error}{hint}") from error
     if checkpoint.packed:
-        raise ConfigError(f"{name} is a pack, which transformers cannot load; give option model=ORIGINAL")
+        raise ConfigError(f"{name} is a pack, which transformers cannot load; give --model ORIGINAL")
     if checkpoint.fingerprint != data.model.fingerprint:
         raise ConfigError(
             f"{name} has fingerprint {checkpoint.fingerprint[:12]}, the traces are of {data.model.fingerprint[:12]}; "
-            "give option model=DIRECTORY"
+            "give --model DIRECTORY"
         )
     return AutoModelForCausalLM.from_pretrained(
         checkpoint.directory, dtype=checkpoint.skeleton.dtype, local_files_only=True

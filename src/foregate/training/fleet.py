@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from foregate.errors import ConfigError
 from foregate.training import TRAINERS
-from foregate.training.run import SUFFIX, Request
+from foregate.training.run import SUFFIX, Request, find_trainer
 from foregate.training.standing import Standing, read
 
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -55,8 +55,11 @@ class FleetBar(Protocol):
     def ended(self, outcome: Outcome) -> None: ...
 
 
-def jobs(only: Sequence[str], given: Sequence[str]) -> list[Job]:
-    """Every method and variant, or ``only`` those; ``given`` are NAME:key=value. Raises ConfigError."""
+def jobs(only: Sequence[str], given: Sequence[str], model: str | None = None) -> list[Job]:
+    """Every method and variant, or ``only`` those; ``given`` are NAME:key=value. ``model`` is for those that run it.
+
+    Raises ConfigError.
+    """
     known = {**{name: (name, ()) for name in TRAINERS.names}, **VARIANTS}
     wanted = list(only) or list(known)
     own: dict[str, list[str]] = {name: [] for name in wanted}
@@ -68,6 +71,12 @@ def jobs(only: Sequence[str], given: Sequence[str]) -> list[Job]:
         if not colon or name not in own:
             raise ConfigError(f"--set {text!r}: with --all it is NAME:key=value, NAME one of: {', '.join(own)}")
         own[name].append(option)
+    if model is not None:
+        running = [name for name in wanted if hasattr(find_trainer(known[name][0]).options, "model")]
+        if not running:
+            raise ConfigError(f"--model {model}: none of {', '.join(wanted)} runs the model")
+        for name in running:
+            own[name].append(f"model={model}")
     return [Job(name, known[name][0], (*known[name][1], *own[name])) for name in wanted]
 
 
