@@ -97,14 +97,20 @@ def test_a_checkpoint_of_other_options_is_not_continued(
     trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "p.safetensors"
+    checkpoints: list[str] = []
 
     def dying(self: Any) -> None:
+        for name in checkpoints:
+            (out.with_suffix(".training") / name).touch()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Training, "run", dying)
         with pytest.raises(KeyboardInterrupt):
             train(request(trace, out), Bar())
+        checkpoints.append("state")
+        with pytest.raises(KeyboardInterrupt):  # nothing was lost by what ended before its first checkpoint
+            train(request(trace, out, *QUICK, "seed=8"), Bar())
     with pytest.raises(ConfigError, match="other data or options"):
         train(request(trace, out, *QUICK, "seed=9"), Bar())
 

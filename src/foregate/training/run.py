@@ -187,7 +187,8 @@ def _finished(request: Request, wanted: Mapping[str, Any]) -> Artifact | None:
 def _claim(request: Request, wanted: Mapping[str, Any], bar: Bar) -> None:
     """Make the state directory, or find that it belongs to this training."""
     path = request.state / REQUEST
-    if path.exists():
+    # One that ended before its first checkpoint has nothing to lose: mended options may take its place.
+    if path.exists() and any(file.name != REQUEST for file in request.state.iterdir()):
         if json.loads(path.read_text()) != wanted:
             raise ConfigError(f"{request.state} is of a training with other data or options; delete it to begin anew")
         bar.tell(f"continuing the interrupted training in {request.state}")
