@@ -14,6 +14,7 @@ import pytest
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
 from foregate.errors import ConfigError, ForegateError, PromptError
+from foregate.experts.echo import Echo
 from foregate.predictors.oracle import RouteRecorder
 from foregate.types import FinishReason
 
@@ -200,3 +201,10 @@ def cached_pages(file: Path) -> int:
         start = ctypes.addressof(ctypes.c_char.from_buffer(view))
         assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(size), pages) == 0
         return sum(page & 1 for page in pages)
+
+
+def test_where_every_expert_fits_no_policy_watches_the_routing(tiny: Tiny) -> None:
+    for budget, watches in (("100%", False), ("50%", True)):
+        with Engine(RunConfig(model=str(tiny("mixtral")), memory_budget=budget, cache_policy="echo")) as engine:
+            assert (engine.runtime._informed is not None) is watches
+            assert isinstance(engine.cache.policy, Echo) is watches

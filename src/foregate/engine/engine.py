@@ -260,7 +260,9 @@ class Engine:
         """The parts with state, new and cold, over the same pool, model and reader threads."""
         config, spec = self.config, self.spec
         self.staging = self._plan_staging()
-        self.cache = ExpertCache(self.pool, POLICIES.load(config.cache_policy)(), events=self.events)
+        # Where every expert fits, nothing is ever evicted: then the cheapest policy does, and none watches the routing.
+        policy = config.cache_policy if self.plan.slots < spec.experts else "lru"
+        self.cache = ExpertCache(self.pool, POLICIES.load(policy)(), events=self.events)
         controller = Controller(
             parse_prefetch(config.prefetch),
             expert_bytes=spec.expert_slot_bytes,
