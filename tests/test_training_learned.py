@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from foregate.errors import ConfigError
 from foregate.native import products
+from foregate.native.predict import available
 from foregate.predictors import PREDICTORS
 from foregate.predictors.file import Artifact, load
 from foregate.testing.routing import FEATURES, MadeModel, made_trace
@@ -179,7 +180,7 @@ def test_what_torch_trained_is_served_with_the_same_scores(
                 predictor.observe(signals.step(token, layer))
 
 
-@pytest.mark.skipif(products._linear() is None, reason="the kernels are not built")
+@pytest.mark.skipif(not available(), reason="the kernels are not built")
 @pytest.mark.parametrize(
     ("name", "given"), [case for case in CASES if case[0] in ("pre-attention", "fusion")], ids=lambda value: str(value)
 )
@@ -187,7 +188,8 @@ def test_one_compiled_call_gives_what_the_steps_give(name: str, given: Sequence[
     """The same bf16 weights, multiplied step by step."""
     made, options = learner(name, data, *given)
     one, steps = (served(name, made, options, data, {}) for _ in range(2))
-    steps._kernel = None  # type: ignore[attr-defined]
+    assert steps._kernel is not None
+    steps._kernel = None
     prompt = next(p for p in data.prompts(TRAIN) if p.tokens > 8)
     signals = Replayed(prompt)
     for token in range(prompt.tokens):

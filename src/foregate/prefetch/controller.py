@@ -8,7 +8,8 @@ what readers have of it in their hands when the window ends: on a slow link a de
 long, and the link's time for each expert that is needed more or less than there, less what was really waited for, is
 what it saves: waste, queues and a link that never rests are in that. It must be more than the predictor's time, the CPU
 time of reading beside computation, and the hits that the slots set aside would have been (counted: misses of experts
-that were evicted last).
+that were evicted last). On a slow link, which needs many layers' time for an expert, little can be saved and much be
+lost: there it is off at first, must have paid in the steps that probe, and by more than chance.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class _Waits:
 
 
 class Controller:
-    """``limit`` None decides by the cost model; a number is taken as it is (0: never).
+    """``limit`` None decides by the cost model; a number is taken as it is (0: never). ``readers`` read chunks at once.
 
     ``off_reason`` switches speculation off for good, for a reason known beforehand (no staging room, all fits).
     """
@@ -156,7 +157,7 @@ class Controller:
         """For one expert, where a prompt was read as fast as the link gave it."""
         self._now = _Counts()
         self._step = 0
-        self._explored = 0
+        self._issued = 0
         """Reads of this step."""
         self._probe_at = PROBE_EVERY
         self._probe_every = PROBE_EVERY
@@ -172,7 +173,7 @@ class Controller:
         self._close_step()
         probed = self._probing
         self._step += 1
-        self._explored = 0
+        self._issued = 0
         if self.off_reason or self.fixed is not None:
             return
         decided = self._decide()
@@ -213,7 +214,7 @@ class Controller:
 
     def value(self, guess: Guess, queued: int) -> float:
         """Seconds that a read for ``guess``, behind ``queued`` reads in flight, saves more than it costs. Expected."""
-        exploring = guess.rank == 0 and self._explored < _EXPLORED and (self._all.cases < _WARM_UP or self._probing)
+        exploring = guess.rank == 0 and self._issued < _EXPLORED and (self._all.cases < _WARM_UP or self._probing)
         p, window = 1.0 if exploring else self.precision(guess), self._window(guess)
         return p * self._saving(window, queued) - (1.0 - p) * self._waste(window, queued)
 
@@ -234,7 +235,7 @@ class Controller:
 
     def issued(self, guess: Guess) -> None:
         """A read for ``guess`` was submitted."""
-        self._explored += 1
+        self._issued += 1
         self.ledger.accounts[guess.layer].issued += 1
 
     def declined(self, guess: Guess) -> None:

@@ -1,0 +1,227 @@
+"""The controller: what each speculative read is worth, and whether speculation pays at all. No model, no timing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+
+from foregate.prefetch.average import Spread
+from foregate.prefetch.controller import CONTROL_EVERY, PROBE_EVERY, Controller, Guess
+
+LAYERS = 3
+
+
+def controller(limit: int | None = None, **settings: str) -> Controller:
+    return Controller(limit, expert_bytes=8 * 2**20, chunk_bytes=2**20, layers=LAYERS, **settings)
+
+
+def test_a_fixed_limit_is_taken_as_it_is() -> None:
+    assert controller(3).allowance(2) == 3
+    assert controller(0).allowance(2) == 0
+
+
+def judged(used: int, wasted: int) -> Controller:
+    """After steps of ten reads of 8 ms each, in windows of 10 ms, as many of which were used."""
+    c = controller()
+    outcomes = [True] * used + [False] * wasted
+    for step in range(0, len(outcomes), 10):
+        c.begin_step()
+        c.saw_io(8 * 2**20, 0.008)
+        c.saw_misses(1, 0.008)
+        here = outcomes[step : step + 10]
+        c.saw_step(10, 0.008 * (1 + here.count(False)) if c.speculating else 0.080, 10 * 8 * 2**20)
+        c.saw_prediction(0.0001)
+        c.saw_window(1, 1, 0.010)
+        for outcome in outcomes[step : step + 10]:
+            c.judge(Guess(1, 1, 0), used=outcome)
+    return c
+
+
+def test_speculation_that_pays_stays_on() -> None:
+    c = judged(used=50, wasted=0)
+    c.begin_step()
+    assert c.decision.enabled
+    assert "pays: saves" in c.decision.reason
+    assert c.allowance(4) == 4
+
+
+def test_where_the_link_never_rests_reads_that_are_used_save_nothing() -> None:
+    c = controller()
+    for _ in range(20):
+        c.begin_step()
+        c.saw_io(10 * 8 * 2**20, 0.080)
+        c.saw_misses(5, 0.040)
+        # Nine reads are needed, one was in vain: computation hides 5 ms, and the waste has taken 8.
+        c.saw_step(9, 0.075 if c.speculating else 0.072, 5 * 8 * 2**20)
+        c.saw_prediction(0.0001)
+        for outcome in [True, True, True, True, False]:
+            c.judge(Guess(1, 1, 0), used=outcome)
+    c.begin_step()
+    assert not c.decision.enabled
+    assert "does not pay" in c.decision.reason
+
+
+def test_a_read_that_is_cancelled_before_it_began_costs_nothing() -> None:
+    c = controller()
+    for _ in range(20):
+        c.begin_step()
+        c.saw_io(4 * 8 * 2**20, 0.032)
+        c.saw_misses(1, 0.008)
+        c.saw_step(4, 0.008 if c.speculating else 0.032, 3 * 8 * 2**20)
+        for outcome in [True, True, True, False, False, False]:
+            c.judge(Guess(1, 1, 0), used=outcome)
+    assert c.decision.enabled
+
+
+def test_what_is_not_waited_for_without_speculation_is_not_its_merit() -> None:
+    for without in (0.032, 0.003):
+        c = controller()
+        for _ in range(2 * CONTROL_EVERY):
+            c.begin_step()
+            c.saw_io(4 * 8 * 2**20, 0.032)
+            c.saw_misses(1, 0.008)
+            c.saw_step(4, 0.002 if c.speculating else without, 4 * 8 * 2**20)
+            for outcome in [True, True, True, False]:
+                c.judge(Guess(1, 1, 0), used=outcome)
+        assert c.decision.enabled is (without == 0.032)
+
+
+def test_a_read_is_worth_what_its_window_has_room_for() -> None:
+    c = judged(used=60, wasted=0)
+    first, second, third = (c.value(Guess(1, 1, 0), queued) for queued in (0, 1, 2))
+    assert first > second > 0 >= third  # 8 ms fit the window of 10 ms, then 2 ms are left, then nothing
+    assert judged(used=20, wasted=60).value(Guess(1, 1, 0), 0) < first
+
+
+def test_hits_lost_to_the_reserve_count_against_speculation() -> None:
+    c = judged(used=50, wasted=0)
+    for _ in range(60):
+        c.begin_step()
+        c.judge(Guess(1, 1, 0), used=True)
+        for _ in range(5):
+            c.saw_ghost()
+    c.begin_step()
+    assert not c.decision.enabled
+    assert "hits lost" in c.decision.reason
+
+
+def test_speculation_that_wastes_is_switched_off_but_probed() -> None:
+    c = judged(used=0, wasted=200)
+    allowed = []
+    for _ in range(4 * PROBE_EVERY):
+        c.begin_step()
+        allowed.append(c.allowance(4))
+    assert not c.decision.enabled
+    assert "does not pay" in c.decision.reason
+    assert sum(value > 0 for value in allowed) == 1  # the one before was among the steps that judged, the next is later
+    assert c.switches == 1
+
+
+def on_a_slow_link(alone_s: Sequence[float], with_s: Sequence[float], steps: int) -> Controller:
+    """An expert takes 16 ms, a layer 2: steps need four and wait as long as the sequences say, in turn."""
+    c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=8, layers=LAYERS)
+    c.saw_prompt(100 * 8 * 2**20, 1.6, 1.6)
+    for step in range(steps):
+        c.begin_step()
+        c.saw_layer(0.002)
+        c.saw_io(4 * 8 * 2**20, 0.064)
+        waits = with_s if c.speculating else alone_s
+        c.saw_step(4, waits[step % len(waits)], 3 * 8 * 2**20 if c.speculating else 0)
+        if c.speculating:
+            for outcome in [True, True, True, False]:
+                c.judge(Guess(1, 1, 0), used=outcome)
+    return c
+
+
+def test_on_a_slow_link_speculation_is_off_until_it_has_paid_beyond_chance() -> None:
+    early = on_a_slow_link([0.064], [0.030], 10)
+    assert (early.decision.enabled, early.decision.reason) == (False, "slow link: tried now and then")
+    assert on_a_slow_link([0.064, 0.066], [0.030, 0.032], 120).decision.enabled
+    # A mean of 60 ms against 50, but of waits of 10 and 110: that may be chance.
+    assert not on_a_slow_link([0.010, 0.110], [0.050], 120).decision.enabled
+
+
+def test_a_link_that_gives_more_after_a_rest_is_taken_for_what_it_gives_in_the_long_run() -> None:
+    c = on_a_slow_link([0.064], [0.064], 10)
+    c.saw_io(8 * 2**20, 0.001)
+    c.saw_window(1, 1, 0.002)
+    # 2 ms may be saved, and 14 of 16 lost.
+    bound = c.value(Guess(1, 1, 1), 0)
+    assert bound < 0
+    for nothing in ((0, 0.0, 0.1), (10 * 8 * 2**20, 0.01, 0.01), (100 * 8 * 2**20, 0.8, 1.7)):
+        c.saw_prompt(*nothing)
+        assert c.value(Guess(1, 1, 1), 0) == bound
+    c.saw_prompt(100 * 8 * 2**20, 0.8, 1.2)  # faster, and computing was the bound
+    assert c.value(Guess(1, 1, 1), 0) > bound
+
+
+def test_probes_try_best_guesses_that_have_become_better() -> None:
+    c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=8, layers=LAYERS)
+    best, reads = Guess(1, 1, 0), []
+    for step in range(400):
+        c.begin_step()
+        c.saw_io(4 * 8 * 2**20, 0.032)
+        c.saw_window(1, 1, 0.003)
+        here = 0
+        while c.speculating and here < 3 and c.value(best, 0) > 0:
+            c.issued(best)
+            c.judge(best, used=step > 50)
+            here += 1
+        c.saw_prediction(0.0005)
+        c.saw_step(4, 0.032 - 0.003 * here * (step > 50), here * 8 * 2**20)
+        reads.append(here)
+    assert sum(reads[20:50]) <= 8
+    assert min(reads[-10:]) > 0
+    assert c.decision.enabled
+
+
+def test_a_predictor_is_asked_once_before_it_is_believed_again() -> None:
+    c = judged(used=0, wasted=200)
+    asked = []
+    for _ in range(3 * PROBE_EVERY):
+        c.begin_step()
+        asked.append((c.rehearsing, c.speculating))
+    for now, then in pairwise(asked):
+        assert now[0] is (then[1] and not now[1])
+    assert any(rehearses for rehearses, _ in asked)
+    assert not any(c.rehearsing for c in (controller(3), controller(0), controller(None, off_reason="no staging")))
+
+
+def test_where_nothing_is_read_predictions_are_not_asked_for_ever() -> None:
+    c = controller()
+    for _ in range(40):
+        c.begin_step()
+        c.saw_step(0, 0.0, 0)
+        c.saw_prediction(0.004)
+    assert not c.decision.enabled
+
+
+def test_what_a_wrong_read_holds_up_counts_against_it() -> None:
+    one, eight = (Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=n, layers=LAYERS) for n in (1, 8))
+    for c in (one, eight):
+        c.begin_step()
+        c.saw_io(8 * 2**20, 0.016)
+        c.saw_window(1, 1, 0.004)
+        for outcome in [True, True, True, False] * 3:
+            c.judge(Guess(1, 1, 0), used=outcome)
+    assert one.value(Guess(1, 1, 0), 0) > 0 > eight.value(Guess(1, 1, 0), 0)
+
+
+def test_means_are_plain_at_first_and_forget_later() -> None:
+    mean = Spread(0.25)
+    for value in (1.0, 3.0):
+        mean.add(value)
+    assert mean.get() == 2.0
+    assert mean.error == 1.0
+    for _ in range(100):
+        mean.add(7.0)
+    assert mean.get() == pytest.approx(7.0)
+    assert mean.error == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_reason_known_beforehand_is_final() -> None:
+    c = controller(None, off_reason="no staging")
+    c.begin_step()
+    assert (c.allowance(4), c.decision.reason) == (0, "no staging")
