@@ -160,6 +160,11 @@ class Signals(Protocol):
         """
         ...
 
+    def addresses(self, *names: str) -> tuple[tuple[int, ...], int] | None:
+        """Where ``hidden`` of each name lies in memory until this layer ends, and in which format of
+        ``native.matrix``; None where only ``hidden`` tells. For compiled predictors: a copy takes them too long."""
+        ...
+
     def normed(self, target: int, residual: NDArray[np.float32]) -> NDArray[np.float32]:
         """Norm_target(``residual``), [D]: what the router of MoE layer ``target`` would be fed."""
         ...

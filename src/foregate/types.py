@@ -5,6 +5,7 @@ Shapes: T tokens, k experts chosen per token, E experts of a layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -94,8 +95,7 @@ class RoutingStep:
     weights: NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Experts that ``layer`` may need, most likely first. A hint for transfers, never for the routing.
 
     Of L MoE layers, ``layer`` L + m is layer m of the *next* token.
@@ -103,7 +103,7 @@ class Prediction:
 
     layer: int
     experts: tuple[int, ...]
-    scores: tuple[float, ...]
+    scores: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)

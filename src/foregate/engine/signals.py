@@ -18,12 +18,15 @@ from foregate.engine.norms import native_norm
 from foregate.engine.plain_gate import PlainGate, order
 from foregate.errors import ConfigError
 from foregate.native.kernels import Ranker
+from foregate.native.matrix import BF16, F32
 from foregate.types import Moment, RoutingStep
 
 Ranking = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 KEPT_ROWS = 16
 """Tokens of a prompt whose hidden states outlive their layer."""
+
+_FORMATS = {torch.bfloat16: BF16, torch.float32: F32}
 
 FEATURES = ("pre_attention", "residual", "router_input")
 
@@ -47,6 +50,7 @@ class ModelSignals:
         self.reached: Callable[[int, Moment], None] = lambda layer, moment: None
         self.family = family
         self._dtype = next(model.parameters()).dtype
+        self._format = _FORMATS.get(self._dtype)
         self._flow = FlowWatcher(model, paths, experts, self._at)
         self._plain = [PlainGate(part.router, part.experts) for part in self._flow.parts]
         self._rankers: dict[tuple[int, bool], Ranker | None] = {}
@@ -89,6 +93,16 @@ class ModelSignals:
     def hidden(self, name: str) -> NDArray[np.float32]:
         """See ``interfaces.Signals``."""
         return _floats(self._known(name))
+
+    def addresses(self, *names: str) -> tuple[tuple[int, ...], int] | None:
+        """See ``interfaces.Signals``."""
+        dtype, found = self._dtype, []
+        for name in names:
+            value = self._known(name)
+            if value.dtype is not dtype or not value.is_cpu or not value.is_contiguous():
+                return None
+            found.append(value.data_ptr())
+        return (tuple(found), self._format) if self._format is not None else None
 
     def normed(self, target: int, residual: NDArray[np.float32]) -> NDArray[np.float32]:
         """See ``interfaces.Signals``."""

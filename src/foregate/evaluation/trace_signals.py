@@ -79,6 +79,9 @@ class TraceSignals:
         row: NDArray[np.float32] = self._rows(name)[self._token]
         return row
 
+    def addresses(self, *names: str) -> None:
+        """See ``interfaces.Signals``: None, as what was recorded need not outlive the question."""
+
     @torch.inference_mode()
     def normed(self, target: int, residual: NDArray[np.float32]) -> NDArray[np.float32]:
         """See ``interfaces.Signals``."""

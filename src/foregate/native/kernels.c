@@ -19,6 +19,7 @@
 
 enum { BF16 = 0, INT8 = 1, INT4 = 2, F32 = 3 };
 enum { ROWS = 16, STEP = 64, QUANTUM = 8 };
+#define ALWAYS static inline __attribute__((always_inline)) /* compiled anew for the processor of each caller */
 #define LEVELS 32512.0f /* 127 * 256: the high half stays within int8 */
 #define CHUNK_BYTES (48 << 10)
 #define AHEAD 1536 /* bytes of software prefetch into L2: from 4 KB on it gets in the way of the processor's own */
@@ -52,9 +53,14 @@ static inline float from_bf16(uint16_t bits) {
     return value;
 }
 
-static inline uint16_t to_bf16(float value) {
+static inline uint32_t bits_of(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
+    return bits;
+}
+
+static inline uint16_t to_bf16(float value) {
+    uint32_t bits = bits_of(value);
     if (value != value)
         return (uint16_t)(bits >> 16 | 0x40);
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -69,34 +75,38 @@ static void split_floats(const float *x, int n, input *in) {
     }
 }
 
-static inline __attribute__((always_inline)) void quantise_any(const float *x, int n, int group, input *in) {
-    float largest = 0.0f, poison = 0.0f;
+ALWAYS void quantise_any(const float *x, int n, int group, input *in) {
+    int16_t *restrict wide = in->wide; /* stores of bytes might change `in` itself, as far as C knows */
+    int8_t *restrict hi = in->hi, *restrict lo = in->lo;
+    uint32_t top = 0; /* sizes by their bits: a maximum of integers takes every lane of a vector */
     for (int i = 0; i < n; i++) {
-        float size = fabsf(x[i]);
-        largest = size > largest ? size : largest;
+        uint32_t size = bits_of(x[i]) & 0x7fffffff;
+        top = size > top ? size : top;
     }
-    for (int i = 0; i < n; i++)
-        poison += x[i] * 0.0f; /* 0, or NaN where an input is infinite or NaN */
-    if (poison != 0.0f)
-        largest = 0.0f;
-    in->scale = largest > 1e-30f ? largest / LEVELS : poison;
-    float inverse = largest > 1e-30f ? LEVELS / largest : 0.0f;
-    if (poison != 0.0f)
-        in->scale = poison;
-    int64_t sum = 0;
-    for (int i = 0; i < n; i++)
-        in->wide[i] = (int16_t)(poison != 0.0f ? 0.0f : nearbyintf(x[i] * inverse));
+    const int real = top < 0x7f800000; /* otherwise an input is infinite or NaN, and so is every result */
+    float largest;
+    memcpy(&largest, &top, 4);
+    const int any = real && largest > 1e-30f;
+    in->scale = any ? largest / LEVELS : real ? 0.0f : NAN;
+    const float inverse = any ? LEVELS / largest : 0.0f;
+    if (real)
+        for (int i = 0; i < n; i++)
+            wide[i] = (int16_t)nearbyintf(x[i] * inverse);
+    else
+        memset(wide, 0, (size_t)n * 2);
     for (int i = 0; i < n; i++) {
-        int value = in->wide[i], hi = (value + 128) >> 8;
-        in->hi[i] = (int8_t)hi;
-        in->lo[i] = (int8_t)(value - 256 * hi);
-        sum += value;
+        int16_t high = (int16_t)((wide[i] + 128) >> 8);
+        hi[i] = (int8_t)high;
+        lo[i] = (int8_t)(wide[i] - 256 * high);
     }
+    int32_t sum = 0; /* 65536 columns of 32512 fit */
+    for (int i = 0; i < n; i++)
+        sum += wide[i];
     in->sum = sum;
     for (int g = 0; group && g * group < n; g++) {
         int32_t part = 0;
         for (int i = g * group; i < (g + 1) * group && i < n; i++)
-            part += in->wide[i];
+            part += wide[i];
         in->group_sums[g] = part;
     }
 }
@@ -453,8 +463,11 @@ AVX512 static void int4_avx512(const matrix *m, int row, int rows, const input *
 
 /* ---- Dispatch ---- */
 
+enum { PORTABLE, WITH_AVX2, WITH_AVX512 };
+
 static struct {
     const char *name;
+    int level;
     kernel_fn kernels[3];
     void (*quantise)(const float *x, int n, int group, input *in);
     norm_fn norm;
@@ -466,6 +479,7 @@ static void quantise_plain(const float *x, int n, int group, input *in) { quanti
 
 static void choose(int level) {
     chosen.name = "portable";
+    chosen.level = PORTABLE;
     chosen.kernels[BF16] = bf16_plain;
     chosen.kernels[INT8] = int8_plain;
     chosen.kernels[INT4] = int4_plain;
@@ -481,6 +495,7 @@ static void choose(int level) {
                  __builtin_cpu_supports("avx512vnni");
     if (avx2 && level >= 1) {
         chosen.name = "avx2";
+        chosen.level = WITH_AVX2;
         chosen.kernels[BF16] = bf16_avx2;
         chosen.kernels[INT8] = int8_avx2;
         chosen.kernels[INT4] = int4_avx2;
@@ -491,6 +506,7 @@ static void choose(int level) {
     }
     if (avx2 && avx512 && level >= 2) {
         chosen.name = "avx512-vnni";
+        chosen.level = WITH_AVX512;
         chosen.kernels[BF16] = bf16_avx512;
         chosen.kernels[INT8] = int8_avx512;
         chosen.kernels[INT4] = int4_avx512;
@@ -565,7 +581,7 @@ static void make_input(const matrix *m, const float *x, input *in) {
     chosen.quantise(x, n, m->group, in);
 }
 
-static void load_row(const void *x, int dtype, int row, int n, float *out, int padded) {
+ALWAYS void load_row(const void *x, int dtype, int row, int n, float *restrict out, int padded) {
     if (dtype == F32)
         memcpy(out, (const float *)x + (size_t)row * n, (size_t)n * 4);
     else
@@ -693,7 +709,7 @@ AVX512 static void silu_avx512(const float *g, const float *u, float *out, int n
 
 static void activate(const float *g, const float *u, float *out, int rows) {
 #ifdef X86
-    if (chosen.kernels[BF16] == bf16_avx512) {
+    if (chosen.level == WITH_AVX512) {
         silu_avx512(g, u, out, round_up(rows, ROWS)); /* out is padded, and what is beyond is cleared below */
         return;
     }

@@ -25,6 +25,12 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class RowsOf(ctypes.Structure):
+    """``rows`` of predict.h. Holds no reference either."""
+
+    _fields_ = [("values", c_void_p), ("scales", c_void_p)]
+
+
 _threads: int | None = None
 
 

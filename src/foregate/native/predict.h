@@ -1,4 +1,5 @@
-/* What trained predictors compute for one token and layer, each in one call. Included by kernels.c. Matrices are bf16.
+/* What trained predictors compute for one token and layer, each in one call. Included by kernels.c. Matrices are int8
+ * or int4: most of what a prediction costs is the memory that it reads.
  *
  * L layers, E experts, D hidden, H hops that were trained, A of them asked for, R width of a network. */
 #ifndef FOREGATE_PREDICT_H
@@ -15,26 +16,83 @@ static void apply(const matrix *m, const float *x, float *out, int threads) {
 
 static size_t apply_bytes(const matrix *m) { return input_bytes(m) + (size_t)round_up(m->columns, STEP) * 4 + 64; }
 
-static float *padded_floats(int n) {
-    int padded = round_up(n, STEP);
+/* `n` floats and zeros up to `columns` of a matrix, and on to a whole step. */
+static float *padded_floats(int n, int columns) {
+    int padded = round_up(columns, STEP);
     float *found = carve((size_t)padded * 4);
     memset(found + n, 0, (size_t)(padded - n) * 4);
     return found;
 }
 
-static float inverse_rms(const float *x, int n) {
+ALWAYS float inverse_rms(const float *x, int n) {
     float sums[16] = {0}, sum = 0.0f;
-    for (int i = 0; i < n; i += 16)
-        for (int j = 0; j < 16 && i + j < n; j++)
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++)
             sums[j] += x[i + j] * x[i + j];
+    for (; i < n; i++)
+        sum += x[i] * x[i];
     for (int j = 0; j < 16; j++)
         sum += sums[j];
     return 1.0f / sqrtf(sum / (float)n + 1e-9f);
 }
 
-static void add_floats(float *to, const float *from, float factor, int n) {
+/* Rows to pick and add: row k, column n is values[k N + n] * scales[n]. */
+typedef struct {
+    const int8_t *values;
+    const float *scales;
+} rows;
+
+/* out [N] = the sum of `count` rows `ids`, each times its factor. Four at a time: `out` is read
+ * and written less. */
+ALWAYS void add_rows(const rows *from, int n, const int32_t *ids, const float *factors, int count, float *restrict out) {
+    memset(out, 0, (size_t)n * 4);
+    for (int k = 0; k < count; k += 4) {
+        const int8_t *row[4];
+        float factor[4];
+        for (int j = 0; j < 4; j++) {
+            int at = k + j < count ? k + j : k;
+            row[j] = from->values + (size_t)ids[at] * n;
+            factor[j] = k + j < count ? factors[at] : 0.0f;
+        }
+        for (int i = 0; i < n; i++)
+            out[i] += factor[0] * row[0][i] + factor[1] * row[1][i] + factor[2] * row[2][i] + factor[3] * row[3][i];
+    }
     for (int i = 0; i < n; i++)
-        to[i] += factor * from[i];
+        out[i] *= from->scales[i];
+}
+
+/* ---- Experts by their scores ---- */
+
+/* Grows as the score falls, then as the row grows: order of a stable sort by falling score. NaN comes last. */
+ALWAYS uint64_t place_key(float score, int row) {
+    uint32_t bits = bits_of(score + 0.0f), grows = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (uint64_t)(score != score ? UINT32_MAX : ~grows) << 32 | (uint32_t)row;
+}
+
+/* The best `most` of `scores` [N], or all: their rows to `order`, their scores to `best`. `keys` has room for as many. */
+ALWAYS void sort_scores(const float *scores, int n, int most, uint64_t *keys, int32_t *order, float *best) {
+    int held = 0;
+    for (int i = 0; i < n; i++) {
+        uint64_t key = place_key(scores[i], i);
+        if (held == most && keys[held - 1] < key)
+            continue;
+        int low = 0, high = held;
+        while (low < high) {
+            int middle = (low + high) / 2;
+            if (keys[middle] < key)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        held += held < most;
+        memmove(keys + low + 1, keys + low, (size_t)(held - 1 - low) * 8);
+        keys[low] = key;
+    }
+    for (int i = 0; i < held; i++) {
+        order[i] = (int32_t)(uint32_t)keys[i];
+        best[i] = scores[order[i]];
+    }
 }
 
 /* ---- second act(first x + first_bias) + second_bias ---- */
@@ -44,116 +102,179 @@ enum { SILU = 0, GELU = 1 };
 typedef struct {
     matrix first, second; /* [R, K], [E, R] */
     const float *first_bias, *second_bias;
-    int32_t activation;
+    int32_t activation, experts, named; /* experts that the layer has, at most E; how many of them to name */
 } network;
 
 static float gelu(float x) { return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x))); }
 
-/* out [E] of x [K]. As foregate_linear. */
-int foregate_network(const network *n, const float *x, float *out, int threads) {
+/* The best experts for x [K] and their scores. As foregate_linear. */
+int foregate_network(const network *n, const float *x, float *scores, int32_t *order, int threads) {
     choose_best();
-    const int inputs = n->first.columns, width = n->first.rows;
-    if (refuse(&n->first, 1) || refuse(&n->second, 1) || n->first.dtype != BF16 || n->second.dtype != BF16 ||
-        n->second.columns != width)
+    const int inputs = n->first.columns, width = n->first.rows, experts = n->second.rows;
+    if (refuse(&n->first, 1) || refuse(&n->second, 1) || n->second.columns != width || n->experts > experts ||
+        n->named < 1 || n->named > n->experts)
         return 1;
-    if (!reserve(apply_bytes(&n->first) + apply_bytes(&n->second)))
+    if (!reserve(apply_bytes(&n->first) + apply_bytes(&n->second) + (size_t)experts * 12 + 256))
         return 2;
-    float *row = padded_floats(inputs), *inner = padded_floats(width);
+    float *row = padded_floats(inputs, inputs), *inner = padded_floats(width, width), *all = carve((size_t)experts * 4);
+    uint64_t *keys = carve((size_t)n->named * 8);
     memcpy(row, x, (size_t)inputs * 4);
     apply(&n->first, row, inner, threads);
     for (int i = 0; i < width; i++) {
         float value = inner[i] + n->first_bias[i];
         inner[i] = n->activation == GELU ? gelu(value) : silu_times(value, 1.0f);
     }
-    apply(&n->second, inner, out, threads);
-    add_floats(out, n->second_bias, 1.0f, n->second.rows);
+    apply(&n->second, inner, all, threads);
+    for (int e = 0; e < n->experts; e++)
+        all[e] += n->second_bias[e];
+    sort_scores(all, n->experts, n->named, keys, order, scores);
     return 0;
 }
 
 /* ---- Fusion: predictors/fusion.py says what it computes ---- */
 
 typedef struct {
-    matrix dense, outward; /* [R, (2 + H) D] of what is known, [A D + A E, R] */
+    matrix dense, outward; /* [R, (2 + H) D] of what is known, [A (D + E), R]; either may be filled up with zeros */
     const matrix *routers; /* A of [E, D] */
-    const float *picked;   /* [E, 2 R + A D]: what a chosen expert adds to the inner values, their gates, the guess */
+    rows picked;           /* [E, 2 R + A D]: what a chosen expert adds to the inner values, their gates, the guess */
     const float *base;     /* [2 R + A D]: what is there without any */
+    const rows *repeats;   /* A of [E, E] */
     const float *bias;     /* [A, E] */
-    const float *repeat;   /* [A, E, E] */
     int32_t hops, asked, width, hidden, experts;
 } fusion;
 
-/* Rows of the model's state: `now` and `last` are residuals [L, D] of this token and the last, `chosen` [L, E]. */
+/* Rows of the model's state. `now` and `last`: residuals [L, D] of this token and the last. `ids` [L, K] and `weights`:
+ * what the layers up to `layer` chose, and beyond it what they chose for the last token; a negative id is none. `counts`
+ * [L]: experts that a layer has, at most E; `named` of them are told, or all. */
 typedef struct {
-    const float *now, *last, *chosen;
-    int32_t layer, layers;
+    float *now, *last;
+    const int64_t *ids;
+    const float *weights;
+    const int32_t *counts;
+    int32_t layer, layers, chosen, named;
 } fusion_state;
 
-static int refuse_fusion(const fusion *f) {
-    if (refuse(&f->dense, 1) || refuse(&f->outward, 1) || f->dense.dtype != BF16 || f->outward.dtype != BF16 ||
-        f->asked < 1 || f->asked > f->hops || f->dense.rows != f->width || f->outward.columns != f->width ||
-        f->dense.columns != (2 + f->hops) * f->hidden || f->outward.rows != f->asked * (f->hidden + f->experts))
+static int refuse_fusion(const fusion *f, const fusion_state *s) {
+    if (refuse(&f->dense, 1) || refuse(&f->outward, 1) || f->asked < 1 || f->asked > f->hops ||
+        f->dense.rows < f->width || f->dense.columns < (2 + f->hops) * f->hidden || f->outward.columns < f->width ||
+        f->outward.rows < f->asked * (f->hidden + f->experts) || s->layer < 0 || s->layer >= s->layers || s->chosen < 1 ||
+        s->named < 1 || s->named > f->experts)
         return 1;
-    for (int hop = 0; hop < f->asked; hop++)
-        if (refuse(f->routers + hop, 1) || f->routers[hop].dtype != BF16 || f->routers[hop].rows != f->experts ||
-            f->routers[hop].columns != f->hidden)
+    for (int hop = 0; hop < f->asked; hop++) {
+        int there = s->counts[(s->layer + hop + 1) % s->layers];
+        if (refuse(f->routers + hop, 1) || f->routers[hop].rows != f->experts ||
+            f->routers[hop].columns != f->hidden || there < 1 || there > f->experts)
             return 1;
+    }
     return 0;
 }
 
 /* What is known of the token: the residual by its size, the input of attention, what the last token's residual gained
  * up to each hop by its own size; zero beyond the last layer. */
-static void known_of(const fusion *f, const fusion_state *s, const float *before, float *seen) {
+ALWAYS void known_of(const fusion *f, const fusion_state *s, const void *residual, const void *before, int dtype,
+                     float *restrict seen) {
     const int n = f->hidden;
-    const float *now = s->now + (size_t)s->layer * n, *last = s->last + (size_t)s->layer * n;
+    float *now = s->now + (size_t)s->layer * n;
+    const float *last = s->last + (size_t)s->layer * n;
+    load_row(residual, dtype, 0, n, now, n);
     float scale = inverse_rms(now, n), last_scale = inverse_rms(last, n);
     for (int i = 0; i < n; i++)
         seen[i] = now[i] * scale;
-    memcpy(seen + n, before, (size_t)n * 4);
+    load_row(before, dtype, 0, n, seen + n, n);
     for (int hop = 1; hop <= f->hops; hop++) {
-        float *gain = seen + (size_t)(1 + hop) * n;
+        float *restrict gain = seen + (size_t)(1 + hop) * n;
         const float *later = last + (size_t)hop * n;
-        for (int i = 0; i < n; i++)
-            gain[i] = s->layer + hop < s->layers ? (later[i] - last[i]) * last_scale : 0.0f;
+        if (s->layer + hop < s->layers)
+            for (int i = 0; i < n; i++)
+                gain[i] = (later[i] - last[i]) * last_scale;
+        else
+            memset(gain, 0, (size_t)n * 4);
     }
 }
 
-/* scores [A, E] from `before` [D] and the `count` experts `ids` that the layer has chosen, with their weights. As
- * foregate_linear. */
-int foregate_fusion(const fusion *f, const fusion_state *s, const float *before, const int64_t *ids,
-                    const float *weights, int count, float *scores, int threads) {
-    choose_best();
+/* Room for `experts` ids and their factors, used by one sum of rows after the other. */
+typedef struct {
+    int32_t *ids;
+    float *factors;
+} picks;
+
+/* What `layer` chose, by its weights or (NULL) each once. */
+ALWAYS int pick(const fusion_state *s, int layer, const float *weights, picks *p) {
+    int count = 0;
+    for (int i = layer * s->chosen; i < (layer + 1) * s->chosen; i++)
+        if (s->ids[i] >= 0 && s->ids[i] < s->counts[layer]) {
+            p->ids[count] = (int32_t)s->ids[i];
+            p->factors[count++] = weights ? weights[i] : 1.0f;
+        }
+    return count;
+}
+
+ALWAYS int fuse(const fusion *f, const fusion_state *s, const void *residual, const void *before, int dtype,
+                float *scores, int32_t *order, int threads) {
     const int n = f->hidden, width = f->width, experts = f->experts, row = 2 * width + f->asked * n;
-    if (refuse_fusion(f) || s->layer < 0 || s->layer >= s->layers)
-        return 1;
+    const int known = (2 + f->hops) * n;
     if (!reserve(apply_bytes(&f->dense) + apply_bytes(&f->outward) + (size_t)f->asked * apply_bytes(f->routers) +
-                 (size_t)(row + f->outward.rows + experts) * 4 + 512))
+                 (size_t)(row + f->outward.rows + n + f->dense.rows + f->outward.columns + 4 * STEP) * 4 + (size_t)experts * 16 + (size_t)s->chosen * 8 + 1024))
         return 2;
-    float *seen = padded_floats(f->dense.columns), *inner = padded_floats(width), *guess = padded_floats(n);
+    float *seen = padded_floats(known, f->dense.columns), *guess = padded_floats(n, n);
+    float *inner = carve((size_t)f->dense.rows * 4), *opened = padded_floats(width, f->outward.columns);
     float *picked = carve((size_t)row * 4), *out = carve((size_t)f->outward.rows * 4);
-    float *routed = carve((size_t)experts * 4);
-    known_of(f, s, before, seen);
-    memcpy(picked, f->base, (size_t)row * 4);
-    for (int i = 0; i < count; i++)
-        if (ids[i] >= 0 && ids[i] < experts)
-            add_floats(picked, f->picked + (size_t)ids[i] * row, weights[i], row);
+    float *all = carve((size_t)experts * 4), *repeated = carve((size_t)experts * 4);
+    uint64_t *keys = carve((size_t)experts * 8);
+    picks p = {carve((size_t)s->chosen * 4), carve((size_t)s->chosen * 4)};
+    const int count = pick(s, s->layer, s->weights, &p);
+    known_of(f, s, residual, before, dtype, seen);
+    add_rows(&f->picked, row, p.ids, p.factors, count, picked);
+    for (int i = 0; i < row; i++)
+        picked[i] += f->base[i];
     apply(&f->dense, seen, inner, threads);
     for (int i = 0; i < width; i++)
-        inner[i] = silu_times(inner[i] + picked[i], picked[width + i]);
-    apply(&f->outward, inner, out, threads);
+        opened[i] = silu_times(inner[i] + picked[i], picked[width + i]);
+    apply(&f->outward, opened, out, threads);
     for (int hop = 0; hop < f->asked; hop++) {
-        float *to = scores + (size_t)hop * experts;
+        const int target = (s->layer + hop + 1) % s->layers;
+        const float *shift = out + (size_t)hop * n, *moved = picked + 2 * width + (size_t)hop * n;
+        const float *direct = out + (size_t)f->asked * n + (size_t)hop * experts, *bias = f->bias + (size_t)hop * experts;
         for (int i = 0; i < n; i++)
-            guess[i] = seen[i] + out[hop * n + i] + picked[2 * width + hop * n + i];
-        apply(f->routers + hop, guess, routed, threads);
-        float scale = inverse_rms(guess, n);
+            guess[i] = seen[i] + shift[i] + moved[i];
+        apply(f->routers + hop, guess, all, threads);
+        const float scale = inverse_rms(guess, n);
+        const int again = pick(s, target, NULL, &p);
+        add_rows(f->repeats + hop, experts, p.ids, p.factors, again, repeated);
         for (int e = 0; e < experts; e++)
-            to[e] = out[f->asked * n + hop * experts + e] + f->bias[hop * experts + e] + routed[e] * scale;
-        const float *before_it = s->chosen + (size_t)((s->layer + hop + 1) % s->layers) * experts;
-        for (int e = 0; e < experts; e++)
-            if (before_it[e] != 0.0f)
-                add_floats(to, f->repeat + ((size_t)hop * experts + e) * experts, before_it[e], experts);
+            all[e] = direct[e] + bias[e] + all[e] * scale + repeated[e];
+        const size_t to = (size_t)hop * s->named;
+        sort_scores(all, s->counts[target], s->named, keys, order + to, scores + to);
     }
     return 0;
+}
+
+#ifdef X86
+AVX2 static int fuse_avx2(const fusion *f, const fusion_state *s, const void *residual, const void *before, int dtype,
+                          float *scores, int32_t *order, int threads) {
+    return fuse(f, s, residual, before, dtype, scores, order, threads);
+}
+
+AVX512 static int fuse_avx512(const fusion *f, const fusion_state *s, const void *residual, const void *before,
+                              int dtype, float *scores, int32_t *order, int threads) {
+    return fuse(f, s, residual, before, dtype, scores, order, threads);
+}
+#endif
+
+/* The best experts of the A layers after this one and their scores, both [A, named], from its residual and the input of
+ * its attention [D], F32 or BF16. The residual is kept in `now`. As foregate_linear. */
+int foregate_fusion(const fusion *f, const fusion_state *s, const void *residual, const void *before, int dtype,
+                    float *scores, int32_t *order, int threads) {
+    choose_best();
+    if (refuse_fusion(f, s) || (dtype != F32 && dtype != BF16))
+        return 1;
+#ifdef X86
+    if (chosen.level == WITH_AVX512)
+        return fuse_avx512(f, s, residual, before, dtype, scores, order, threads);
+    if (chosen.level == WITH_AVX2)
+        return fuse_avx2(f, s, residual, before, dtype, scores, order, threads);
+#endif
+    return fuse(f, s, residual, before, dtype, scores, order, threads);
 }
 
 #endif

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, c_int, c_int32, c_void_p
 from functools import cache
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 
 from foregate.errors import IntegrityError
 from foregate.native.library import load
-from foregate.native.matrix import Matrix, threads_asked
-from foregate.native.products import Products
+from foregate.native.matrix import Matrix, RowsOf, threads_asked
+from foregate.native.products import Products, Rows
+from foregate.types import Prediction
 
 Floats = NDArray[np.float32]
 
@@ -31,7 +33,7 @@ class _Network(ctypes.Structure):
     _fields_ = [
         *((name, Matrix) for name in ("first", "second")),
         *((name, c_void_p) for name in ("first_bias", "second_bias")),
-        ("activation", c_int32),
+        *((name, c_int32) for name in ("activation", "experts", "named")),
     ]
 
 
@@ -39,8 +41,12 @@ class _Fusion(ctypes.Structure):
     """``fusion`` of predict.h."""
 
     _fields_ = [
-        *((name, Matrix) for name in ("dense", "outward")),
-        *((name, c_void_p) for name in ("routers", "picked", "base", "bias", "repeat")),
+        ("dense", Matrix),
+        ("outward", Matrix),
+        ("routers", c_void_p),
+        ("picked", RowsOf),
+        ("base", c_void_p),
+        *((name, c_void_p) for name in ("repeats", "bias")),
         *((name, c_int32) for name in ("hops", "asked", "width", "hidden", "experts")),
     ]
 
@@ -49,8 +55,8 @@ class _State(ctypes.Structure):
     """``fusion_state`` of predict.h."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("now", "last", "chosen")),
-        *((name, c_int32) for name in ("layer", "layers")),
+        *((name, c_void_p) for name in ("now", "last", "ids", "weights", "counts")),
+        *((name, c_int32) for name in ("layer", "layers", "chosen", "named")),
     ]
 
 
@@ -62,80 +68,114 @@ def available() -> bool:
 class NetworkKernel:
     """second act(first x + first_bias) + second_bias, of every layer: ``first`` L of [R, K], ``second`` L of [E, R].
 
-    Biases [L, R] and [L, E] are float32.
-    """
-
-    def __init__(
-        self, first: Products, second: Products, first_bias: Floats, second_bias: Floats, activation: str
-    ) -> None:
-        self._kept = first, second, first_bias, second_bias
-        code = ACTIVATIONS.index(activation)
-        self._layers = [
-            _Network(one, other, _pointer(bias), _pointer(last), code)
-            for one, other, bias, last in zip(first.matrices, second.matrices, first_bias, second_bias, strict=True)
-        ]
-        self._given = [ctypes.byref(layer) for layer in self._layers]
-        self.x = np.zeros(first.matrices[0].columns, np.float32)
-        """The input: written to before a call."""
-        self._out = np.zeros(second.matrices[0].rows, np.float32)
-        self._from, self._to = _pointer(self.x), _pointer(self._out)
-        self._run = _loaded().foregate_network
-
-    def __call__(self, layer: int) -> Floats:
-        """Scores [E] of ``layer`` for ``x``: overwritten by the next call."""
-        _check(self._run(self._given[layer], self._from, self._to, threads_asked() or 1))
-        return self._out
-
-
-class FusionKernel:
-    """``predictors.fusion.Fusion``'s scores. Matrices L of [R, (2 + H) D] (``dense``), L of [A (D + E), R]
-    (``outward``) and L A of [E, D] (``routers``); ``picked`` [L, E, 2 R + A D], ``base`` [L, 2 R + A D], ``bias``
-    [L, A, E], ``repeat`` [L, A, E, E]; ``now`` and ``last``, residuals [L, D] of this token and the one before, and
-    ``chosen`` [L, E], all float32 and written to by their owner.
+    Biases [L, R] and [L, E] are float32; ``experts`` [L] says how many of the E each layer has, of which ``named`` are
+    told, or all.
     """
 
     def __init__(
         self,
-        dense: Products,
-        outward: Products,
-        routers: Products,
-        tables: Sequence[Floats],
-        state: Sequence[Floats],
-        hops: int,
+        products: tuple[Products, Products],
+        biases: tuple[Floats, Floats],
+        activation: str,
+        experts: Sequence[int],
+        named: int,
     ) -> None:
-        self._kept = dense, outward, routers, tables, state
-        picked, base, bias, repeat = tables
-        layers, asked, experts = bias.shape
-        hidden, width = routers.matrices[0].columns, dense.matrices[0].rows
+        (first, second), code = products, ACTIVATIONS.index(activation)
+        self._kept = products, biases
+        told = [min(there, named) for there in experts]
+        parts = zip(first.matrices, second.matrices, *biases, experts, told, strict=True)
+        self._layers = [
+            _Network(one, other, _pointer(bias), _pointer(last), code, *counts)
+            for one, other, bias, last, *counts in parts
+        ]
+        self._given = [ctypes.byref(layer) for layer in self._layers]
+        self.x = np.zeros(first.matrices[0].columns, np.float32)
+        """The input: written to before a call."""
+        self._told = [_Told(1, named, [(layer, there)]) for layer, there in enumerate(experts)]
+        self._from = _pointer(self.x)
+        self._run = _loaded().foregate_network
+
+    def __call__(self, layer: int) -> list[Prediction]:
+        """``layer`` itself, its experts for ``x``, the best first, and their scores."""
+        told = self._told[layer]
+        _check(self._run(self._given[layer], self._from, *told.to, threads_asked() or 1))
+        return told.read()
+
+
+class FusionKernel:
+    """``predictors.fusion.Fusion``'s scores. Matrices L of [R, (2 + H) D] (``dense``), of [A (D + E), R] (``outward``)
+    and L A of [E, D] (``routers``); rows L of [E, 2 R + A D] (``picked``) and L A of [E, E] (``repeat``); ``base``
+    [L, 2 R + A D] and ``bias`` [L, A, E]. ``state``: ``now`` and ``last``, residuals [L, D] of this token and the one
+    before, ``ids`` and ``weights`` [L, K] of the chosen; their owner writes to them, but for ``now``. All numbers are
+    float32, ids int64 (negative: none). ``experts`` [L] says how many of the E each layer has, of which ``named`` are
+    told, or all; ``ahead`` [L] which layers are told at each.
+    """
+
+    def __init__(
+        self,
+        products: tuple[Products, Products, Products],
+        rows: tuple[Rows, Rows],
+        biases: tuple[Floats, Floats],
+        state: tuple[Floats, Floats, NDArray[np.int64], Floats],
+        experts: Sequence[int],
+        ahead: Sequence[Sequence[int]],
+        hops: int,
+        named: int,
+    ) -> None:
+        (dense, outward, routers), (picked, repeat), (base, bias) = products, rows, biases
+        layers, asked, most = bias.shape
+        hidden, width = len(routers.x), dense.outputs
+        named = min(named, most)
         self._routers = (Matrix * len(routers.matrices))(*routers.matrices)
-        at, size = ctypes.addressof(self._routers), asked * ctypes.sizeof(Matrix)
+        self._repeats = (RowsOf * len(repeat.given))(*repeat.given)
+        self._counts = np.array(experts, np.int32)
+        self._kept = products, rows, biases, state
         self._layers = [
             _Fusion(
-                dense.matrices[n], outward.matrices[n], at + n * size,
-                *(_pointer(table[n]) for table in (picked, base, bias, repeat)),
-                hops, asked, width, hidden, experts,
+                dense.matrices[n], outward.matrices[n], _part(self._routers, n * asked), picked.given[n],
+                _pointer(base[n]), _part(self._repeats, n * asked), _pointer(bias[n]), hops, asked, width, hidden, most,
             )
             for n in range(layers)
         ]  # fmt: skip
-        self._given = [ctypes.byref(layer) for layer in self._layers]
-        self._states = [_State(*map(_pointer, state), layer, layers) for layer in range(layers)]
-        # Arrays of its own: asking numpy for the address of another takes as long as copying it.
-        self._before, self._weights = np.zeros(hidden, np.float32), np.zeros(experts, np.float32)
-        self._ids, self._out = np.zeros(experts, np.int64), np.zeros((asked, experts), np.float32)
-        self._at = self._before.ctypes.data, self._ids.ctypes.data, self._weights.ctypes.data
-        self._to = _pointer(self._out)
+        at = [array.ctypes.data for array in (*state, self._counts)]
+        self._states = [_State(*at, n, layers, state[2].shape[1], named) for n in range(layers)]
+        self._jobs = [(ctypes.byref(a), ctypes.byref(b)) for a, b in zip(self._layers, self._states, strict=True)]
+        self._told = [_Told(asked, named, [(m, experts[m % layers]) for m in there]) for there in ahead]
         self._run = _loaded().foregate_fusion
 
-    def __call__(self, layer: int, before: Floats, ids: NDArray[np.int64], weights: Floats) -> Floats:
-        """Scores [A, E] from the pre-attention input ``before`` [D] and what ``layer`` chose: overwritten by the next
-        call."""
-        count = len(ids)
-        self._before[:] = before
-        self._ids[:count], self._weights[:count] = ids, weights
-        given, state = self._given[layer], self._states[layer]
-        code = self._run(given, state, *self._at, count, self._to, threads_asked() or 1)
-        _check(code)
-        return self._out
+    def __call__(self, layer: int, places: tuple[int, ...], dtype: int) -> list[Prediction]:
+        """Layers after ``layer``, experts of each, the best first, and their scores. ``places``: where the residual
+        and the pre-attention input lie, [D] numbers of ``dtype`` each."""
+        (job, state), told = self._jobs[layer], self._told[layer]
+        _check(self._run(job, state, *places, dtype, *told.to, threads_asked() or 1))
+        return told.read()
+
+
+class _Told:
+    """What a kernel writes: scores [A, ``named``], then experts, for ``layers`` of so many experts each.
+
+    Taken out of memory as a whole: 64 numbers one by one take as long as a matrix where the caches are cold.
+    """
+
+    def __init__(self, asked: int, named: int, layers: Sequence[tuple[int, int]]) -> None:
+        self._half = 4 * asked * named
+        self._ids = Struct(f"{asked * named}i")
+        self._memory = ctypes.create_string_buffer(2 * self._half)
+        at = ctypes.addressof(self._memory)
+        self.to = at, at + self._half
+        self._parts = [
+            (layer, slice(hop * named, hop * named + min(named, there))) for hop, (layer, there) in enumerate(layers)
+        ]
+
+    def read(self) -> list[Prediction]:
+        """A prediction for each of the layers."""
+        experts = self._ids.unpack_from(self._memory, self._half)
+        scores = memoryview(self._memory.raw).cast("f")
+        return [Prediction(layer, experts[part], scores[part]) for layer, part in self._parts]
+
+
+def _part(array: ctypes.Array[Any], number: int) -> int:
+    return ctypes.addressof(array) + number * ctypes.sizeof(array) // len(array)
 
 
 def _pointer(array: Floats) -> int:
@@ -162,8 +202,8 @@ def _library() -> Any:
     found = load("kernels", ("foregate_network", "foregate_fusion"))
     if found is None:
         return None
-    found.foregate_network.argtypes = [POINTER(_Network), c_void_p, c_void_p, c_int]
+    found.foregate_network.argtypes = [POINTER(_Network), c_void_p, c_void_p, c_void_p, c_int]
     found.foregate_fusion.argtypes = [
-        POINTER(_Fusion), POINTER(_State), c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int
+        POINTER(_Fusion), POINTER(_State), c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int
     ]  # fmt: skip
     return found

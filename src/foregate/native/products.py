@@ -1,4 +1,4 @@
-"""Matrices times one vector for predictors: bf16 by the compiled kernels, float32 by numpy without them. No torch.
+"""Matrices times one vector for predictors: int8 or int4 by the compiled kernels, else float32 by numpy. No torch.
 
 Shapes: L matrices of one size, N outputs, K inputs.
 """
@@ -15,59 +15,62 @@ from numpy.typing import NDArray
 
 from foregate.errors import IntegrityError
 from foregate.native.library import load
-from foregate.native.matrix import BF16, F32, MOST_COLUMNS, Matrix, threads_asked
+from foregate.native.matrix import F32, INT4, INT8, MOST_COLUMNS, Matrix, RowsOf, threads_asked
 
 Floats = NDArray[np.float32]
 
+BLOCK, GROUP = 16, 64
+"""Rows of a block of int4, and columns that share a scale."""
 WORTH_A_THREAD = 1 << 20
 """Bytes of a matrix from which on a second thread is woken for it."""
 
 
 class Products:
-    """``weights`` [L, N, K], float32, rounded to bf16 (half of the memory and of the time) where the kernels are.
+    """``weights`` [L, N, K], float32, rounded where the kernels are: a prediction costs the memory that it reads.
 
+    ``dtype``: INT8 (a scale a row) or INT4 (a scale every 64 columns of a row; both sizes are filled up with zeros).
     ``x`` [K] is the input: write to it, then ask for a matrix. Outputs are those of the caller until the next call.
     """
 
-    def __init__(self, weights: Floats) -> None:
-        count, outputs, inputs = weights.shape
-        self.x = np.zeros(inputs, np.float32)
-        self._out = np.zeros(outputs, np.float32)
-        self._run = _linear() if 0 < inputs <= MOST_COLUMNS and outputs else None
+    def __init__(self, weights: Floats, dtype: int = INT8) -> None:
+        _, outputs, inputs = weights.shape
+        rows, columns = _padded(outputs, inputs) if dtype == INT4 else (outputs, inputs)
+        self._x, self._out = np.zeros(columns, np.float32), np.zeros(rows, np.float32)
+        self.x, self.outputs = self._x[:inputs], outputs
+        self.nbytes = 4 * self.size
+        self._run: Any = _linear() if 0 < columns <= MOST_COLUMNS and outputs else None
         self.matrices: list[Matrix] = []
-        """For the kernels; none where numpy multiplies. They hold no reference to the weights, ``self`` does."""
+        """For the kernels; none where numpy multiplies. They hold no reference to the weights: ``self`` does."""
         if self._run is None:
-            self._weights: NDArray[Any] = np.ascontiguousarray(weights, np.float32)
+            self._weights: list[NDArray[Any]] = [np.ascontiguousarray(matrix, np.float32) for matrix in weights]
             return
-        self._weights = np.empty(weights.shape, np.uint16)
-        for number in range(count):
-            self._weights[number] = to_bf16(weights[number])
-        size = self._weights[0].nbytes if count else 0
-        start = self._weights.ctypes.data
-        self._large = size >= WORTH_A_THREAD
-        self.matrices = [Matrix(start + n * size, None, BF16, outputs, inputs, 0) for n in range(count)]
+        rounded = to_int4 if dtype == INT4 else to_int8
+        self._weights = [part for matrix in weights for part in rounded(matrix)]
+        at = [part.ctypes.data for part in self._weights]
+        group = GROUP if dtype == INT4 else 0
+        self.matrices = [
+            Matrix(values, scales, dtype, rows, columns, group)
+            for values, scales in zip(at[::2], at[1::2], strict=True)
+        ]
+        self.nbytes = sum(part.nbytes for part in self._weights[:2])
+        self._large = self.nbytes >= WORTH_A_THREAD
         self._given = [ctypes.byref(matrix) for matrix in self.matrices]
-        self._from, self._to = self.x.ctypes.data, self._out.ctypes.data
+        self._from, self._to = self._x.ctypes.data, self._out.ctypes.data
 
     @property
     def size(self) -> int:
-        """Numbers of one matrix, and ``nbytes``, its bytes as they lie in memory."""
-        return len(self.x) * len(self._out)
-
-    @property
-    def nbytes(self) -> int:
-        """See ``size``."""
-        return self.size * self._weights.itemsize
+        """Numbers of one matrix; ``nbytes`` are its bytes as they lie in memory."""
+        return int(len(self.x) * self.outputs)
 
     def of(self, number: int) -> Floats:
         """Matrix ``number`` times ``x``, [N]: overwritten by the next call."""
         if self._run is None:
-            return np.matmul(self._weights[number], self.x, out=self._out)
-        inputs, outputs = len(self.x), len(self._out)
+            return np.matmul(self._weights[number], self.x, out=self._out[: self.outputs])
+        inputs, outputs = len(self._x), len(self._out)
         threads = (threads_asked() or 1) if self._large else 1
         if self._run(self._given[number], self._from, inputs, F32, 1, self._to, outputs, F32, threads):
             raise IntegrityError(f"the kernels refused a matrix of {outputs} x {inputs}")
-        return self._out
+        return self._out[: self.outputs]
 
     def __call__(self, number: int, x: Floats) -> Floats:
         """Matrix ``number`` times ``x`` [K], [N]: overwritten by the next call."""
@@ -75,10 +78,59 @@ class Products:
         return self.of(number)
 
 
-def to_bf16(values: Floats) -> NDArray[np.uint16]:
-    """The upper halves of finite float32 ``values``, rounded to nearest, ties to even."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+class Rows:
+    """``weights`` [L, K, N], float32, of which rows are picked and added; for the kernels int8, a scale a column."""
+
+    def __init__(self, weights: Floats) -> None:
+        self.columns = weights.shape[2]
+        self.given: list[RowsOf] = []
+        """For the kernels; they hold no reference to the numbers. None where numpy adds."""
+        self._values: NDArray[Any] = weights
+        self._scales = np.ones((len(weights), self.columns), np.float32)
+        if _linear() is None or not weights.size:
+            return
+        self._values = np.empty(weights.shape, np.int8)
+        for number, matrix in enumerate(weights):
+            values, self._scales[number] = to_int8(matrix.T)
+            self._values[number] = values.T
+        self.given = [RowsOf(v.ctypes.data, s.ctypes.data) for v, s in zip(self._values, self._scales, strict=True)]
+
+    def of(self, number: int) -> Floats:
+        """Matrix ``number``, float32 [K, N]."""
+        matrix: Floats = self._values[number] * self._scales[number]
+        return matrix
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row as it lies in memory."""
+        return int(self.columns * self._values.itemsize)
+
+
+def to_int8(weights: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Finite ``weights`` [N, K] as int8 [N, K] and a scale [N] of every row."""
+    scales = np.maximum(np.abs(weights).max(axis=1, initial=0.0), np.float32(1e-30)) / np.float32(127)
+    return np.rint(weights / scales[:, None]).astype(np.int8, order="C"), scales
+
+
+def to_int4(weights: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """Finite ``weights`` [N, K] as kernels.c wants them, filled up to [n, k]: [n / 16, k / 8, 64] bytes of two numbers
+    each, and scales [n / 16, k / 64, 16] in bf16."""
+    rows, columns = _padded(*weights.shape)
+    full = np.zeros((rows, columns), np.float32)
+    full[: len(weights), : weights.shape[1]] = weights
+    groups = full.reshape(rows, columns // GROUP, GROUP)
+    scales = np.maximum(np.abs(groups).max(axis=2), np.float32(1e-30)) / np.float32(7)
+    bits = (scales.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)
+    rounded = (bits << np.uint32(16)).view(np.float32)
+    numbers = (np.clip(np.rint(groups / rounded[..., None]), -8, 7) + 8).astype(np.uint8)
+    steps = numbers.reshape(rows // BLOCK, BLOCK, columns // 8, 2, 4).transpose(0, 2, 3, 1, 4)
+    packed = steps[:, :, 0] | steps[:, :, 1] << np.uint8(4)  # [n / 16, k / 8, 16, 4]
+    by_block = bits.astype(np.uint16).reshape(rows // BLOCK, BLOCK, -1).transpose(0, 2, 1)
+    return packed.reshape(rows // BLOCK, columns // 8, 64), np.ascontiguousarray(by_block)
+
+
+def _padded(rows: int, columns: int) -> tuple[int, int]:
+    return -rows // BLOCK * -BLOCK, -columns // GROUP * -GROUP
 
 
 @cache

@@ -8,17 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foregate.interfaces import Signals
+from foregate.native.matrix import F32, INT4
 from foregate.native.predict import FusionKernel, available
-from foregate.native.products import Products
+from foregate.native.products import Products, Rows
 from foregate.predictors.activations import inverse_rms, silu
 from foregate.predictors.file import Artifact
-from foregate.predictors.learned import Floats, RoutedPredictor
+from foregate.predictors.learned import Floats, LearnedPredictor
+from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
+NOBODY = -1
+"""Where no expert was chosen."""
 
-class Fusion(RoutedPredictor):
+
+class Fusion(LearnedPredictor):
     """With u = r_l / rms(r_l), x the pre-attention input, g the router weights of the chosen experts, and p_h what the
     last token's residual gained from layer l to l+h (in units of its rms at l):
 
@@ -38,55 +44,76 @@ class Fusion(RoutedPredictor):
         inward = self.floats("inward_weight", layers, 2 * hidden + experts, None)
         width = inward.shape[-1]
         before = self.floats("before_weight", layers, hops * hidden, width)
-        self._dense = Products(np.concatenate([inward[:, : 2 * hidden], before], axis=1).transpose(0, 2, 1))
+        self._dense = Products(np.concatenate([inward[:, : 2 * hidden], before], axis=1).transpose(0, 2, 1), INT4)
         self._gains = self._dense.x[2 * hidden :].reshape(hops, hidden)
         dense_bias = self.floats("inward_bias", layers, width) + self.floats("before_bias", layers, width)
         # What depends on the chosen experts alone: rows to pick and weigh, no product over all experts.
         outward = self.floats("experts_weight", layers, experts, hops * hidden)[..., : asked * hidden]
-        self._picked = np.concatenate(
-            [inward[:, 2 * hidden :], self.floats("gate_weight", layers, experts, width), outward], axis=2
+        self._picked = Rows(
+            np.concatenate(
+                [inward[:, 2 * hidden :], self.floats("gate_weight", layers, experts, width), outward], axis=2
+            )
         )
         gate_bias = self.floats("gate_bias", layers, width) + 1
         shift = self.floats("experts_bias", layers, hops * hidden) + self.floats("outward_bias", layers, hops * hidden)
         self._picked_bias = np.concatenate([dense_bias, gate_bias, shift[:, : asked * hidden]], axis=1)
         direct = self.floats("direct_weight", layers, width, hops * experts)[..., : asked * experts]
         further = self.floats("outward_weight", layers, width, hops * hidden)[..., : asked * hidden]
-        self._outward = Products(np.concatenate([further, direct], axis=2).transpose(0, 2, 1))
+        self._outward = Products(np.concatenate([further, direct], axis=2).transpose(0, 2, 1), INT4)
         direct_bias = self.floats("direct_bias", layers, hops * experts).reshape(layers, hops, experts)[:, :asked]
         router = self.floats("router", layers, hops, experts, hidden)[:, :asked]
         self._router = Products(router.reshape(layers * asked, experts, hidden))
         self._bias = np.ascontiguousarray(self.floats("router_bias", layers, hops, experts)[:, :asked] + direct_bias)
-        self._repeat = np.ascontiguousarray(self.floats("repeat", layers, hops, experts, experts)[:, :asked])
+        repeat = self.floats("repeat", layers, hops, experts, experts)[:, :asked]
+        self._repeat = Rows(repeat.reshape(layers * asked, experts, experts))
         self._size = width
         self._now = np.zeros((layers, hidden), np.float32)
         self._last = np.zeros((layers, hidden), np.float32)
-        tables = self._picked, self._picked_bias, self._bias, self._repeat
-        state = self._now, self._last, self.chosen
-        compiled = available() and self._dense.matrices and self._outward.matrices and self._router.matrices
-        self._kernel = FusionKernel(self._dense, self._outward, self._router, tables, state, hops) if compiled else None
+        self._ids = np.full((layers, self.model.top_k), NOBODY, np.int64)
+        self._weights = np.zeros((layers, self.model.top_k), np.float32)
+        self._copies = np.zeros((2, hidden), np.float32)
+        self._copied = tuple(row.ctypes.data for row in self._copies)
+        self._kernel = self._compiled() if available() else None
+
+    def _compiled(self) -> FusionKernel | None:
+        products, rows = (self._dense, self._outward, self._router), (self._picked, self._repeat)
+        if not all(part.matrices for part in products) or not all(part.given for part in rows):
+            return None
+        biases, state = (self._picked_bias, self._bias), (self._now, self._last, self._ids, self._weights)
+        ahead = [list(targets(self, layer, self.layers)) for layer in range(self.layers)]
+        return FusionKernel(products, rows, biases, state, self.model.experts, ahead, self.hops, self.named)
 
     def cost(self) -> PredictorCost:
-        picked = self.model.top_k * (self._picked.shape[-1] + self._asked * self.width)
         parts = [self._dense, self._outward, *[self._router] * self._asked]
-        numbers, nbytes = sum(part.size for part in parts), sum(part.nbytes for part in parts)
-        return self.multiplied(picked + numbers, 4 * picked + nbytes)
+        rows, top_k = [self._picked, *[self._repeat] * self._asked], self.model.top_k
+        numbers = sum(part.size for part in parts) + top_k * sum(part.columns for part in rows)
+        nbytes = sum(part.nbytes for part in parts) + top_k * sum(part.row_bytes for part in rows)
+        return self.multiplied(numbers, nbytes)
 
     def reset(self) -> None:
-        super().reset()
         self._now[:] = 0
         self._last[:] = 0
+        self._ids[:] = NOBODY
 
     def observe(self, step: RoutingStep) -> None:
-        super().observe(step)
-        if step.layer == 0:
+        layer, chosen, most = step.layer, step.experts[-1], self._ids.shape[1]
+        if len(chosen) != most:
+            self._ids[layer] = NOBODY
+        self._ids[layer, : len(chosen)] = chosen[:most]
+        self._weights[layer, : len(chosen)] = step.weights[-1, :most]
+        if layer == 0:
             self._last[:] = self._now
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        layer, before = signals.layer, self.told(signals, "pre_attention")
-        self._now[layer] = self.told(signals, "residual")
+        layer = signals.layer
         if self._kernel is None:
-            return self.ranked(signals, self._scores(layer, before))
-        return self.ranked(signals, self._kernel(layer, before, self.ids, self.weights))
+            self._now[layer] = self.told(signals, "residual")
+            return self.ranked(signals, self._scores(layer, self.told(signals, "pre_attention")))
+        where = signals.addresses("residual", "pre_attention")
+        if where is None:
+            self._copies[0], self._copies[1] = self.told(signals, "residual"), self.told(signals, "pre_attention")
+            where = self._copied, F32
+        return self._kernel(layer, *where)
 
     def _scores(self, layer: int, before: Floats) -> Floats:
         """What the kernel computes, [A, E]."""
@@ -95,7 +122,9 @@ class Fusion(RoutedPredictor):
         np.multiply(residual, inverse_rms(residual), out=unit)
         seen[hidden : 2 * hidden] = before
         self._gain(layer)
-        picked = self.weights.dot(self._picked[layer].take(self.ids, axis=0)) + self._picked_bias[layer]
+        real = self._real(layer)
+        rows = self._picked.of(layer)[self._ids[layer, real]]
+        picked = self._weights[layer, real].dot(rows) + self._picked_bias[layer]
         inner = silu(self._dense.of(layer) + picked[:size]) * picked[size : 2 * size]
         out = self._outward(layer, inner)
         shifts = out[: self._asked * hidden] + picked[2 * size :]
@@ -103,8 +132,16 @@ class Fusion(RoutedPredictor):
         for hop in range(self._asked):
             guess = unit + shifts[hop * hidden : (hop + 1) * hidden]
             scores[hop] += self._router(layer * self._asked + hop, guess) * inverse_rms(guess)
-            scores[hop] += self.chosen[(layer + hop + 1) % self.layers].dot(self._repeat[layer, hop])
+            target = (layer + hop + 1) % self.layers
+            again = self._ids[target, self._real(target)]
+            scores[hop] += self._repeat.of(layer * self._asked + hop)[again].sum(axis=0)
         return scores
+
+    def _real(self, layer: int) -> NDArray[np.bool_]:
+        """Which of the ids kept for ``layer`` are experts of it, [K]."""
+        ids = self._ids[layer]
+        real: NDArray[np.bool_] = (ids >= 0) & (ids < self.model.experts[layer])
+        return real
 
     def _gain(self, layer: int) -> None:
         """Write what the last token's residual gained up to each hop, [H, D]; zero beyond the last layer."""

@@ -18,6 +18,7 @@ from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
 Floats = NDArray[np.float32]
+NAMED = 32
 L = TypeVar("L", bound="LearnedPredictor")
 
 
@@ -32,6 +33,8 @@ class LearnedPredictor(FittedPredictor):
         self.layers = self.model.layers
         self.hidden_size = self.model.hidden_size
         self.hops = artifact.lookahead
+        self.named = max(NAMED, 4 * artifact.model.top_k)
+        """Experts that a compiled prediction names: more than anyone reads."""
         self._artifact = artifact
 
     @classmethod

@@ -52,9 +52,11 @@ class PreAttention(LearnedPredictor):
         self._second = Products(self.floats("second", self.layers, hidden, self.width).transpose(0, 2, 1))
         self._second_bias = self.floats("second_bias", self.layers, self.width)
         self._last = np.zeros((self.layers, self.hidden_size), np.float32)
-        biases = self._first_bias, self._second_bias
-        compiled = available() and self._first.matrices and self._second.matrices
-        self._kernel = NetworkKernel(self._first, self._second, *biases, self._activation) if compiled else None
+        self._kernel = self._compiled() if available() and self._first.matrices and self._second.matrices else None
+
+    def _compiled(self) -> NetworkKernel:
+        products, biases = (self._first, self._second), (self._first_bias, self._second_bias)
+        return NetworkKernel(products, biases, self._activation, self.model.experts, min(self.named, self.width))
 
     def cost(self) -> PredictorCost:
         return self.multiplied(self._first.size + self._second.size, self._first.nbytes + self._second.nbytes)
@@ -69,7 +71,7 @@ class PreAttention(LearnedPredictor):
         if self._previous:
             x[size:] = self._last[layer]
             self._last[layer] = x[:size]
-        return [self.rank(layer, self._scores(layer) if self._kernel is None else self._kernel(layer))]
+        return [self.rank(layer, self._scores(layer))] if self._kernel is None else self._kernel(layer)
 
     def _scores(self, layer: int) -> Floats:
         """What the kernel computes, [E]."""
