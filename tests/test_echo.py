@@ -13,10 +13,21 @@ from numpy.typing import NDArray
 from foregate.experts import echo
 from foregate.experts.echo import Echo
 from foregate.experts.policy import Lru
+from foregate.native.echo import available
 from foregate.types import ExpertKey
 
 E, K = 8, 2
 Rows = NDArray[np.float32]
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "numpy"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the kernels compute: tests that ask for it run both ways."""
+    if request.param and not available():
+        pytest.skip("the kernels are not built")
+    if not request.param:
+        monkeypatch.setattr(echo, "available", lambda: False)
+    return bool(request.param)
 
 
 def chosen(scores: Rows) -> NDArray[np.int64]:
@@ -61,7 +72,7 @@ def naive_worth(scores: list[list[float]], experts: list[list[int]]) -> list[flo
 
 
 @pytest.mark.parametrize("chunks", [[1] * 40, [25] + [1] * 10, [3, 1, 7, 1, 1, 12]], ids=["decode", "prompt", "mixed"])
-def test_worth_is_the_definition_whether_tokens_come_alone_or_together(chunks: list[int]) -> None:
+def test_worth_is_the_definition_whether_tokens_come_alone_or_together(chunks: list[int], way: bool) -> None:
     rng = np.random.default_rng(len(chunks))
     policy, scores, experts = Echo(), np.zeros((0, E), np.float32), np.zeros((0, K), np.int64)
     for tokens in chunks:
@@ -72,7 +83,7 @@ def test_worth_is_the_definition_whether_tokens_come_alone_or_together(chunks: l
         assert found == pytest.approx(naive_worth(scores.tolist(), experts.tolist()), abs=2e-4)
 
 
-def test_a_full_window_forgets_the_oldest_tokens_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_window_forgets_the_oldest_tokens_and_nothing_else(way: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(echo, "MOST_TOKENS", 16)
     rng = np.random.default_rng(3)
     scores = (2 * rng.standard_normal((100, E))).astype(np.float32)
@@ -142,7 +153,7 @@ def test_what_was_popular_long_ago_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
-def test_masked_scores_are_not_believed_and_poison_nothing(bad: float) -> None:
+def test_masked_scores_are_not_believed_and_poison_nothing(bad: float, way: bool) -> None:
     policy = Echo()
     for step in range(20):
         scores = np.full((1, E), bad if step == 5 else 0.0, np.float32)
@@ -152,7 +163,7 @@ def test_masked_scores_are_not_believed_and_poison_nothing(bad: float) -> None:
     assert np.isfinite(policy._worth).all()
 
 
-def test_probabilities_are_not_taken_for_logits() -> None:
+def test_probabilities_are_not_taken_for_logits(way: bool) -> None:
     rng = np.random.default_rng(1)
     logits = rng.standard_normal((30, E)).astype(np.float32) * 3
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -170,7 +181,7 @@ def naive_mean(values: list[float], rate: float) -> float:
     return mean
 
 
-def test_sentinels_and_layers_of_different_width_are_harmless() -> None:
+def test_sentinels_and_layers_of_different_width_are_harmless(way: bool) -> None:
     policy = Echo()
     policy.observe(0, np.array([[0, 8]]), np.ones((1, 8), np.float32))  # 8: an expert of another rank
     policy.observe(1, np.array([[3, -1]]), np.ones((1, 4), np.float32))
@@ -181,7 +192,7 @@ def test_sentinels_and_layers_of_different_width_are_harmless() -> None:
     assert policy.victim([ExpertKey(1, 15)]) == ExpertKey(1, 15)
 
 
-def test_among_many_pinned_the_lowest_candidate_is_found() -> None:
+def test_among_many_pinned_the_lowest_candidate_is_found(way: bool) -> None:
     rng = random.Random(2)
     policy = Echo()
     for _ in range(200):
@@ -214,15 +225,39 @@ def test_a_victim_and_an_observation_cost_microseconds_not_milliseconds() -> Non
 
 
 @pytest.mark.parametrize(("experts", "k"), [(8, 2), (60, 4), (128, 8)])
-def test_one_token_alone_teaches_the_same_bits_as_a_prompt_of_one(experts: int, k: int) -> None:
+@pytest.mark.parametrize("scored", [True, False], ids=["scores", "choices"])
+def test_one_token_alone_teaches_what_a_prompt_of_one_does(experts: int, k: int, scored: bool, way: bool) -> None:
+    """In numpy to the bit, compiled up to rounding."""
     rng = np.random.default_rng(experts)
     policy, past = Echo(), echo._Past(experts)
-    past.scored = True
+    past.scored = scored
     for _ in range(40):
         raw = (2 * rng.standard_normal((1, experts))).astype(np.float32)
         ids = np.argsort(-raw, axis=1)[:, :k].astype(np.int64)
         ids[0, -1] = -1 if rng.random() < 0.2 else ids[0, -1]
-        policy.observe(0, ids, raw)
-        past.see(echo._softmax(raw), echo._hot(ids, experts), echo._unit(raw))
-        np.testing.assert_array_equal(policy.worth(0), past.worth())
-        np.testing.assert_array_equal(policy.features(0), past.features())
+        hot = echo._hot(ids, experts)
+        if not policy._pasts:
+            policy._make(0, None, experts)
+        policy.observe(0, ids, raw if scored else None)
+        past.see(echo._softmax(raw) if scored else hot, hot, echo._unit(raw if scored else hot))
+        near = 2e-5 if way else 0.0
+        np.testing.assert_allclose(policy.worth(0), past.worth(), rtol=near, atol=near)
+        np.testing.assert_allclose(policy.features(0), past.features(), rtol=near, atol=10 * near)
+
+
+def test_the_compiled_lowest_is_numpys(way: bool) -> None:
+    rng = np.random.default_rng(5)
+    policy, held = Echo(), set()
+    for step in range(200):
+        layer = step % 5
+        raw = rng.standard_normal((1, 12)).astype(np.float32)
+        ids = chosen(raw)
+        policy.observe(layer, ids, raw)
+        for expert in ids[0].tolist():
+            policy.touch(ExpertKey(layer, expert))
+            held.add(ExpertKey(layer, expert))
+        victim = policy.victim(held)
+        worth = {key: policy.worth(key.layer)[key.expert] - ((key.layer - layer - 1) % 5) / 20 for key in held}
+        assert worth[victim] == pytest.approx(min(worth.values()), abs=1e-5)
+        policy.forget(victim)
+        held.remove(victim)

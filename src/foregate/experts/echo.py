@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foregate.errors import IntegrityError
+from foregate.native.echo import MOST_CHOSEN, NEGATIVE, SEEN, EchoPast, EchoRules, Lowest, available
 from foregate.types import ExpertKey
 
 Floats = NDArray[np.float32]
@@ -48,12 +49,18 @@ class _Past:
         self._after = np.zeros((2 * self.length, experts), np.float32)
         self._rows = 0
         self.scored = False
+        self._native = self._bound()
+
+    def _bound(self) -> EchoPast | None:
+        weights = CHOICE_WEIGHTS, SCORE_WEIGHTS
+        return EchoPast(_RULES, self._shares, self._keys, self._after, weights) if available() else None
 
     def widen(self, experts: int) -> None:
         """There are more experts than were known."""
         more = ((0, 0), (0, experts - self.means.shape[1]))
         self._shares, self._keys, self._after = (np.pad(old, more) for old in (self._shares, self._keys, self._after))
         self.means = self._shares[:-1]
+        self._native = self._bound()
 
     def see(self, shares: Floats, choices: Floats, keys: Floats) -> None:
         """The newest tokens, [T, E] each: rows of ``shares`` and ``choices`` sum to 1, ``keys`` have norm 1."""
@@ -73,6 +80,15 @@ class _Past:
         rows = min(REACH, start)
         self._after[start - rows : start] += _FADES[REACH - rows :] * shares
 
+    def see_compiled(self, chosen: NDArray[np.int64], scores: Floats | None, *, logits: bool) -> int | None:
+        """A token of [k] experts, by what its router said [E], in one call: see ``EchoPast.see``. None without it."""
+        if self._native is None:
+            return None
+        code = self._native.see(self._room(1), chosen, scores, logits=logits)
+        if code != SEEN:
+            self._rows -= 1
+        return code
+
     def features(self) -> Floats:
         """Log shares, in multiples of the uniform one: [5, E]."""
         self._shares[-1] = self._votes()
@@ -81,8 +97,10 @@ class _Past:
         return np.log(logs, out=logs)
 
     def worth(self) -> Floats:
-        """log of the expected exp(-(tokens to the next use - 1) / PATIENCE), [E]."""
+        """log of the expected exp(-(tokens to the next use - 1) / PATIENCE), [E]: overwritten by the next call."""
         weights, bias = (SCORE_WEIGHTS, SCORE_BIAS) if self.scored else (CHOICE_WEIGHTS, CHOICE_BIAS)
+        if self._native is not None:
+            return self._native.worth(self._rows, int(self.scored), bias)
         worth: Floats = weights @ self.features()
         worth += bias
         np.exp(np.negative(worth, out=worth), out=worth)
@@ -136,7 +154,8 @@ class Echo:
         self._pasts: dict[int, _Past] = {}
         self._worth = np.zeros((0, 0), np.float32)
         self._held = np.zeros((0, 0), np.bool_)
-        self._away = np.zeros((0, 0, 1), np.float32)
+        self._away = _away(0)
+        self._lowest: Lowest | None = None
         self._stale: set[int] = set()
         self._layer = -1
         self._touched: dict[int, None] = {}
@@ -147,9 +166,30 @@ class Echo:
         """See ``interfaces.RoutingAware``."""
         self._observed = True
         self._layer = layer
+        past = self._pasts.get(layer) if len(experts) == 1 else None
+        if past is not None and self._see_compiled(past, experts[0], scores):
+            self._stale.add(layer)
+            return
         if scores is not None and not math.isfinite(np.add.reduce(scores, axis=None)):
             scores = None  # a router that masks
         self._see(layer, experts, scores)
+
+    def _see_compiled(self, past: _Past, chosen: NDArray[np.int64], scores: Floats | None) -> bool:
+        """Whether one token more, of as many experts as ``past`` knows, went the short way."""
+        known = past.means.shape[1]
+        if scores is None:
+            row, suits = None, int(chosen.max(initial=0)) < known
+        else:
+            row, suits = scores[0], scores.shape[1] == known
+        if not suits or len(chosen) > MOST_CHOSEN:
+            return False
+        code = past.see_compiled(chosen, row, logits=self._logits)
+        if code == NEGATIVE:
+            self._logits = True
+            code = past.see_compiled(chosen, row, logits=True)
+        if code == SEEN:
+            past.scored = row is not None
+        return code == SEEN
 
     def touch(self, key: ExpertKey) -> None:
         layer, expert = key
@@ -169,27 +209,31 @@ class Echo:
             self._worth[layer, : past.means.shape[1]] = past.worth()
         self._stale.clear()
         layers, width = self._worth.shape
-        if len(self._away) != layers:
-            self._away = _away(layers)
-        away = self._away[self._layer] if layers else np.float32(0)
-        worth = np.where(self._held, self._worth - away, _NEVER)
-        flat = worth.ravel()
+        flat, best = self._compared()
         for _ in range(_TRIES):
-            best = int(flat.argmin()) if flat.size else 0
-            if not flat.size or flat[best] == _NEVER:
+            if best < 0 or flat[best] == _NEVER:
                 break
             key = ExpertKey(*divmod(best, width))
             if key in candidates:
                 return key
             flat[best] = _NEVER
+            best = int(flat.argmin())
         left = [key for key in candidates if key.layer < layers and key.expert < width and self._held[key]]
         if not left:
             raise IntegrityError(f"none of {len(candidates)} candidates was ever touched")
-        return min(left, key=lambda key: (worth[key], key))
+        return min(left, key=lambda key: (flat[key.layer * width + key.expert], key))
+
+    def _compared(self) -> tuple[Floats, int]:
+        """``worth`` by how soon a layer runs, [L E], infinite where nothing is held; where the lowest is, or -1."""
+        if self._lowest is not None:
+            return self._lowest.left.ravel(), self._lowest(self._layer)
+        away = self._away[self._layer, :, None] if len(self._away) else np.float32(0)
+        flat: Floats = np.where(self._held, self._worth - away, _NEVER).ravel()
+        return flat, int(flat.argmin()) if flat.size else -1
 
     def worth(self, layer: int) -> Floats:
         """What ``observe`` has taught about the experts of ``layer``: larger is needed sooner, [E]."""
-        return self._pasts[layer].worth()
+        return self._pasts[layer].worth().copy()
 
     def tell(self, layer: int, worth: Floats) -> None:
         """In place of ``observe``: the ``worth`` of one that observed the same. For replays through many caches."""
@@ -266,6 +310,8 @@ class Echo:
         if wanted != (layers, width):
             grow = ((0, wanted[0] - layers), (0, wanted[1] - width))
             self._held, self._worth = np.pad(self._held, grow), np.pad(self._worth, grow)
+            self._away = _away(wanted[0])
+            self._lowest = Lowest(self._worth, self._held, self._away) if available() else None
 
 
 _RATES = np.array([1 - 0.5 ** (1 / half) for half in (*HALF_LIVES, HALF_LIVES[-1])], np.float32)[:, None]
@@ -274,6 +320,9 @@ _KEPT = 1 - _RATES
 _SHARE_RATES, _CHOICE_RATE = _RATES[:-1], _RATES[-1]
 _FADES_TOTAL = _FADES.sum()
 _LEAST, _NEVER = np.float32(1e-9), np.float32(np.inf)
+_RULES = EchoRules(
+    tuple(_RATES[:, 0].tolist()), tuple(_FADES[:, 0].tolist()), _FADES_TOTAL, SHARPNESS, FLOOR, float(_LEAST)
+)
 _TRIES = 16
 """Lowest keys looked at one by one; past them the pinned are many, as in prefill, and the candidates are walked."""
 
@@ -299,9 +348,9 @@ def _hot_one(chosen: NDArray[np.int64], width: int) -> Floats:
 
 
 def _away(layers: int) -> Floats:
-    """How far each layer is when the first index has just run, in units of ``worth``: [L, L, 1]."""
+    """How far each layer is when the first index has just run, in units of ``worth``: [L, L]."""
     there = (np.arange(layers)[None] - np.arange(layers)[:, None] - 1) % max(1, layers)
-    found: Floats = (there / (PATIENCE * max(1, layers)))[:, :, None].astype(np.float32)
+    found: Floats = (there / (PATIENCE * max(1, layers))).astype(np.float32)
     return found
 
 

@@ -940,6 +940,7 @@ int foregate_rank(const ranking *r, const uint16_t *x, int top) {
 
 #include "block.h"
 #include "predict.h"
+#include "echo.h"
 
 /* ---- The bar: reading memory and nothing else ---- */
 
