@@ -49,7 +49,7 @@ def measure(config: RunConfig, tokens: int, seed: int = 0) -> dict[str, Any]:
 
     Medians in microseconds: ``predict_us`` and ``observe_us`` of a call, ``us_per_token`` of all layers and
     ``cpu_us_per_token`` of this thread; ``layer_us`` of a layer without what it waited for reads, ``share`` of it that
-    the predictor takes.
+    the predictor takes; both again with the waits of this budget and disk (``waiting_layer_us``, ``waiting_share``).
     Raises ConfigError where it is never asked.
     """
     with Engine(config) as engine:
@@ -63,6 +63,7 @@ def measure(config: RunConfig, tokens: int, seed: int = 0) -> dict[str, Any]:
         layers = engine.spec.layers
         cost = engine.predictor.cost()
     busy = [(step.stats.wall_s - step.stats.stall_s) / layers for step in steps]
+    waiting = median(step.stats.wall_s for step in steps) / layers
     predict, observe = (median(wall for wall, _ in calls) for calls in (timed.asked, timed.told))
     cpu = median(cpu for _, cpu in timed.asked) + median(cpu for _, cpu in timed.told)
     return {
@@ -77,6 +78,8 @@ def measure(config: RunConfig, tokens: int, seed: int = 0) -> dict[str, Any]:
         "cpu_us_per_token": cpu * layers * 1e6,
         "layer_us": median(busy) * 1e6,
         "share": (predict + observe) / median(busy),
+        "waiting_layer_us": waiting * 1e6,
+        "waiting_share": (predict + observe) / waiting,
         "flops": cost.flops,
         "bytes": cost.nbytes,
         "parameters": cost.parameters,

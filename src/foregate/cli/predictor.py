@@ -105,6 +105,7 @@ def cost(
             f"{found['us_per_token']:.0f} µs in {found['layers']} layers ({found['cpu_us_per_token']:.0f} µs CPU)",
         ),
         ("layer", f"{found['layer_us']:.0f} µs without waiting for reads; the predictor is {found['share']:.1%} of it"),
+        ("with waits", f"{found['waiting_layer_us']:.0f} µs; the predictor is {found['waiting_share']:.1%} of it"),
         ("operations", f"{found['flops']:,} FLOPs, {size(found['bytes'])} read, {found['parameters']:,} parameters"),
     ]
     result().print(two_columns(f"{predictor}, lookahead {found['lookahead']}, on {model}", rows))
