@@ -33,7 +33,7 @@ class Products:
     """
 
     def __init__(self, weights: Floats, dtype: int = INT8) -> None:
-        _, outputs, inputs = weights.shape
+        count, outputs, inputs = weights.shape
         rows, columns = _padded(outputs, inputs) if dtype == INT4 else (outputs, inputs)
         self._x, self._out = np.zeros(columns, np.float32), np.zeros(rows, np.float32)
         self.x, self.outputs = self._x[:inputs], outputs
@@ -41,18 +41,18 @@ class Products:
         self._run: Any = _linear() if 0 < columns <= MOST_COLUMNS and outputs else None
         self.matrices: list[Matrix] = []
         """For the kernels; none where numpy multiplies. They hold no reference to the weights: ``self`` does."""
-        if self._run is None:
-            self._weights: list[NDArray[Any]] = [np.ascontiguousarray(matrix, np.float32) for matrix in weights]
+        if self._run is None or not count:
+            self._weights: list[NDArray[Any]] = [np.ascontiguousarray(weights, np.float32)]
             return
-        rounded = to_int4 if dtype == INT4 else to_int8
-        self._weights = [part for matrix in weights for part in rounded(matrix)]
-        at = [part.ctypes.data for part in self._weights]
-        group = GROUP if dtype == INT4 else 0
+        made = [to_int4(matrix) if dtype == INT4 else to_int8(matrix) for matrix in weights]
+        # One block each: of a block the system may make large pages.
+        self._weights = [np.stack(part) for part in zip(*made, strict=True)]
+        values, scales = self._weights
         self.matrices = [
-            Matrix(values, scales, dtype, rows, columns, group)
-            for values, scales in zip(at[::2], at[1::2], strict=True)
+            Matrix(value.ctypes.data, scale.ctypes.data, dtype, rows, columns, GROUP if dtype == INT4 else 0)
+            for value, scale in zip(values, scales, strict=True)
         ]
-        self.nbytes = sum(part.nbytes for part in self._weights[:2])
+        self.nbytes = values[0].nbytes + scales[0].nbytes
         self._large = self.nbytes >= WORTH_A_THREAD
         self._given = [ctypes.byref(matrix) for matrix in self.matrices]
         self._from, self._to = self._x.ctypes.data, self._out.ctypes.data
@@ -65,7 +65,7 @@ class Products:
     def of(self, number: int) -> Floats:
         """Matrix ``number`` times ``x``, [N]: overwritten by the next call."""
         if self._run is None:
-            return np.matmul(self._weights[number], self.x, out=self._out[: self.outputs])
+            return np.matmul(self._weights[0][number], self.x, out=self._out[: self.outputs])
         inputs, outputs = len(self._x), len(self._out)
         threads = (threads_asked() or 1) if self._large else 1
         if self._run(self._given[number], self._from, inputs, F32, 1, self._to, outputs, F32, threads):
