@@ -88,9 +88,14 @@ def test_a_full_window_forgets_the_oldest_tokens_and_nothing_else(way: bool, mon
     rng = np.random.default_rng(3)
     scores = (2 * rng.standard_normal((100, E))).astype(np.float32)
     policy = Echo()
-    for row in scores:
+    for token, row in enumerate(scores):
         policy.observe(0, chosen(row[None]), row[None])
-    votes = policy._pasts[0]._votes()
+        past = policy._pasts[0]
+        worth = past.worth().copy()
+        past._native, native = None, past._native
+        assert worth == pytest.approx(past.worth(), abs=2e-5), f"numpy's, after {token + 1} tokens"
+        past._native = native
+    votes = past._votes()
     late = Echo()
     late.observe(0, chosen(scores[-17:-8]), scores[-17:-8])
     late.observe(0, chosen(scores[-8:]), scores[-8:])
@@ -163,12 +168,14 @@ def test_masked_scores_are_not_believed_and_poison_nothing(bad: float, way: bool
     assert np.isfinite(policy._worth).all()
 
 
-def test_probabilities_are_not_taken_for_logits(way: bool) -> None:
+@pytest.mark.parametrize("alone", [False, True], ids=["a prompt", "one by one"])
+def test_probabilities_are_not_taken_for_logits(alone: bool, way: bool) -> None:
     rng = np.random.default_rng(1)
     logits = rng.standard_normal((30, E)).astype(np.float32) * 3
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     policy = Echo()
-    policy.observe(0, chosen(p), p)
+    for rows in np.split(p, 30) if alone else [p]:
+        policy.observe(0, chosen(rows), rows)
     assert policy._pasts[0].means[2] == pytest.approx(
         [naive_mean([row[e] for row in p.tolist()], 1 - 0.5 ** (1 / 32)) for e in range(E)], abs=1e-5
     )

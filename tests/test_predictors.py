@@ -45,7 +45,7 @@ class TracedSignals:
         self.layer, self.moment, self.position, self.token_id = layer, moment, token, int(prompt.token_id[token])
         self._prompt = prompt
 
-    def addresses(self, *names: str) -> None: ...
+    def addresses(self, *names: str, numbers: int) -> None: ...
 
     def hidden(self, name: str) -> NDArray[np.float32]:
         return self._prompt.feature(name, slice(self.position, self.position + 1))[0, self.layer]

@@ -63,7 +63,7 @@ class Replayed:
         self.layer = self.position = self.token_id = 0
         self.moment = Moment.AFTER_ROUTING
 
-    def addresses(self, *names: str) -> None: ...
+    def addresses(self, *names: str, numbers: int) -> None: ...
 
     def hidden(self, name: str) -> NDArray[np.float32]:
         return self._prompt.feature(name, slice(self.position, self.position + 1))[0, self.layer]

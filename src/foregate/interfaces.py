@@ -160,9 +160,10 @@ class Signals(Protocol):
         """
         ...
 
-    def addresses(self, *names: str) -> tuple[tuple[int, ...], int] | None:
-        """Where ``hidden`` of each name lies in memory until this layer ends, and in which format of
-        ``native.matrix``; None where only ``hidden`` tells. For compiled predictors: a copy takes them too long."""
+    def addresses(self, *names: str, numbers: int) -> tuple[tuple[int, ...], int] | None:
+        """Where ``hidden`` of each name lies in memory until this layer ends, at least ``numbers`` of it, and in which
+        format of ``native.matrix``; None where only ``hidden`` tells. For compiled predictors: copies take long.
+        """
         ...
 
     def normed(self, target: int, residual: NDArray[np.float32]) -> NDArray[np.float32]:

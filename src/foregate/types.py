@@ -5,7 +5,6 @@ Shapes: T tokens, k experts chosen per token, E experts of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -103,7 +102,7 @@ class Prediction(NamedTuple):
 
     layer: int
     experts: tuple[int, ...]
-    scores: Sequence[float]
+    scores: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)

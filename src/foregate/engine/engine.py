@@ -46,7 +46,7 @@ from foregate.predictors import PREDICTORS, choice
 from foregate.predictors.file import ModelIdentity
 from foregate.predictors.oracle import Oracle, RouteRecorder
 from foregate.prefetch.controller import Controller
-from foregate.prefetch.prefetcher import Prefetcher
+from foregate.prefetch.prefetcher import Prefetcher, depth
 from foregate.types import FinishReason, GenerationStep, Phase
 
 
@@ -271,6 +271,9 @@ class Engine:
             layers=spec.layers,
             off_reason=self.staging.off_reason,
         )
+        shorten = getattr(self.predictor, "name_at_most", None)
+        if shorten is not None and config.lossy is None:
+            shorten(depth(spec.top_k, parse_prefetch(config.prefetch)))
         self.prefetcher = Prefetcher(
             self.cache,
             self.transfer,

@@ -94,12 +94,12 @@ class ModelSignals:
         """See ``interfaces.Signals``."""
         return _floats(self._known(name))
 
-    def addresses(self, *names: str) -> tuple[tuple[int, ...], int] | None:
+    def addresses(self, *names: str, numbers: int) -> tuple[tuple[int, ...], int] | None:
         """See ``interfaces.Signals``."""
         dtype, found = self._dtype, []
         for name in names:
             value = self._known(name)
-            if value.dtype is not dtype or not value.is_cpu or not value.is_contiguous():
+            if value.dtype is not dtype or value.shape[-1] < numbers or not value.is_contiguous():
                 return None
             found.append(value.data_ptr())
         return (tuple(found), self._format) if self._format is not None else None

@@ -79,7 +79,7 @@ class TraceSignals:
         row: NDArray[np.float32] = self._rows(name)[self._token]
         return row
 
-    def addresses(self, *names: str) -> None:
+    def addresses(self, *names: str, numbers: int) -> None:
         """See ``interfaces.Signals``: None, as what was recorded need not outlive the question."""
 
     @torch.inference_mode()

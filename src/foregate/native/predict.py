@@ -93,7 +93,7 @@ class NetworkKernel:
         """The input: written to before a call."""
         self._told = [_Told(1, named, [(layer, there)]) for layer, there in enumerate(experts)]
         self._from = _pointer(self.x)
-        self._run = _loaded().foregate_network
+        self._run = _loaded().foregate_predict_network
 
     def __call__(self, layer: int) -> list[Prediction]:
         """``layer`` itself, its experts for ``x``, the best first, and their scores."""
@@ -141,7 +141,7 @@ class FusionKernel:
         self._states = [_State(*at, n, layers, state[2].shape[1], named) for n in range(layers)]
         self._jobs = [(ctypes.byref(a), ctypes.byref(b)) for a, b in zip(self._layers, self._states, strict=True)]
         self._told = [_Told(asked, named, [(m, experts[m % layers]) for m in there]) for there in ahead]
-        self._run = _loaded().foregate_fusion
+        self._run = _loaded().foregate_predict_fusion
 
     def __call__(self, layer: int, places: tuple[int, ...], dtype: int) -> list[Prediction]:
         """Layers after ``layer``, experts of each, the best first, and their scores. ``places``: where the residual
@@ -154,24 +154,24 @@ class FusionKernel:
 class _Told:
     """What a kernel writes: scores [A, ``named``], then experts, for ``layers`` of so many experts each.
 
-    Taken out of memory as a whole: 64 numbers one by one take as long as a matrix where the caches are cold.
+    One call takes both out of memory: numpy and its lists need several times as long where the caches are cold.
     """
 
     def __init__(self, asked: int, named: int, layers: Sequence[tuple[int, int]]) -> None:
-        self._half = 4 * asked * named
-        self._ids = Struct(f"{asked * named}i")
-        self._memory = ctypes.create_string_buffer(2 * self._half)
+        half = asked * named
+        self._form = Struct(f"{half}f{half}i")
+        self._memory = ctypes.create_string_buffer(self._form.size)
         at = ctypes.addressof(self._memory)
-        self.to = at, at + self._half
-        self._parts = [
-            (layer, slice(hop * named, hop * named + min(named, there))) for hop, (layer, there) in enumerate(layers)
-        ]
+        self.to = at, at + 4 * half
+        self._parts = []
+        for hop, (layer, there) in enumerate(layers):
+            first, last = hop * named, hop * named + min(named, there)
+            self._parts.append((layer, slice(half + first, half + last), slice(first, last)))
 
     def read(self) -> list[Prediction]:
         """A prediction for each of the layers."""
-        experts = self._ids.unpack_from(self._memory, self._half)
-        scores = memoryview(self._memory.raw).cast("f")
-        return [Prediction(layer, experts[part], scores[part]) for layer, part in self._parts]
+        found = self._form.unpack(self._memory)
+        return [Prediction(layer, found[experts], found[scores]) for layer, experts, scores in self._parts]
 
 
 def _part(array: ctypes.Array[Any], number: int) -> int:
@@ -199,11 +199,11 @@ def _loaded() -> Any:
 
 @cache
 def _library() -> Any:
-    found = load("kernels", ("foregate_network", "foregate_fusion"))
+    found = load("kernels", ("foregate_predict_network", "foregate_predict_fusion"))
     if found is None:
         return None
-    found.foregate_network.argtypes = [POINTER(_Network), c_void_p, c_void_p, c_void_p, c_int]
-    found.foregate_fusion.argtypes = [
+    found.foregate_predict_network.argtypes = [POINTER(_Network), c_void_p, c_void_p, c_void_p, c_int]
+    found.foregate_predict_fusion.argtypes = [
         POINTER(_Fusion), POINTER(_State), c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int
     ]  # fmt: skip
     return found

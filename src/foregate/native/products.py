@@ -95,10 +95,10 @@ class Rows:
             self._values[number] = values.T
         self.given = [RowsOf(v.ctypes.data, s.ctypes.data) for v, s in zip(self._values, self._scales, strict=True)]
 
-    def of(self, number: int) -> Floats:
-        """Matrix ``number``, float32 [K, N]."""
-        matrix: Floats = self._values[number] * self._scales[number]
-        return matrix
+    def of(self, number: int, rows: NDArray[np.int64]) -> Floats:
+        """The ``rows`` [k] of matrix ``number``, float32 [k, N]."""
+        picked: Floats = self._values[number][rows] * self._scales[number]
+        return picked
 
     @property
     def row_bytes(self) -> int:

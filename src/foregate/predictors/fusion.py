@@ -31,6 +31,8 @@ class Fusion(LearnedPredictor):
     z = silu(inward [u; x; g] + before [p_1 … p_H]) * (1 + gate g), all per layer;
     q_h = u + outward_h z + experts_h g, the guessed residual of layer l+h;
     scores_h = router_h q_h / rms(q_h) + direct_h z + repeat_h c_h, with c_h what layer l+h chose last.
+
+    Of a choice of more than the model's top-k experts the first are taken.
     """
 
     name = "fusion"
@@ -83,6 +85,10 @@ class Fusion(LearnedPredictor):
         ahead = [list(targets(self, layer, self.layers)) for layer in range(self.layers)]
         return FusionKernel(products, rows, biases, state, self.model.experts, ahead, self.hops, self.named)
 
+    def name_at_most(self, count: int) -> None:
+        super().name_at_most(count)
+        self._kernel = None if self._kernel is None else self._compiled()
+
     def cost(self) -> PredictorCost:
         parts = [self._dense, self._outward, *[self._router] * self._asked]
         rows, top_k = [self._picked, *[self._repeat] * self._asked], self.model.top_k
@@ -96,11 +102,12 @@ class Fusion(LearnedPredictor):
         self._ids[:] = NOBODY
 
     def observe(self, step: RoutingStep) -> None:
-        layer, chosen, most = step.layer, step.experts[-1], self._ids.shape[1]
-        if len(chosen) != most:
+        layer, chosen, weights, most = step.layer, step.experts[-1], step.weights[-1], self._ids.shape[1]
+        if len(chosen) == most:
+            self._ids[layer], self._weights[layer] = chosen, weights
+        else:
             self._ids[layer] = NOBODY
-        self._ids[layer, : len(chosen)] = chosen[:most]
-        self._weights[layer, : len(chosen)] = step.weights[-1, :most]
+            self._ids[layer, : len(chosen)], self._weights[layer, : len(chosen)] = chosen[:most], weights[:most]
         if layer == 0:
             self._last[:] = self._now
 
@@ -109,7 +116,7 @@ class Fusion(LearnedPredictor):
         if self._kernel is None:
             self._now[layer] = self.told(signals, "residual")
             return self.ranked(signals, self._scores(layer, self.told(signals, "pre_attention")))
-        where = signals.addresses("residual", "pre_attention")
+        where = signals.addresses("residual", "pre_attention", numbers=self.hidden_size)
         if where is None:
             self._copies[0], self._copies[1] = self.told(signals, "residual"), self.told(signals, "pre_attention")
             where = self._copied, F32
@@ -123,7 +130,7 @@ class Fusion(LearnedPredictor):
         seen[hidden : 2 * hidden] = before
         self._gain(layer)
         real = self._real(layer)
-        rows = self._picked.of(layer)[self._ids[layer, real]]
+        rows = self._picked.of(layer, self._ids[layer, real])
         picked = self._weights[layer, real].dot(rows) + self._picked_bias[layer]
         inner = silu(self._dense.of(layer) + picked[:size]) * picked[size : 2 * size]
         out = self._outward(layer, inner)
@@ -134,7 +141,7 @@ class Fusion(LearnedPredictor):
             scores[hop] += self._router(layer * self._asked + hop, guess) * inverse_rms(guess)
             target = (layer + hop + 1) % self.layers
             again = self._ids[target, self._real(target)]
-            scores[hop] += self._repeat.of(layer * self._asked + hop)[again].sum(axis=0)
+            scores[hop] += self._repeat.of(layer * self._asked + hop, again).sum(axis=0)
         return scores
 
     def _real(self, layer: int) -> NDArray[np.bool_]:

@@ -18,7 +18,6 @@ from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
 Floats = NDArray[np.float32]
-NAMED = 32
 L = TypeVar("L", bound="LearnedPredictor")
 
 
@@ -33,8 +32,8 @@ class LearnedPredictor(FittedPredictor):
         self.layers = self.model.layers
         self.hidden_size = self.model.hidden_size
         self.hops = artifact.lookahead
-        self.named = max(NAMED, 4 * artifact.model.top_k)
-        """Experts that a compiled prediction names: more than anyone reads."""
+        self.named = self.width
+        """Experts that a compiled prediction names, at most: see ``name_at_most``."""
         self._artifact = artifact
 
     @classmethod
@@ -43,6 +42,10 @@ class LearnedPredictor(FittedPredictor):
         made = super().from_file(artifact, lookahead)
         del made._artifact
         return made
+
+    def name_at_most(self, count: int) -> None:
+        """Whoever asks reads no more than the first ``count`` of a ranking: the rest need not be told."""
+        self.named = min(max(1, count), self.width)
 
     def floats(self, name: str, *shape: int | None) -> Floats:
         """Array ``name``, float32. Raises PredictorError unless it has ``shape`` (None: any)."""

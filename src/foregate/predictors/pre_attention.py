@@ -56,7 +56,11 @@ class PreAttention(LearnedPredictor):
 
     def _compiled(self) -> NetworkKernel:
         products, biases = (self._first, self._second), (self._first_bias, self._second_bias)
-        return NetworkKernel(products, biases, self._activation, self.model.experts, min(self.named, self.width))
+        return NetworkKernel(products, biases, self._activation, self.model.experts, self.named)
+
+    def name_at_most(self, count: int) -> None:
+        super().name_at_most(count)
+        self._kernel = None if self._kernel is None else self._compiled()
 
     def cost(self) -> PredictorCost:
         return self.multiplied(self._first.size + self._second.size, self._first.nbytes + self._second.nbytes)

@@ -76,7 +76,7 @@ class Prefetcher:
         now = self._now()
         self._tell_predictions(layer, moment, predictions)
         limit = self.controller.fixed
-        width = limit or self._top_k + max(1, self._top_k // 2)
+        width = _width(self._top_k, limit)
         first, layers = layer + (moment is Moment.AFTER_ROUTING), len(self._experts)
         absent: dict[Guess, ExpertKey] = {}
         for prediction in predictions if len(predictions) < 2 else sorted(predictions, key=_layer_of):
@@ -273,6 +273,15 @@ class Prefetcher:
         if self.events.on:
             for p in predictions:
                 self.events.emit(PredictionMade(perf_counter_ns(), layer, moment, p.layer, tuple(p.experts)))
+
+
+def depth(top_k: int, limit: int | None) -> int:
+    """How many experts of a ranking are looked at, with at most ``limit`` reads a layer or None."""
+    return 2 * _width(top_k, limit)
+
+
+def _width(top_k: int, limit: int | None) -> int:
+    return limit or top_k + max(1, top_k // 2)
 
 
 def _layer_of(prediction: Prediction) -> int:

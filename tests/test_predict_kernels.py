@@ -1,0 +1,157 @@
+"""What is compiled of a prediction: the same ranking as numpy's, whatever a layer, a choice or a processor is like."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from foregate.config import RunConfig, SamplingConfig
+from foregate.engine.engine import Engine
+from foregate.interfaces import Signals
+from foregate.native import kernels
+from foregate.native.matrix import BF16, F32
+from foregate.native.predict import available
+from foregate.predictors.base import BasePredictor
+from foregate.predictors.file import Artifact, ModelIdentity
+from foregate.predictors.fusion import Fusion
+from foregate.predictors.pre_attention import PreAttention
+from foregate.types import Moment, Phase, Prediction, RoutingStep
+
+EXPERTS, K, D, R = (40, 24, 40), 5, 48, 20
+MODEL = ModelIdentity("made up", "0", EXPERTS, K, D)
+Floats = NDArray[np.float32]
+
+pytestmark = pytest.mark.skipif(not available(), reason="the kernels are not built")
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["portable", "avx2", "avx512"])
+def level(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every instruction set up to the best of this machine."""
+    found = kernels.library()
+    assert found is not None
+    found.foregate_kernels(request.param)
+    yield
+    found.foregate_kernels(2)
+
+
+def some(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
+
+
+def fusion(hops: int) -> Fusion:
+    layers, most = len(EXPERTS), max(EXPERTS)
+    sizes = {
+        "inward": (2 * D + most, R), "before": (hops * D, R), "gate": (most, R), "experts": (most, hops * D),
+        "outward": (R, hops * D), "direct": (R, hops * most),
+    }  # fmt: skip
+    arrays = {f"{name}_weight": 0.2 * some(layers, *shape, seed=1) for name, shape in sizes.items()}
+    arrays |= {f"{name}_bias": 0.2 * some(layers, shape[1], seed=2) for name, shape in sizes.items()}
+    arrays |= {"router": some(layers, hops, most, D), "router_bias": some(layers, hops, most)}
+    arrays["repeat"] = some(layers, hops, most, most)
+    return Fusion.from_file(Artifact("fusion", MODEL, hops, arrays), hops)
+
+
+def pre_attention(hops: int) -> PreAttention:
+    layers, most = len(EXPERTS), max(EXPERTS)
+    arrays = {"first": some(layers, D, R), "second": some(layers, R, most)}
+    arrays |= {"first_bias": some(layers, R), "second_bias": some(layers, most)}
+    options = {"previous": False, "activation": "gelu"}
+    return PreAttention.from_file(Artifact("pre-attention", MODEL, hops, arrays, options), hops)
+
+
+class States:
+    """Hidden states of one token and layer, as numbers or (``place``) where they lie."""
+
+    def __init__(self, layer: int, token: int, *, place: bool = False) -> None:
+        self.layer, self.moment = layer, Moment.AFTER_ROUTING
+        self._at = {
+            name: torch.from_numpy(some(1, D + 16, seed=100 * token + 10 * layer + n)).bfloat16()
+            for n, name in enumerate(("residual", "pre_attention"))
+        }
+        self._place = place
+
+    def hidden(self, name: str) -> Floats:
+        return self._at[name].float().numpy()[0]
+
+    def addresses(self, *names: str, numbers: int) -> tuple[tuple[int, ...], int] | None:
+        return (tuple(self._at[name].data_ptr() for name in names), BF16) if self._place else None
+
+
+def step(layer: int, token: int) -> RoutingStep:
+    """Choices with sentinels, negative and too large, and now and then fewer or more than the model's top-k."""
+    rng = np.random.default_rng((layer, token))
+    count = K + (token % 4 == 3) - (token % 4 == 2)
+    ids = rng.permutation(EXPERTS[layer])[:count].astype(np.int64)
+    ids[:2] = (-1, 10**6) if token % 3 == 1 else ids[:2]
+    return RoutingStep(layer, Phase.DECODE, token, ids[None], rng.random((1, count), np.float32))
+
+
+def predictions(predictor: Any, *, place: bool = False) -> Iterator[Prediction]:
+    for token in range(8):
+        for layer in range(len(EXPERTS)):
+            predictor.observe(step(layer, token))
+            yield from predictor.predict(States(layer, token, place=place))
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: fusion(1), lambda: fusion(2), lambda: pre_attention(0)], ids=["1", "2", "pre"]
+)
+def test_experts_and_scores_are_numpys(made: Callable[[], Any], level: None) -> None:
+    compiled, plain = made(), made()
+    assert compiled._kernel is not None
+    plain._kernel = None
+    for ours, theirs in zip(predictions(compiled), predictions(plain), strict=True):
+        assert ours.layer == theirs.layer
+        assert sorted(ours.experts) == list(range(EXPERTS[ours.layer % len(EXPERTS)]))
+        assert list(ours.scores) == sorted(ours.scores, reverse=True)
+        by_expert = dict(zip(theirs.experts, theirs.scores, strict=True))
+        np.testing.assert_allclose(ours.scores, [by_expert[expert] for expert in ours.experts], rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("made", [lambda: fusion(2), lambda: pre_attention(0)], ids=["fusion", "pre-attention"])
+@pytest.mark.parametrize("count", [1, 7, 30, 10**6])
+def test_a_shorter_ranking_is_the_beginning_of_the_whole(made: Callable[[], Any], count: int) -> None:
+    whole, short = made(), made()
+    short.name_at_most(count)
+    for one, other in zip(predictions(whole), predictions(short), strict=True):
+        assert other == (one.layer, one.experts[:count], one.scores[:count])
+
+
+def test_states_read_where_they_lie_are_those_that_are_told() -> None:
+    assert list(predictions(fusion(2), place=True)) == list(predictions(fusion(2)))
+
+
+class Looking(BasePredictor):
+    """Compares what lies at the addresses with what is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def predict(self, signals: Signals) -> Sequence[Prediction]:
+        names = ("residual", "pre_attention", "router_input")
+        told = [signals.hidden(name) for name in names]
+        assert signals.addresses(*names, numbers=len(told[0]) + 1) is None
+        places = signals.addresses(*names, numbers=len(told[0]))
+        assert places is not None
+        for at, expected in zip(places[0], told, strict=True):
+            kind = {BF16: torch.bfloat16, F32: torch.float32}[places[1]]
+            memory = (ctypes.c_char * (len(expected) * kind.itemsize)).from_address(at)
+            np.testing.assert_array_equal(torch.frombuffer(bytearray(memory.raw), dtype=kind).float().numpy(), expected)
+        self.seen.append(signals.layer)
+        return [Prediction((signals.layer + 1) % signals.layers, (0, 1), (1.0, 0.5))]
+
+
+def test_a_live_model_says_where_its_states_lie(tiny: Callable[[str], Path]) -> None:
+    with Engine(RunConfig(model=str(tiny("qwen3_moe")), predictor="next-gate", memory_budget="50%")) as engine:
+        looking = engine.runtime.predictor = Looking()
+        list(engine.stream([5, 9, 30, 7, 7, 12], SamplingConfig(max_new_tokens=5)))
+        assert set(looking.seen) >= set(range(engine.spec.layers - 1))
+        assert not engine.prefetcher.controller.off_reason
