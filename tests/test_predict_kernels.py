@@ -28,7 +28,7 @@ EXPERTS, K, D, R = (40, 24, 40), 5, 48, 20
 MODEL = ModelIdentity("made up", "0", EXPERTS, K, D)
 Floats = NDArray[np.float32]
 
-pytestmark = pytest.mark.skipif(not available(), reason="the kernels are not built")
+needs_kernels = pytest.mark.skipif(not available(), reason="no compiler made the kernels that these compare with numpy")
 
 
 @pytest.fixture(params=[0, 1, 2], ids=["portable", "avx2", "avx512"])
@@ -100,6 +100,7 @@ def predictions(predictor: Any, *, place: bool = False) -> Iterator[Prediction]:
             yield from predictor.predict(States(layer, token, place=place))
 
 
+@needs_kernels
 @pytest.mark.parametrize(
     "made", [lambda: fusion(1), lambda: fusion(2), lambda: pre_attention(0)], ids=["1", "2", "pre"]
 )
@@ -115,6 +116,7 @@ def test_experts_and_scores_are_numpys(made: Callable[[], Any], level: None) -> 
         np.testing.assert_allclose(ours.scores, [by_expert[expert] for expert in ours.experts], rtol=2e-3, atol=2e-2)
 
 
+@needs_kernels
 @pytest.mark.parametrize("made", [lambda: fusion(2), lambda: pre_attention(0)], ids=["fusion", "pre-attention"])
 @pytest.mark.parametrize("count", [1, 7, 30, 10**6])
 def test_a_shorter_ranking_is_the_beginning_of_the_whole(made: Callable[[], Any], count: int) -> None:
@@ -124,6 +126,7 @@ def test_a_shorter_ranking_is_the_beginning_of_the_whole(made: Callable[[], Any]
         assert other == (one.layer, one.experts[:count], one.scores[:count])
 
 
+@needs_kernels
 def test_states_read_where_they_lie_are_those_that_are_told() -> None:
     assert list(predictions(fusion(2), place=True)) == list(predictions(fusion(2)))
 

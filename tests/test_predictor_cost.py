@@ -22,7 +22,9 @@ def test_every_layer_of_every_token_is_timed(tiny: Tiny) -> None:
     assert found["tokens"] == 5
     assert 0 < found["predict_us"] + found["observe_us"] < found["us_per_token"]
     assert found["us_per_token"] == pytest.approx((found["predict_us"] + found["observe_us"]) * found["layers"])
-    assert found["share"] >= found["waiting_share"] > 0
+    assert found["share"] > 0
+    spent = found["predict_us"] + found["observe_us"]
+    assert found["waiting_share"] == pytest.approx(spent / found["waiting_layer_us"])
     assert found["flops"] > 0
 
 

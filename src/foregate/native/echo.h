@@ -1,7 +1,7 @@
 /* The policy `echo` for one token and layer; experts/echo.py says what it computes and gives the constants. Included by
  * kernels.c.
  *
- * E experts. Sums are kept in sixteen lanes, as in predict.h. */
+ * E experts. */
 #ifndef FOREGATE_ECHO_H
 #define FOREGATE_ECHO_H
 
@@ -19,19 +19,6 @@ typedef struct {
     float *keys, *after; /* [2 length, E] */
     int32_t experts, length;
 } echo_past;
-
-ALWAYS float dot_of(const float *a, const float *b, int n) {
-    float sums[16] = {0}, sum = 0.0f;
-    int i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++)
-            sums[j] += a[i + j] * b[i + j];
-    for (; i < n; i++)
-        sum += a[i] * b[i];
-    for (int j = 0; j < 16; j++)
-        sum += sums[j];
-    return sum;
-}
 
 /* `shares` [E] of `raw`, logits or shares of any sum. */
 static void echo_shares(const float *raw, int logits, int n, float least, float *shares) {

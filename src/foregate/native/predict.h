@@ -24,18 +24,7 @@ static float *padded_floats(int n, int columns) {
     return found;
 }
 
-ALWAYS float inverse_rms(const float *x, int n) {
-    float sums[16] = {0}, sum = 0.0f;
-    int i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++)
-            sums[j] += x[i + j] * x[i + j];
-    for (; i < n; i++)
-        sum += x[i] * x[i];
-    for (int j = 0; j < 16; j++)
-        sum += sums[j];
-    return 1.0f / sqrtf(sum / (float)n + 1e-9f);
-}
+ALWAYS float inverse_rms(const float *x, int n) { return 1.0f / sqrtf(dot_of(x, x, n) / (float)n + 1e-9f); }
 
 /* Rows to pick and add: row k, column n is values[k N + n] * scales[n]. */
 typedef struct {

@@ -113,7 +113,8 @@ def to_int8(weights: Floats) -> tuple[NDArray[np.int8], Floats]:
 
 
 def to_int4(weights: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-    """Finite ``weights`` [N, K] as kernels.c wants them, filled up to [n, k]: [n / 16, k / 8, 64] bytes of two numbers
+    """Finite ``weights`` [N, K] in the format of ``checkpoint/quantise.py``, without its torch (and its search for the
+    best scale, which a pack is worth): filled up to [n, k]: [n / 16, k / 8, 64] bytes of two numbers
     each, and scales [n / 16, k / 64, 16] in bf16."""
     rows, columns = _padded(*weights.shape)
     full = np.zeros((rows, columns), np.float32)
