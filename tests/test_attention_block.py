@@ -1,7 +1,8 @@
-"""Self-attention in two compiled calls: the bits of the module's own forward, or its own forward."""
+"""Self-attention in compiled calls: the bits of the module's own forward, or its own forward."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -31,15 +32,18 @@ def small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each attention in two calls."""
+    """One entry for each attention by the kernels."""
     found: list[int] = []
-    ours = AttentionBlock.qkv
 
-    def qkv(self: AttentionBlock, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        found.append(1)
-        return ours(self, x, cos, sin)
+    def counted(ours: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            found.append(1)
+            return ours(*args)
 
-    monkeypatch.setattr(AttentionBlock, "qkv", qkv)
+        return call
+
+    for name in ("qkv", "attention"):
+        monkeypatch.setattr(AttentionBlock, name, counted(getattr(AttentionBlock, name)))
     return found
 
 

@@ -25,7 +25,7 @@ from foregate.bench.rivals import RIVALS
 from foregate.bench.rivals.pagecache import drop
 from foregate.bench.rivals.readahead import HeldError, read_ahead, setting_of
 from foregate.bench.session import Outcome, Session, Setting
-from foregate.bench.summary import _domains, bound, disk_limit, paired, ratios, summarise
+from foregate.bench.summary import _compute_s, _domains, bound, disk_limit, paired, ratios, summarise
 from foregate.bench.usage import gauged
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import open_checkpoint
@@ -249,6 +249,12 @@ def test_the_parts_of_a_bar_add_up_to_its_token() -> None:
     assert sum(parts(arm)) == 10.0
     assert parts({**arm, "compute_ms": 8.0}) == [8.0, 3.0, 0.0, 0.0]
     assert parts({"tpot_ms": {"median": 7.0}}) == [0.0, 0.0, 0.0, 7.0]
+
+
+def test_arithmetic_is_what_the_engine_timed_or_else_experts_and_the_dense_part() -> None:
+    timed = [{"expert_compute_s_per_token": 3.0, "product_s_per_token": s} for s in (4.0, 6.0)]
+    assert _compute_s(timed, 10.0) == 5.0
+    assert _compute_s([*timed, {"expert_compute_s_per_token": 9.0, "product_s_per_token": None}], 10.0) == 15.0
 
 
 def test_a_reset_engine_is_cold_and_says_the_same_tokens() -> None:

@@ -12,6 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from foregate.engine import attention
 from foregate.engine.dense import DenseKernels
+from foregate.errors import IntegrityError
 from foregate.native import kernels
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the kernels are not built")
@@ -108,6 +109,40 @@ def test_nothing_is_hidden_by_the_norm() -> None:
     assert torch.equal(out[0], x[0])
     assert out[1].isnan().all()
     assert out[2, 7].isnan()
+
+
+# Outputs of experts, combined
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (4, 2048), (8, 80), (64, 32)])
+def test_outputs_are_weighed_added_and_rounded_once(rows: int, width: int, dtype: torch.dtype, level: int) -> None:
+    maker = torch.Generator().manual_seed(rows)
+    parts = torch.randn(rows, width, generator=maker).bfloat16()
+    weights = torch.rand(1, rows, generator=maker).to(dtype)
+    library = kernels.loaded()
+    library.foregate_kernels(level)
+    try:
+        assert kernels.combines(parts[:1], weights)
+        found = kernels.combine(parts, weights)
+    finally:
+        library.foregate_kernels(2)
+    wanted = (weights.double() @ parts.double()).float()
+    assert found.shape == (1, width)
+    assert torch.allclose(found.float(), wanted, rtol=0.005, atol=1e-5)
+
+
+def test_what_cannot_be_combined_is_not_taken() -> None:
+    x, weights = torch.zeros(1, 32, dtype=torch.bfloat16), torch.ones(1, 4)
+    assert kernels.combines(x, weights)
+    assert not kernels.combines(x.float(), weights)
+    assert not kernels.combines(x[:, :24], weights)
+    assert not kernels.combines(x, weights.double())
+    assert not kernels.combines(x, torch.ones(1, 65))
+    with pytest.raises(IntegrityError):
+        kernels.combine(torch.zeros(65, 32, dtype=torch.bfloat16), torch.ones(1, 65))
 
 
 # Attention

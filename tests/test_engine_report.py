@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from foregate.config import RunConfig, SamplingConfig
+from foregate.engine import dense
 from foregate.engine.engine import Engine
 from foregate.errors import ConfigError, ForegateError, PromptError
 from foregate.experts.echo import Echo
+from foregate.native import kernels
 from foregate.predictors.oracle import RouteRecorder
+from foregate.testing.tiny import build
 from foregate.types import FinishReason
 
 PROMPT = [5 + (7 * i) % 240 for i in range(24)]
@@ -123,6 +126,23 @@ def test_a_slow_consumer_is_not_the_engines_time(tiny: Tiny) -> None:
         next(stream)
         sleep(0.5)
         assert next(stream).stats.wall_s < 0.5
+
+
+def test_products_are_timed_where_the_kernels_have_them_and_not_guessed_elsewhere(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures, _, _ = report(tiny("qwen3_moe"), memory_budget="40%")
+    assert figures["decode"]["product_s_per_token"] is None  # torch multiplies matrices as small as these
+    if kernels.library() is None:
+        pytest.skip("the kernels are not built")
+    monkeypatch.setattr(dense, "SMALLEST", 1)
+    config = RunConfig(model=str(build("qwen3_moe", tmp_path / "model", dtype="bfloat16")), memory_budget="40%")
+    with Engine(config) as engine:
+        assert engine.dense.sufficient
+        steps = list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=12)))
+    for step in steps[1:]:
+        stats = step.stats
+        assert 0 < stats.product_s < stats.wall_s - stats.stall_s
 
 
 def test_oracle_tells_observers_once_and_keeps_no_recorder(tiny: Tiny) -> None:

@@ -80,3 +80,16 @@ def test_what_the_kernels_do_not_attend_to_is_left_alone(monkeypatch: pytest.Mon
     cache.update(*states(4), 2)
     make_room(cache)
     assert type(cache.layers[2]) is DynamicLayer
+
+
+def test_positions_that_others_write_to_are_kept_too() -> None:
+    own, ours = caches(BLOCK - 3)
+    for step in range(BLOCK):
+        new = states(1, step)
+        own.update(*new, 0)
+        for held, added in zip(ours.layers[0].extended(), new, strict=True):
+            held[:, :, -1:] = added
+    assert all(
+        map(torch.equal, (own.layers[0].keys, own.layers[0].values), (ours.layers[0].keys, ours.layers[0].values))
+    )
+    assert ours.get_seq_length() == own.get_seq_length() == 2 * BLOCK - 3

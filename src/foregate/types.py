@@ -134,6 +134,7 @@ class StepStats:
     late_stall_s: float = 0.0
     io_s: float = 0.0
     compute_s: float = 0.0
+    product_s: float = 0.0
     predict_s: float = 0.0
     wall_s: float = 0.0
 

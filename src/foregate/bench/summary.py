@@ -207,7 +207,7 @@ def _arm(runs: Sequence[Mapping[str, Any]], dense_s: float) -> dict[str, Any]:
     steps = np.concatenate([run["step_s"] for run in runs]) * 1e3
     decode = [run["report"]["decode"] for run in runs]
     per_token = {name: _mean(decode, name) for name in PER_TOKEN}
-    compute_ms = per_token["expert_compute_s_per_token"] * 1e3 + dense_s * 1e3
+    compute_ms = 1e3 * _compute_s(decode, dense_s)
     stall_ms = per_token["stall_s_per_token"] * 1e3
     tpot = median(means)
     hits, misses = (sum(d[name] for d in decode) for name in ("hits", "misses"))
@@ -251,6 +251,13 @@ PER_TOKEN = (
     "read_bytes_per_token",
     "predict_s_per_token",
 )
+
+
+def _compute_s(decode: Runs, dense_s: float) -> float:
+    """Seconds a token in products; where the engine could not time them all, the experts' and ``dense_s``."""
+    if any(row.get("product_s_per_token") is None for row in decode):
+        return _mean(decode, "expert_compute_s_per_token") + dense_s
+    return _mean(decode, "product_s_per_token")
 
 
 def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:

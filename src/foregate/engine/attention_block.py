@@ -1,6 +1,6 @@
-"""Self-attention of a decode step in two compiled calls: everything before the cache, and everything after it.
+"""Self-attention of a decode step in one compiled call, or two: everything before the cache, and everything after it.
 
-transformers spends 20 calls of torch and some 200 of Python a layer on what the kernels do in two. Which modules are
+transformers spends 20 calls of torch and some 200 of Python a layer on what the kernels do in one. Which modules are
 taken is decided when the model is built: by their parts, and then by trial, as the bits must be those of the module's
 own forward (with the kernels of ``engine/dense.py``). Everything unusual at a call goes on to that forward.
 Shapes: D hidden, H heads, G key/value heads, W width of a head, R values of a head that are turned by position.
@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from foregate.checkpoint.dense_int8 import Int8Linear
 from foregate.engine import attention, norms
+from foregate.engine.clock import Clock
 from foregate.engine.kv_room import RoomyLayer
 from foregate.native import kernels
 from foregate.native.attention_block import AttentionBlock, Heads
@@ -36,15 +37,16 @@ TRIALS = ((6, 1.0), (100_003, 30.0))
 Forward = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def forwards(model: nn.Module, native: Collection[nn.Module]) -> Iterator[tuple[nn.Module, Forward]]:
-    """Attention modules of ``model`` and the forward that each is to have. ``native``: what has a kernel's already."""
+def forwards(model: nn.Module, native: Collection[nn.Module], clock: Clock) -> Iterator[tuple[nn.Module, Forward]]:
+    """Attention modules of ``model`` and the forward that each is to have. ``native``: what has a kernel's already.
+    ``clock`` times their products."""
     rotary = next(filter(_is_rotary, model.modules()), None)
     if rotary is None or kernels.library() is None:
         return
     for module in model.modules():
         heads = _heads(module, native)
         if heads is not None:
-            forward = _forward(module, _block(module, heads))
+            forward = _forward(module, _block(module, heads), clock)
             if _agrees(module, forward, heads, rotary):
                 yield module, forward
 
@@ -134,7 +136,7 @@ def _block(module: nn.Module, heads: Heads) -> AttentionBlock:
 # What takes the place of a module's forward
 
 
-def _forward(module: nn.Module, block: AttentionBlock) -> Forward:
+def _forward(module: nn.Module, block: AttentionBlock, clock: Clock) -> Forward:
     theirs, layer, hooks = module.forward, _layer(module), tuple(_hooks(module))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -144,10 +146,12 @@ def _forward(module: nn.Module, block: AttentionBlock) -> Forward:
         x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
         if not block.takes(x, cos, sin):
             return theirs(*args, **kwargs)
-        query, key, value = block.qkv(x, cos, sin)
+        if past is not None and type(past.layers[layer]) is RoomyLayer:
+            return clock.timed(block.attention, x, cos, sin, *past.layers[layer].extended()), None
+        query, key, value = clock.timed(block.qkv, x, cos, sin)
         if past is not None:
             key, value = past.update(key, value, layer)
-        return block.attend(query, key, value), None
+        return clock.timed(block.attend, query, key, value), None
 
     return forward
 

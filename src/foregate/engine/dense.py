@@ -1,5 +1,5 @@
-"""Who computes the dense layers of a decode step: kernels for large matrices, norms, attention and whole self-attention
-modules, torch on one thread for the rest.
+"""Who computes the dense layers of a decode step: kernels for large matrices, norms, routers, attention and whole
+self-attention modules, torch on one thread for the rest.
 
 Waking a second thread costs torch more than a small operation does (measured: 0.54 ms for a router of 32 x 2048 on two
 threads that wait passively, 0.03 ms on one), so it is worth it only where torch has large matrices left to multiply.
@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foregate.checkpoint.dense_int8 import Int8Linear
-from foregate.engine import attention, attention_block, norms
+from foregate.engine import attention, attention_block, norms, router
+from foregate.engine.clock import Clock
 from foregate.native import kernels
 
 SMALLEST = 1 << 20
@@ -28,31 +31,36 @@ LARGE_SHARE = 0.9
 
 
 class DenseKernels:
-    """Large bf16 matrices, norms and attention of ``model`` computed by the compiled kernels, until ``close``.
+    """Large bf16 matrices, norms, routers and attention of ``model`` computed by the compiled kernels, until ``close``.
 
     ``sufficient``: so much of a decode step is theirs that torch needs one thread only. What is chosen depends on the
     model and the installation alone, so every budget and predictor computes the same bits.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.clock = Clock()
+        """Time in their products; in all products of a decode step, the small ones apart, if ``sufficient``."""
         self._replaced: list[nn.Module] = []
         linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Int8Linear))]
         weights = {module: module.weight.numel() for module in linears}
         native = 0
         for module in linears:
             if isinstance(module, Int8Linear):
+                self._replace(module, partial(self.clock.timed, module.forward))
                 native += weights[module] * (kernels.library() is not None)
             elif _suits(module):
-                object.__setattr__(module, "forward", _forward(module))
-                self._replaced.append(module)
+                self._replace(module, _forward(module, self.clock))
                 native += weights[module]
         for norm in filter(norms.is_norm, model.modules()):
-            object.__setattr__(norm, "forward", norms.forward(norm))
-            self._replaced.append(norm)
-        for block, forward in list(attention_block.forwards(model, frozenset(self._replaced))):
-            object.__setattr__(block, "forward", forward)
-            self._replaced.append(block)
+            self._replace(norm, norms.forward(norm))
+        blocks = attention_block.forwards(model, frozenset(self._replaced), self.clock)
+        for part, forward in [*blocks, *router.forwards(model)]:
+            self._replace(part, forward)
         self.sufficient = bool(weights) and native >= LARGE_SHARE * sum(weights.values())
+
+    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        object.__setattr__(module, "forward", forward)
+        self._replaced.append(module)
 
     def close(self) -> None:
         """The model is as it was."""
@@ -88,7 +96,7 @@ def _suits(module: nn.Linear) -> bool:
     return fits and large and weight.is_contiguous() and kernels.library() is not None
 
 
-def _forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _forward(module: nn.Linear, clock: Clock) -> Callable[[Tensor], Tensor]:
     """``module.forward`` by the kernel for few tokens. The choice depends on the number of tokens alone."""
     weight, bias = module.weight, _bias(module)
     outputs, inputs = weight.shape
@@ -98,7 +106,7 @@ def _forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
         rows = x.reshape(-1, inputs)
         if len(rows) > kernels.MOST_TOKENS or x.dtype is not torch.bfloat16:
             return F.linear(x, weight, bias)
-        out = kernels.linear(matrix, rows, outputs)
+        out = clock.timed(kernels.linear, matrix, rows, outputs)
         return (out if bias is None else out + bias).view(*x.shape[:-1], outputs)
 
     return forward

@@ -295,9 +295,10 @@ class Engine:
             layout_of=self.checkpoint.layout_of,
             experts=spec.experts_per_layer,
             decode_staging=self.staging.slots,
+            clock=self.dense.clock,
             **(self._extra if config.lossy else {}),
         )
-        self._meter = Meter(self.cache, self.transfer, self.pipeline, self.prefetcher)
+        self._meter = Meter(self.cache, self.transfer, self.pipeline, self.prefetcher, self.dense.clock)
         install(self.runtime, self._modules)
 
     def _plan_staging(self) -> Staging:

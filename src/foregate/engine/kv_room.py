@@ -42,15 +42,26 @@ class RoomyLayer(DynamicLayer):
         self.values = self._add(1, self.values, value_states)
         return self.keys, self.values
 
+    def extended(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with one position more, whose content is the caller's to write before anyone reads it."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = self._longer(0, self.keys, 1), self._longer(1, self.values, 1)
+        return self.keys, self.values
+
     def _add(self, which: int, held: Tensor, new: Tensor) -> Tensor:
+        longer = self._longer(which, held, new.shape[2])
+        longer[:, :, held.shape[2] :] = new
+        return longer
+
+    def _longer(self, which: int, held: Tensor, more: int) -> Tensor:
         before, room = held.shape[2], self._rooms[which]
-        after = before + new.shape[2]
+        after = before + more
         if after > room.shape[2] or held.data_ptr() != room.data_ptr():
             room = held.new_empty(*held.shape[:2], (after // BLOCK + 1) * BLOCK, held.shape[3])
             room[:, :, :before] = held
             self._rooms[which] = room
-        room[:, :, before:after] = new
-        return room[:, :, :after]
+        return room.narrow(2, 0, after)
 
 
 def make_room(past: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from time import perf_counter
 
+from foregate.engine.clock import Clock
 from foregate.experts.cache import ExpertCache
 from foregate.experts.paired_transfer import PairedTransfer
 from foregate.experts.readers import AnyTransfer
@@ -16,12 +17,18 @@ class Meter:
     """``lap()`` gives what has happened since the last lap."""
 
     def __init__(
-        self, cache: ExpertCache, transfer: AnyTransfer | PairedTransfer, pipeline: Pipeline, prefetcher: Prefetcher
+        self,
+        cache: ExpertCache,
+        transfer: AnyTransfer | PairedTransfer,
+        pipeline: Pipeline,
+        prefetcher: Prefetcher,
+        clock: Clock,
     ) -> None:
         self._cache = cache
         self._transfer = transfer
         self._pipeline = pipeline
         self._prefetcher = prefetcher
+        self._clock = clock
         self._last = self._now()
 
     def lap(self) -> StepStats:
@@ -35,7 +42,7 @@ class Meter:
         return _difference(self._now(), self._last)
 
     def _now(self) -> StepStats:
-        total = StepStats(wall_s=perf_counter(), evictions=self._cache.evictions)
+        total = StepStats(wall_s=perf_counter(), evictions=self._cache.evictions, product_s=self._clock.ns * 1e-9)
         total.add(self._pipeline.stats)
         total.add(self._prefetcher.stats)
         moved = self._transfer.stats()

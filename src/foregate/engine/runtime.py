@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from foregate.engine.clock import Clock
 from foregate.engine.signals import ModelSignals
 from foregate.events import ControllerDecided, Part, TimeSpent, ns
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, expert_forward, experts_forward
 from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
+from foregate.native import kernels
 from foregate.prefetch.pipeline import Compute, Pipeline, Together
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, RoutingStep
@@ -57,6 +59,7 @@ class ExpertRuntime:
         layout_of: Callable[[ExpertKey], ExpertLayout],
         experts: Sequence[int],
         decode_staging: int,
+        clock: Clock,
     ) -> None:
         self.phase = Phase.PREFILL
         self.position = 0
@@ -72,6 +75,7 @@ class ExpertRuntime:
         self._layout_of = layout_of
         self._experts = experts
         self._decode_staging = decode_staging
+        self._clock = clock
         signals.reached = self._reached
         self._informed = cache.policy if isinstance(cache.policy, RoutingAware) else None
         signals.listen(on=self._informed is not None)
@@ -133,9 +137,8 @@ class ExpertRuntime:
         self._tell_until_now(Part.ROUTING, layer)
         if self.phase is Phase.DECODE:
             self._prefetcher.arrived(layer)
-        step = RoutingStep(
-            layer, self.phase, self.position, index.numpy().astype(np.int64), weights.float().numpy().astype(np.float32)
-        )
+        chosen = np.asarray(index.numpy(), np.int64)
+        step = RoutingStep(layer, self.phase, self.position, chosen, weights.float().numpy())
         self._signals.on_route(step)
         if self._informed is not None:
             self._informed.observe(layer, step.experts, self._signals.routed(step))
@@ -147,6 +150,8 @@ class ExpertRuntime:
         self.predictor.observe(step)
 
     def _gather(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        if len(index) == 1:
+            return self._gather_one(layer, module, x, index[0].tolist(), weights)
         parts = x.new_zeros((*index.shape, x.shape[-1]), dtype=torch.promote_types(x.dtype, weights.dtype))
 
         def compute(expert: int, slot: int) -> None:
@@ -154,39 +159,37 @@ class ExpertRuntime:
             out = self._expert(ExpertKey(layer, expert), module, x[token], slot)
             parts[token, rank] = (out * weights[token, rank, None]).to(parts.dtype)
 
-        if len(index) == 1:
-            self._gather_one(layer, module, x, index, weights, parts[0])
-        else:
-            self._run(layer, index, compute)
+        self._decode(layer, self._needed(layer, index.flatten().tolist()), compute)
         return parts.sum(dim=1).to(x.dtype)
 
-    def _gather_one(
-        self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor, parts: Tensor
-    ) -> None:
-        """``_gather`` for one token: ``parts`` [k, D] are written."""
-        ranks, shares = index[0].tolist(), weights[0, :, None]
+    def _gather_one(self, layer: int, module: nn.Module, x: Tensor, ranks: list[int], weights: Tensor) -> Tensor:
+        """``_gather`` for one token, whose experts are ``ranks``."""
+        parts = x.new_zeros((len(ranks), x.shape[-1]))
 
         def compute(expert: int, slot: int) -> None:
-            out = self._expert(ExpertKey(layer, expert), module, x, slot)
-            for rank, chosen in enumerate(ranks):
-                if chosen == expert:
-                    parts[rank] = out[0] * shares[rank]
+            spread(self._expert(ExpertKey(layer, expert), module, x, slot), [expert])
 
         def together(experts: Sequence[int], slots: Sequence[int]) -> None:
             held = [
                 self._views.weights(slot, self._layout_of(ExpertKey(layer, expert)))
                 for expert, slot in zip(experts, slots, strict=True)
             ]
-            out = experts_forward(module, x, held)
-            if experts == ranks:
-                torch.mul(out, shares, out=parts)
-                return
+            every = experts == ranks
+            into = parts if every else x.new_empty((len(held), x.shape[-1]))
+            self._clock.timed(experts_forward, module, x, held, into)
+            if not every:
+                spread(into, experts)
+
+        def spread(out: Tensor, experts: Sequence[int]) -> None:
             for row, expert in enumerate(experts):
                 for rank, chosen in enumerate(ranks):
                     if chosen == expert:
-                        parts[rank] = out[row] * shares[rank]
+                        parts[rank] = out[row]
 
-        self._run(layer, index, compute, together)
+        self._decode(layer, self._needed(layer, ranks), compute, together)
+        if kernels.combines(x, weights):
+            return kernels.combine(parts, weights)
+        return (parts * weights[0, :, None]).sum(dim=0, keepdim=True).to(x.dtype)
 
     def _sum(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         total = torch.zeros(x.shape, dtype=torch.float32)
@@ -200,25 +203,33 @@ class ExpertRuntime:
         self._run(layer, index, compute)
         return total.to(x.dtype)
 
-    def _run(self, layer: int, index: Tensor, compute: Compute, together: Together | None = None) -> None:
-        needed = self._needed(layer, index)
-        began = perf_counter_ns()
+    def _run(self, layer: int, index: Tensor, compute: Compute) -> None:
+        needed = self._needed(layer, index.flatten().tolist())
         if _few(index):
-            predict = partial(self._predict, layer, Moment.AFTER_ROUTING)
-            self._pipeline.decode(layer, needed, compute, predict, together)
-        else:
-            self._make_staging(layer)
-            self._pipeline.stream(layer, needed, compute, self._ahead(layer, len(needed)), self._keep(layer, index))
-            self._signals.forget_all_but_last(layer)
+            self._decode(layer, needed, compute)
+            return
+        began = perf_counter_ns()
+        self._make_staging(layer)
+        self._pipeline.stream(layer, needed, compute, self._ahead(layer, len(needed)), self._keep(layer, index))
+        self._signals.forget_all_but_last(layer)
+        self._tell_experts(began, layer)
+
+    def _decode(self, layer: int, needed: list[int], compute: Compute, together: Together | None = None) -> None:
+        began = perf_counter_ns()
+        self._pipeline.decode(layer, needed, compute, partial(self._predict, layer, Moment.AFTER_ROUTING), together)
+        self._tell_experts(began, layer)
+
+    def _tell_experts(self, began: int, layer: int) -> None:
         if self._events.on:
             self._events.emit(TimeSpent(began, perf_counter_ns(), Part.EXPERTS, layer))
 
     def _expert(self, key: ExpertKey, module: nn.Module, x: Tensor, slot: int) -> Tensor:
-        return expert_forward(module, x, self._views.weights(slot, self._layout_of(key)))
+        return self._clock.timed(expert_forward, module, x, self._views.weights(slot, self._layout_of(key)))
 
-    def _needed(self, layer: int, index: Tensor) -> list[int]:
-        """Experts to run, each once, in rank order of the first token; sentinels of expert parallelism left out."""
-        return [e for e in dict.fromkeys(index.flatten().tolist()) if 0 <= e < self._experts[layer]]
+    def _needed(self, layer: int, chosen: list[int]) -> list[int]:
+        """Experts to run, each once, in the order of ``chosen``; sentinels of expert parallelism left out."""
+        there = self._experts[layer]
+        return [expert for expert in dict.fromkeys(chosen) if 0 <= expert < there]
 
     def _reached(self, layer: int, moment: Moment) -> None:
         if moment is Moment.AFTER_ATTENTION:

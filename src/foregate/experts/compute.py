@@ -87,14 +87,17 @@ def expert_forward(module: Any, x: Tensor, weights: Weights) -> Tensor:
     return torch_forward(module, x, weights.tensors, weights.scratch)
 
 
-def experts_forward(module: Any, x: Tensor, weights: Sequence[Weights]) -> Tensor:
-    """Outputs [n, D] of several experts for the one token ``x`` [1, D]: bit for bit those of ``expert_forward``."""
+def experts_forward(module: Any, x: Tensor, weights: Sequence[Weights], into: Tensor) -> None:
+    """Write the outputs of several experts for the one token ``x`` [1, D] to ``into`` [n, D], contiguous and of the
+    dtype of ``x``: bit for bit those of ``expert_forward``."""
     if runs_fused(module, x, weights[0]) and len(weights) <= kernels.MOST_EXPERTS:
         hidden = module.down_proj.shape[-1]
         experts = [one.fused(hidden) for one in weights]
         if all(one.form == experts[0].form for one in experts):
-            return kernels.FusedExpert.together(experts, x)
-    return torch.cat([expert_forward(module, x, one) for one in weights])
+            kernels.FusedExpert.together(experts, x, into)
+            return
+    for row, one in enumerate(weights):
+        into[row] = expert_forward(module, x, one)[0]
 
 
 def runs_fused(module: Any, x: Tensor, weights: Weights) -> bool:

@@ -1,4 +1,4 @@
-"""Self-attention of one decoded token, its four matrices included, in two calls of the kernels (``native/block.h``).
+"""Self-attention of one decoded token, its four matrices included, in one or two calls of the kernels (``block.h``).
 
 Shapes: D hidden, H heads, G key/value heads, W width of a head, S positions.
 """
@@ -67,7 +67,10 @@ class AttentionBlock:
         self._keys = (1, heads.shared, 1, heads.width)
         self._out = (1, 1, matrices[3].rows)
         self._inputs = matrices[0].columns
-        self._qkv, self._attend = loaded().foregate_qkv, loaded().foregate_attend_out
+        library = loaded()
+        self._qkv, self._attend, self._whole = (
+            library.foregate_qkv, library.foregate_attend_out, library.foregate_attention
+        )  # fmt: skip
 
     def takes(self, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
         """Whether ``qkv`` does."""
@@ -97,6 +100,21 @@ class AttentionBlock:
         )  # fmt: skip
         check(code)
         return query, key, value
+
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """``qkv`` and ``attend`` in one: the last of the S positions of ``key`` and ``value`` are written to."""
+        shape, turned = key.shape, cos.shape[2]
+        assert shape == value.shape
+        assert (shape[0], shape[1], shape[3]) == (1, self._keys[1], self._keys[3])
+        out = torch.empty(self._out, dtype=torch.bfloat16)
+        _, k_head, k_row, _ = key.stride()
+        _, v_head, v_row, _ = value.stride()
+        code = self._whole(
+            self._at, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), turned, key.data_ptr(), k_head, k_row,
+            value.data_ptr(), v_head, v_row, shape[2], out.data_ptr(), num_threads(),
+        )  # fmt: skip
+        check(code)
+        return out
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Output [1, 1, D] for ``query`` over ``key`` and ``value`` [1, G, S, W] (bf16, rows of stride 1)."""

@@ -1,5 +1,5 @@
 /* Self-attention of one decoded token, the matrices around it included: hidden state -> q, k, v, and q with the cache
- * -> output. Between the two calls k and v go into the cache. Included by kernels.c.
+ * -> output. Between the two k and v go into the cache: in one call where it has room for them. Included by kernels.c.
  *
  * D hidden, H heads, G key/value heads, W width of a head. Every value is rounded to bf16 where torch would. */
 #ifndef FOREGATE_BLOCK_H
@@ -52,14 +52,9 @@ static int refuse_norm(const head_norm *norm, int heads, int width) {
     return norm->weight && (norm->width < 16 || norm->width % 16 || heads * width % norm->width);
 }
 
-/* q [H, W], k and v [G, W] of x [D]; q and k are normed and turned by cos and sin [turned]. As foregate_linear. */
-int foregate_qkv(const attention_block *b, const uint16_t *x, const uint16_t *cos, const uint16_t *sin, int turned,
-                 uint16_t *q, uint16_t *k, uint16_t *v, int threads) {
-    choose_best();
+static int refuse_qkv(const attention_block *b, int turned) {
     const matrix *matrices[3] = {&b->q, &b->k, &b->v};
-    uint16_t *out[3] = {q, k, v};
     int heads[3] = {b->heads, b->shared, b->shared};
-    products3 all;
     if (b->heads < b->shared || turned < 0 || turned % 2 || turned > b->width || refuse_norm(&b->q_norm, b->heads, b->width) ||
         refuse_norm(&b->k_norm, b->shared, b->width))
         return 1;
@@ -67,12 +62,21 @@ int foregate_qkv(const attention_block *b, const uint16_t *x, const uint16_t *co
         if (refuse(matrices[i], 1) || matrices[i]->dtype != b->q.dtype || matrices[i]->columns != b->q.columns ||
             matrices[i]->group || matrices[i]->rows != heads[i] * b->width)
             return 1;
-    int padded = round_up(b->q.columns, STEP);
-    size_t values = (size_t)b->heads * b->width;
-    if (!reserve(input_bytes(&b->q) + (size_t)padded * 4 + values * sizeof *q + 256))
-        return 2;
+    return 0;
+}
+
+static size_t qkv_bytes(const attention_block *b) {
+    return input_bytes(&b->q) + (size_t)round_up(b->q.columns, STEP) * 4 + (size_t)b->heads * b->width * 2 + 256;
+}
+
+static void project(const attention_block *b, const uint16_t *x, const uint16_t *cos, const uint16_t *sin, int turned,
+                    uint16_t *q, uint16_t *k, uint16_t *v, int threads) {
+    const matrix *matrices[3] = {&b->q, &b->k, &b->v};
+    uint16_t *out[3] = {q, k, v};
+    const int padded = round_up(b->q.columns, STEP);
+    products3 all;
     input in;
-    uint16_t *spare = carve(values * sizeof *q);
+    uint16_t *spare = carve((size_t)b->heads * b->width * sizeof *q);
     float *row = carve((size_t)padded * 4);
     load_row(x, BF16, 0, b->q.columns, row, padded);
     make_input(&b->q, row, &in);
@@ -85,6 +89,39 @@ int foregate_qkv(const attention_block *b, const uint16_t *x, const uint16_t *co
     finish_heads(q, spare, b->heads, b->width, b->q_bias, &b->q_norm, cos, sin, turned);
     finish_heads(k, spare, b->shared, b->width, b->k_bias, &b->k_norm, cos, sin, turned);
     add(v, b->v_bias, b->shared * b->width);
+}
+
+static int refuse_out(const attention_block *b, const attention *a) {
+    return refuse_attention(a, b->shared) || refuse(&b->o, 1) || b->o.group || b->o.columns != b->heads * b->width;
+}
+
+static size_t out_bytes(const attention_block *b, int positions) {
+    const size_t values = (size_t)b->heads * b->width;
+    return (size_t)b->heads * positions * 4 + values * 2 + (size_t)round_up(b->o.columns, STEP) * 4 + input_bytes(&b->o) + 256;
+}
+
+static void attend_project(const attention_block *b, attention *a, uint16_t *out, int threads) {
+    const int values = b->heads * b->width, padded = round_up(b->o.columns, STEP);
+    a->scores = carve((size_t)b->heads * a->positions * 4);
+    a->out = carve((size_t)values * 2);
+    attend_all(a, b->shared, threads);
+    input in;
+    float *row = carve((size_t)padded * 4);
+    load_row(a->out, BF16, 0, values, row, padded);
+    make_input(&b->o, row, &in);
+    multiply(&b->o, &in, 1, out, BF16, b->o.rows, threads);
+    add(out, b->o_bias, b->o.rows);
+}
+
+/* q [H, W], k and v [G, W] of x [D]; q and k are normed and turned by cos and sin [turned]. As foregate_linear. */
+int foregate_qkv(const attention_block *b, const uint16_t *x, const uint16_t *cos, const uint16_t *sin, int turned,
+                 uint16_t *q, uint16_t *k, uint16_t *v, int threads) {
+    choose_best();
+    if (refuse_qkv(b, turned))
+        return 1;
+    if (!reserve(qkv_bytes(b)))
+        return 2;
+    project(b, x, cos, sin, turned, q, k, v, threads);
     return 0;
 }
 
@@ -93,23 +130,36 @@ int foregate_qkv(const attention_block *b, const uint16_t *x, const uint16_t *co
 int foregate_attend_out(const attention_block *b, const uint16_t *q, const uint16_t *k, int64_t k_head, int64_t k_row,
                         const uint16_t *v, int64_t v_head, int64_t v_row, int positions, uint16_t *out, int threads) {
     choose_best();
-    const int values = b->heads * b->width, padded = round_up(b->o.columns, STEP);
     attention a = {q,     k,     v,     NULL,   NULL,  b->heads / b->shared, positions, b->width, b->width, k_head,
                    k_row, v_head, v_row, b->scale};
-    if (refuse_attention(&a, b->shared) || refuse(&b->o, 1) || b->o.group || b->o.columns != values)
+    if (refuse_out(b, &a))
         return 1;
-    size_t scores = (size_t)b->heads * positions * 4;
-    if (!reserve(scores + (size_t)values * 2 + (size_t)padded * 4 + input_bytes(&b->o) + 256))
+    if (!reserve(out_bytes(b, positions)))
         return 2;
-    a.scores = carve(scores);
-    a.out = carve((size_t)values * 2);
-    attend_all(&a, b->shared, threads);
-    input in;
-    float *row = carve((size_t)padded * 4);
-    load_row(a.out, BF16, 0, values, row, padded);
-    make_input(&b->o, row, &in);
-    multiply(&b->o, &in, 1, out, BF16, b->o.rows, threads);
-    add(out, b->o_bias, b->o.rows);
+    attend_project(b, &a, out, threads);
+    return 0;
+}
+
+/* Both in one: key and value of x become the last of the `positions` rows of k and v. As foregate_linear. */
+int foregate_attention(const attention_block *b, const uint16_t *x, const uint16_t *cos, const uint16_t *sin,
+                       int turned, uint16_t *k, int64_t k_head, int64_t k_row, uint16_t *v, int64_t v_head,
+                       int64_t v_row, int positions, uint16_t *out, int threads) {
+    choose_best();
+    attention a = {NULL,  k,      v,     NULL, NULL, b->heads / b->shared, positions, b->width, b->width, k_head,
+                   k_row, v_head, v_row, b->scale};
+    if (refuse_qkv(b, turned) || refuse_out(b, &a))
+        return 1;
+    const size_t wide = (size_t)b->heads * b->width * 2, narrow = (size_t)b->shared * b->width * 2;
+    if (!reserve(qkv_bytes(b) + out_bytes(b, positions) + wide + 2 * narrow + 256))
+        return 2;
+    uint16_t *q = carve(wide), *key = carve(narrow), *value = carve(narrow);
+    project(b, x, cos, sin, turned, q, key, value, threads);
+    for (int g = 0; g < b->shared; g++) {
+        memcpy(k + g * k_head + (positions - 1) * k_row, key + (size_t)g * b->width, (size_t)b->width * 2);
+        memcpy(v + g * v_head + (positions - 1) * v_row, value + (size_t)g * b->width, (size_t)b->width * 2);
+    }
+    a.q = q;
+    attend_project(b, &a, out, threads);
     return 0;
 }
 

@@ -90,6 +90,24 @@ static void rotate_plain(uint16_t *x, const uint16_t *cos, const uint16_t *sin, 
     rotate_any(x, cos, sin, turned);
 }
 
+/* ---- Outputs of experts times their weights, added up: out [n] of x [rows, n] and w [rows], rounded once ---- */
+
+INLINE void combine_any(const uint16_t *x, const float *w, int rows, int n, uint16_t *restrict out) {
+    for (int i = 0; i < n; i += 16) {
+        lanes sums = {0};
+        for (int r = 0; r < rows; r++)
+            sums += WIDEN(x + (size_t)r * n + i) * w[r];
+        for (int j = 0; j < 16; j++)
+            out[i + j] = nearest_bf16(sums[j]);
+    }
+}
+
+typedef void (*combine_fn)(const uint16_t *x, const float *w, int rows, int n, uint16_t *out);
+
+static void combine_plain(const uint16_t *x, const float *w, int rows, int n, uint16_t *out) {
+    combine_any(x, w, rows, n, out);
+}
+
 /* ---- Attention of one token: softmax(scale q k^T) v, every position seen ---- */
 
 typedef struct {
@@ -176,6 +194,12 @@ AVX2 static void rotate_avx2(uint16_t *x, const uint16_t *cos, const uint16_t *s
 }
 AVX512 static void rotate_avx512(uint16_t *x, const uint16_t *cos, const uint16_t *sin, int turned) {
     rotate_any(x, cos, sin, turned);
+}
+AVX2 static void combine_avx2(const uint16_t *x, const float *w, int rows, int n, uint16_t *out) {
+    combine_any(x, w, rows, n, out);
+}
+AVX512 static void combine_avx512(const uint16_t *x, const float *w, int rows, int n, uint16_t *out) {
+    combine_any(x, w, rows, n, out);
 }
 AVX2 static void attend_avx2(const attention *a, int head) { attend_any(a, head); }
 AVX512 static void attend_avx512(const attention *a, int head) { attend_any(a, head); }

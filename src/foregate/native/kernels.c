@@ -472,6 +472,7 @@ static struct {
     void (*quantise)(const float *x, int n, int group, input *in);
     norm_fn norm;
     rotate_fn rotate;
+    combine_fn combine;
     attend_fn attend;
 } chosen;
 
@@ -486,6 +487,7 @@ static void choose(int level) {
     chosen.quantise = quantise_plain;
     chosen.norm = norm_plain;
     chosen.rotate = rotate_plain;
+    chosen.combine = combine_plain;
     chosen.attend = attend_plain;
 #ifdef X86
     __builtin_cpu_init();
@@ -502,6 +504,7 @@ static void choose(int level) {
         chosen.quantise = quantise_avx2;
         chosen.norm = norm_avx2;
         chosen.rotate = rotate_avx2;
+        chosen.combine = combine_avx2;
         chosen.attend = attend_avx2;
     }
     if (avx2 && avx512 && level >= 2) {
@@ -513,6 +516,7 @@ static void choose(int level) {
         chosen.quantise = quantise_avx512;
         chosen.norm = norm_avx512;
         chosen.rotate = rotate_avx512;
+        chosen.combine = combine_avx512;
         chosen.attend = attend_avx512;
     }
 #else
@@ -846,6 +850,21 @@ int foregate_rms_norm(const uint16_t *x, const uint16_t *w, uint16_t *out, int r
     return 0;
 }
 
+enum { MOST_COMBINED = 64 };
+
+/* out [n] = the sum of x [rows, n] (bf16), each row times its weight (F32 or BF16). Returns 0, or 1 for a shape that it
+ * does not take. */
+int foregate_combine(const uint16_t *x, const void *weights, int dtype, int rows, int n, uint16_t *out) {
+    choose_best();
+    float w[MOST_COMBINED];
+    if (n < 16 || n % 16 || rows < 1 || rows > MOST_COMBINED || (dtype != F32 && dtype != BF16))
+        return 1;
+    for (int r = 0; r < rows; r++)
+        w[r] = dtype == F32 ? ((const float *)weights)[r] : from_bf16(((const uint16_t *)weights)[r]);
+    chosen.combine(x, w, rows, n, out);
+    return 0;
+}
+
 static int refuse_attention(const attention *a, int heads) {
     return heads < 1 || a->positions < 1 || a->width < 16 || a->width % 16 || a->width > MOST_WIDTH ||
            a->out_width < 16 || a->out_width % 16 || a->out_width > MOST_WIDTH || a->group < 1 ||
@@ -871,73 +890,6 @@ int foregate_attend(attention *a, int heads, int threads) {
     return 0;
 }
 
-/* ---- A router asked ahead: norm, product, order ---- */
-
-typedef struct {
-    matrix gate;          /* bf16 */
-    const uint16_t *norm; /* weight [K] of the norm before it, or NULL */
-    float epsilon;
-    float *scores;  /* [N] out, best first: what bf16 keeps of the products */
-    int64_t *order; /* [N] out: rows of the gate, best first, the lower first where they tie */
-} ranking;
-
-enum { MOST_RANKED = 4096, UNDECIDED = 3 };
-
-/* Larger is better, and among equals the lower row: bf16 as an integer that grows with it, then the row. */
-static uint32_t rank_key(uint16_t bits, int row) {
-    if (!(bits & 0x7fff))
-        bits = 0; /* -0 ties with 0 */
-    uint16_t grows = bits & 0x8000 ? (uint16_t)~bits : (uint16_t)(bits | 0x8000);
-    return (uint32_t)grows << 16 | (uint32_t)(0xffff - row);
-}
-
-/* Rank the rows of `r->gate` for x [K], bf16, on this thread. Returns as foregate_linear, or UNDECIDED where the
- * order cannot be told: a NaN, or a tie at place `top`, which routers settle each in its own way. */
-int foregate_rank(const ranking *r, const uint16_t *x, int top) {
-    choose_best();
-    const matrix *m = &r->gate;
-    const int n = m->columns, rows = m->rows, padded = round_up(n, STEP);
-    if (refuse(m, 1) || m->dtype != BF16 || rows > MOST_RANKED || top < 1 || (r->norm && (n < 16 || n % 16)))
-        return 1;
-    if (!reserve(input_bytes(m) + (size_t)padded * 6 + (size_t)round_up(rows, ROWS) * 8 + 256))
-        return 2;
-    float *row = carve((size_t)padded * 4), *products = carve((size_t)round_up(rows, ROWS) * 4);
-    uint32_t *keys = carve((size_t)rows * 4);
-    if (r->norm) {
-        uint16_t *normed = carve((size_t)padded * 2);
-        chosen.norm(x, r->norm, normed, n, r->epsilon);
-        x = normed;
-    }
-    input in;
-    load_row(x, BF16, 0, n, row, padded);
-    make_input(m, row, &in);
-    chosen.kernels[BF16](m, 0, rows, &in, 1, products, round_up(rows, ROWS));
-    for (int i = 0; i < rows; i++) { /* few rows: each goes to its place among those before */
-        uint16_t bits = to_bf16(products[i]);
-        products[i] = from_bf16(bits);
-        if (products[i] != products[i])
-            return UNDECIDED;
-        uint32_t key = rank_key(bits, i);
-        int low = 0, high = i;
-        while (low < high) {
-            int middle = (low + high) / 2;
-            if (keys[middle] > key)
-                low = middle + 1;
-            else
-                high = middle;
-        }
-        memmove(keys + low + 1, keys + low, (size_t)(i - low) * 4);
-        keys[low] = key;
-    }
-    if (top < rows && keys[top - 1] >> 16 == keys[top] >> 16)
-        return UNDECIDED;
-    for (int i = 0; i < rows; i++) {
-        r->order[i] = 0xffff - (int)(keys[i] & 0xffff);
-        r->scores[i] = products[r->order[i]];
-    }
-    return 0;
-}
-
 /* In sixteen lanes, which a compiler may not make of one sum. */
 ALWAYS float dot_of(const float *a, const float *b, int n) {
     float sums[16] = {0}, sum = 0.0f;
@@ -953,6 +905,7 @@ ALWAYS float dot_of(const float *a, const float *b, int n) {
 }
 
 #include "block.h"
+#include "route.h"
 #include "predict.h"
 #include "echo.h"
 

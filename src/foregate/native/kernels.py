@@ -39,15 +39,16 @@ ACTIVATIONS = {torch.bfloat16: BF16, torch.float32: F32}
 FUNCTIONS = tuple(
     f"foregate_{name}"
     for name in (
-        "expert", "experts", "linear", "rms_norm", "attend", "qkv", "attend_out", "expand", "rank", "read", "kernels"
+        "expert", "experts", "linear", "rms_norm", "combine", "attend", "qkv", "attend_out", "attention", "expand",
+        "rank", "route", "read", "kernels",
     )
 )  # fmt: skip
 
 _MOST_VALUES, _MOST_WIDTH = 16384, 1024
 """Of decode.h."""
 
-MOST_RANKED, _UNDECIDED = 4096, 3
-"""Rows that ``Ranker`` takes; its answer where they tie."""
+MOST_RANKED, UNDECIDED = 4096, 3
+"""Experts of a router at most; the answer where they tie."""
 
 
 def num_threads() -> int:
@@ -73,7 +74,7 @@ class _Attention(ctypes.Structure):
 
 
 class _Ranking(ctypes.Structure):
-    """``ranking`` of kernels.c."""
+    """``ranking`` of route.h."""
 
     _fields_ = [
         ("gate", Matrix),
@@ -107,12 +108,16 @@ def library() -> ctypes.CDLL | None:
     found.foregate_linear.argtypes = [pointer, *tail[1:]]
     found.foregate_experts.argtypes = [c_void_p, c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int, c_int]
     found.foregate_rms_norm.argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_int, c_float]
+    found.foregate_combine.argtypes = [c_void_p, c_void_p, c_int, c_int, c_int, c_void_p]
     found.foregate_attend.argtypes = [POINTER(_Attention), c_int, c_int]
     found.foregate_qkv.argtypes = [c_void_p] * 4 + [c_int] + [c_void_p] * 3 + [c_int]
     strided: list[Any] = [c_void_p, c_int64, c_int64]
     found.foregate_attend_out.argtypes = [c_void_p, c_void_p, *strided, *strided, c_int, c_void_p, c_int]
+    turned: list[Any] = [c_void_p, c_void_p, c_void_p, c_int]
+    found.foregate_attention.argtypes = [c_void_p, *turned, *strided, *strided, c_int, c_void_p, c_int]
     found.foregate_expand.argtypes = [pointer, c_void_p, c_int, c_int, c_int]
     found.foregate_rank.argtypes = [POINTER(_Ranking), c_void_p, c_int]
+    found.foregate_route.argtypes = [pointer, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int]
     found.foregate_read.argtypes = [c_void_p, c_size_t, c_int]
     found.foregate_read.restype = c_uint64
     found.foregate_kernels.argtypes = [c_int]
@@ -163,12 +168,15 @@ class FusedExpert:
         return out
 
     @staticmethod
-    def together(experts: Sequence[FusedExpert], x: Tensor) -> Tensor:
-        """Outputs [n, D] of up to ``MOST_EXPERTS`` experts of one form for one token ``x`` [1, D]: as one by one."""
+    def together(experts: Sequence[FusedExpert], x: Tensor, into: Tensor | None = None) -> Tensor:
+        """Outputs [n, D] of up to ``MOST_EXPERTS`` experts of one form for one token ``x`` [1, D]: as one by one.
+
+        ``into``: where to write them, contiguous and of the dtype of ``x``.
+        """
         first, count = experts[0], len(experts)
         x = x.contiguous()
         width = x.shape[1]
-        out = x.new_empty(count, width)
+        out = x.new_empty(count, width) if into is None else into
         kind, parts = ACTIVATIONS[x.dtype], (_Expert * count)(*[one._whole for one in experts])
         code = loaded().foregate_experts(
             parts, count, first._hidden, x.data_ptr(), width, kind, out.data_ptr(), width, kind, num_threads()
@@ -197,6 +205,21 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out
 
 
+def combines(x: Tensor, weights: Tensor) -> bool:
+    """Whether ``combine`` takes outputs like ``x`` [1, D] with ``weights`` [1, k]."""
+    fits = x.dtype is torch.bfloat16 and x.shape[1] % 16 == 0 and weights.shape[1] <= MOST_EXPERTS
+    return fits and weights.dtype in ACTIVATIONS and weights.is_contiguous() and library() is not None
+
+
+def combine(parts: Tensor, weights: Tensor) -> Tensor:
+    """Sum [1, D] of the rows of ``parts`` [k, D] (contiguous) times ``weights`` [1, k], rounded once."""
+    rows, width = parts.shape
+    out = torch.empty((1, width), dtype=torch.bfloat16)
+    kind = ACTIVATIONS[weights.dtype]
+    check(loaded().foregate_combine(parts.data_ptr(), weights.data_ptr(), kind, rows, width, out.data_ptr()))
+    return out
+
+
 class Ranker:
     """Rows of ``gate`` (bf16 [E, D], contiguous) by their products with one token, after ``norm`` if there is one.
 
@@ -222,7 +245,7 @@ class Ranker:
         if x.dtype is not torch.bfloat16 or x.shape[-1] != self._width or not x.is_contiguous():
             return None
         code = self._run(self._given, x.data_ptr(), self._top_k)
-        if code == _UNDECIDED:
+        if code == UNDECIDED:
             return None
         check(code)
         return self._order.copy(), self._scores.copy()

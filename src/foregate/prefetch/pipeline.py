@@ -268,6 +268,9 @@ class Pipeline:
 
         A chunk that hangs keeps its slot; the engine is not used again after a failed read.
         """
+        self._late.clear()
+        if not flight:
+            return
         for ticket in flight.values():
             self._transfer.cancel(ticket)
         deadline = perf_counter() + SETTLE_S
@@ -278,4 +281,3 @@ class Pipeline:
                 self._cache.abort(key)
                 self._prefetcher.tell_end(ticket)
         flight.clear()
-        self._late.clear()

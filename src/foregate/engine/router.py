@@ -1,0 +1,98 @@
+"""Routers of one token by the compiled kernel: which of a model's they are, and the forward that they get.
+
+torch takes six calls for it, 70 us a layer where the caches are cold; the kernel 15. Which modules are taken is decided
+when the model is built: by their parts, and then by trial.
+
+Shapes: D hidden, E experts, k chosen.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foregate.native import kernels
+from foregate.native.router import Router, Routing
+
+TRIALS, ALIKE = 64, 0.9
+"""A router is believed to be the kernel's if it chooses the same in this share of so many random tokens: a logit that
+is rounded the other way may change a close choice."""
+
+SAME = 0.99
+"""Share of the weights of the same choice that must have the same bits, once rounded to bf16."""
+
+Forward = Callable[..., Any]
+
+
+def forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
+    """Routers of ``model`` and the forward that each is to have."""
+    if kernels.library() is None:
+        return
+    for module in model.modules():
+        weight = _weight(module)
+        found = None if weight is None else _kernel(module, weight)
+        if found is not None:
+            assert weight is not None
+            yield module, _forward(module, found, weight.shape[1])
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    """The matrix of a module that is a router of nothing else, by its name and parts."""
+    named = type(module).__name__.endswith(("Router", "Gate"))
+    parts, top_k = [*module.parameters(), *module.buffers()], getattr(module, "top_k", None)
+    weight = getattr(module, "weight", None)
+    if not named or len(parts) != 1 or not isinstance(weight, Tensor) or not isinstance(top_k, int):
+        return None
+    fits = weight.dim() == 2 and 1 <= top_k <= len(weight) <= kernels.MOST_RANKED
+    plain = weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+    called = list(inspect.signature(module.forward).parameters) == ["hidden_states"]
+    return weight if fits and plain and called and weight.shape[1] <= kernels.MOST_COLUMNS else None
+
+
+@torch.inference_mode()
+def _kernel(module: Any, weight: Tensor) -> Router | None:
+    """The kernel that gives what ``module`` does on random tokens, if one does."""
+    x = torch.randn(TRIALS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    theirs = module.forward(x)
+    if not isinstance(theirs, tuple) or len(theirs) != 3 or not all(isinstance(part, Tensor) for part in theirs):
+        return None
+    if theirs[1].dtype not in kernels.ACTIVATIONS:
+        return None
+    for normalised in (False, True):
+        ours = Router(weight, module.top_k, normalised=normalised, dtype=theirs[1].dtype)
+        if _agrees(theirs, [ours(row) for row in x]):
+            return ours
+    return None
+
+
+def _agrees(theirs: Routing, ours: list[Routing | None]) -> bool:
+    told = [(n, routing) for n, routing in enumerate(ours) if routing is not None]
+    if not told:
+        return False
+    rows = [n for n, _ in told]
+    known = tuple(part[rows] for part in theirs)
+    found = tuple(torch.cat(parts) for parts in zip(*(routing for _, routing in told), strict=True))
+    if any(a.dtype is not b.dtype or a.shape != b.shape for a, b in zip(known, found, strict=True)):
+        return False
+    same = (known[2] == found[2]).all(dim=1)
+    if not torch.allclose(known[0], found[0], rtol=0.02, atol=0.02) or same.float().mean() < ALIKE:
+        return False
+    one, other = known[1][same], found[1][same]
+    alike = (one.bfloat16() == other.bfloat16()).float().mean() >= SAME
+    return bool(alike) and torch.allclose(one.float(), other.float(), rtol=0.01)
+
+
+def _forward(module: nn.Module, router: Router, inputs: int) -> Forward:
+    """``module.forward`` by the kernel for one token; the choice depends on the input alone."""
+    theirs = module.forward
+
+    def one_token(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        one = x.dtype is torch.bfloat16 and x.numel() == inputs and x.is_contiguous()
+        routed = router(x) if one and not args and not kwargs else None
+        return theirs(x, *args, **kwargs) if routed is None else routed
+
+    return one_token
