@@ -31,19 +31,19 @@ def small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each attention by the kernels."""
-    found: list[int] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which way each attention by the kernels went: ``qkv`` (in two calls) or ``attention`` (in one)."""
+    found: list[str] = []
 
-    def counted(ours: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(name: str, ours: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            found.append(1)
+            found.append(name)
             return ours(*args)
 
         return call
 
     for name in ("qkv", "attention"):
-        monkeypatch.setattr(AttentionBlock, name, counted(getattr(AttentionBlock, name)))
+        monkeypatch.setattr(AttentionBlock, name, counted(name, getattr(AttentionBlock, name)))
     return found
 
 
@@ -102,7 +102,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("family", TAKEN)
-def test_a_decoded_token_has_the_bits_of_the_modules_own_forward(family: str, int8: bool, calls: list[int]) -> None:
+def test_a_decoded_token_has_the_bits_of_the_modules_own_forward(family: str, int8: bool, calls: list[str]) -> None:
     model = built(family, int8=int8)
     wanted = without_blocks(model)
     calls.clear()
@@ -110,9 +110,10 @@ def test_a_decoded_token_has_the_bits_of_the_modules_own_forward(family: str, in
     assert all("forward" in module.__dict__ for module in attentions(model))
     calls.clear()
     assert same(decoded(model, kernel), wanted)
-    assert len(calls) == 4 * len(attentions(model))
+    assert calls == ["qkv"] * 4 * len(attentions(model))
+    calls.clear()
     assert same(decoded(model, kernel, room=True), wanted)
-    assert len(calls) == 8 * len(attentions(model))
+    assert calls == ["attention"] * 4 * len(attentions(model))
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -142,7 +143,7 @@ def test_threads_change_no_bit() -> None:
         torch.set_num_threads(before)
 
 
-def test_closing_gives_the_modules_their_own_forward_back(calls: list[int]) -> None:
+def test_closing_gives_the_modules_their_own_forward_back(calls: list[str]) -> None:
     model = built("qwen3_moe")
     kernel = DenseKernels(model)
     kernel.close()
@@ -153,7 +154,7 @@ def test_closing_gives_the_modules_their_own_forward_back(calls: list[int]) -> N
 
 
 @pytest.mark.parametrize("part", ["q_proj", "o_proj", "k_norm"])
-def test_a_hook_on_a_part_that_would_be_passed_by_still_fires(part: str, calls: list[int]) -> None:
+def test_a_hook_on_a_part_that_would_be_passed_by_still_fires(part: str, calls: list[str]) -> None:
     model = built("qwen3_moe")
     wanted = without_blocks(model)
     kernel = DenseKernels(model)
@@ -170,7 +171,7 @@ def test_a_hook_on_a_part_that_would_be_passed_by_still_fires(part: str, calls: 
     assert len(calls) == 4 * (1 + len(others))
 
 
-def test_a_hook_on_all_modules_still_fires(calls: list[int]) -> None:
+def test_a_hook_on_all_modules_still_fires(calls: list[str]) -> None:
     model = built("mixtral")
     kernel = DenseKernels(model)
     seen: set[nn.Module] = set()
@@ -226,7 +227,7 @@ def test_clipped_projections_are_left_alone() -> None:
     assert not any("forward" in module.__dict__ for module in attentions(model))
 
 
-def test_a_mask_a_batch_and_a_strange_cache_are_their_own_forwards(calls: list[int]) -> None:
+def test_a_mask_a_batch_and_a_strange_cache_are_their_own_forwards(calls: list[str]) -> None:
     model = built("mixtral")
     kernel = DenseKernels(model)
     calls.clear()

@@ -15,8 +15,8 @@ from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
 from foregate.predictors import PREDICTORS
 from foregate.predictors.base import BasePredictor
-from foregate.testing.tiny import FAMILIES, REQUIRED
-from foregate.types import Moment, Prediction
+from foregate.testing.tiny import FAMILIES, REQUIRED, build
+from foregate.types import Moment, Prediction, RoutingStep
 
 LONG = [5 + (7 * i) % 240 for i in range(24)]
 SHORT = LONG[:6]
@@ -94,11 +94,26 @@ def test_no_setting_changes_a_bit(settings: dict[str, object], tiny: Tiny) -> No
     assert same(run(path, "25%", **settings), run(path, "100%", predictor="none"))
 
 
-def test_bfloat16_is_exact_too(tmp_path: Path) -> None:
-    from foregate.testing.tiny import build
-
-    path = build("qwen3_moe", tmp_path / "bf16", dtype="bfloat16")
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+def test_bfloat16_is_exact_too(family: str, tmp_path: Path) -> None:
+    path = build(family, tmp_path / "bf16", dtype="bfloat16")
     assert same(run(path, "25%"), run(path, "100%", predictor="none"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_an_observer_that_changes_what_it_is_told_changes_no_token(family: str, tiny: Tiny) -> None:
+    class Spoiler:
+        def on_route(self, step: RoutingStep) -> None:
+            step.experts[:] = step.experts[:, ::-1].copy()
+            step.weights[:] /= 3
+
+    with Engine(RunConfig(model=str(tiny(family)), memory_budget="100%", predictor="none")) as engine:
+        sampling = SamplingConfig(max_new_tokens=8)
+        alone = [s.token_id for s in engine.stream(LONG, sampling)]
+        logits = engine.logits(LONG).clone()
+        engine.observers.append(Spoiler())
+        assert [s.token_id for s in engine.stream(LONG, sampling)] == alone
+        assert torch.equal(engine.logits(LONG), logits)
 
 
 def test_a_second_prompt_on_a_warm_engine_is_not_changed_by_the_first(tiny: Tiny) -> None:

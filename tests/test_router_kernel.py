@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -70,6 +71,54 @@ def test_routers_that_compute_something_else_are_left_alone(family: str) -> None
     assert not any("forward" in module.__dict__ for module in found)
 
 
+class FakeRouter(nn.Module):
+    """As most families have it; ``changed`` makes something else of what it gives."""
+
+    def __init__(self, changed: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.weight, self.top_k, self.changed = nn.Parameter(gate()), 4, changed
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = nn.functional.linear(hidden_states.reshape(-1, 64), self.weight)
+        best, chosen = logits.float().softmax(-1).topk(self.top_k)
+        return self.changed(logits, best.bfloat16(), chosen)
+
+
+def is_taken(module: nn.Module) -> bool:
+    return bool(list(routers.forwards(nn.Sequential(module))))
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+    "weights": lambda logits, best, chosen: (logits, best * 1.02, chosen),
+    "logits": lambda logits, best, chosen: (logits * 1.1, best, chosen),
+    "choice": lambda logits, best, chosen: (logits, best, (chosen + 1) % 40),
+    "order": lambda logits, best, chosen: (logits, best, chosen.flip(1)),
+    "dtype": lambda logits, best, chosen: (logits.float(), best, chosen),
+    "width": lambda logits, best, chosen: (logits, best[:, :3], chosen[:, :3]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_whatever_a_router_gives_otherwise_it_is_left_alone(change: Any) -> None:
+    assert is_taken(FakeRouter(lambda *given: given))
+    assert not is_taken(FakeRouter(change))
+
+
+@pytest.mark.parametrize("name", ["num_group", "n_group", "topk_group"])
+def test_groups_are_seen_though_random_tokens_may_not_show_them(name: str) -> None:
+    module = FakeRouter(lambda *given: given)
+    setattr(module, name, 1)
+    assert is_taken(module)
+    setattr(module, name, 4)
+    assert not is_taken(module)
+
+
+def test_a_router_with_a_bias_is_left_alone() -> None:
+    module = FakeRouter(lambda *given: given)
+    module.register_buffer("bias", torch.zeros(40))
+    assert not is_taken(module)
+
+
 def gate(experts: int = 40, width: int = 64) -> Tensor:
     return tokens(experts, width, seed=2) / 8
 
@@ -92,7 +141,7 @@ def test_the_choice_is_the_softmax_of_what_it_says(
         logits, weights, chosen = routed
         assert torch.allclose(logits[0].float(), (matrix.double() @ x.double()).float(), rtol=0.01, atol=0.01)
         shares = logits[0].double().softmax(0)
-        order = shares.argsort(descending=True)[:top_k]
+        order = shares.argsort(descending=True, stable=True)[:top_k]
         wanted = shares[order] / (shares[order].sum() if normalised else 1)
         assert torch.equal(chosen[0], order)
         assert weights.dtype is dtype
@@ -103,9 +152,13 @@ def test_the_choice_is_the_softmax_of_what_it_says(
 @torch.inference_mode()
 def test_ties_and_what_is_no_number_are_left_to_the_module() -> None:
     matrix = gate()
-    matrix[3] = matrix[11] = 4 * tokens(1, 64)[0]
+    matrix[3] = matrix[11] = tokens(1, 64)[0] / 16
     router = Router(matrix, 6, normalised=True, dtype=torch.bfloat16)
-    assert router(tokens(1, 64)[0]) is None  # 3 and 11 are the best, and equal
+    routed = router(tokens(1, 64)[0])
+    assert routed is not None
+    assert routed[2][0, :2].tolist() == [3, 11]  # the best two, and equal
+    last = Router(matrix, 1, normalised=True, dtype=torch.bfloat16)
+    assert last(tokens(1, 64)[0]) is None
     x = tokens(1, 64, seed=5)[0]
     x[7] = float("nan")
     assert router(x) is None

@@ -83,3 +83,14 @@ def test_untouched_slots_are_never_committed() -> None:
     pool.view(slot)[:] = bytes(pool.slot_bytes)
     grown = resident_bytes() - before
     assert grown < 3 * pool.slot_bytes, f"{grown} bytes committed for one slot of {pool.slot_bytes}"
+
+
+def test_a_committed_pool_has_its_memory_and_one_in_use_is_not_overwritten() -> None:
+    pool = SlotPool(8, 8 * HUGE_PAGE)
+    before = resident_bytes()
+    pool.commit()
+    assert resident_bytes() - before > 0.9 * pool.capacity_bytes
+    slot = pool.take()
+    assert slot is not None
+    with pytest.raises(IntegrityError, match="1 slots in use"):
+        pool.commit()

@@ -98,6 +98,7 @@ class Worker:
         """The engine as ``arm`` has it: an empty cache, or, if it is warm, what this very run leaves behind."""
         engine = self._engine
         engine.reset(**{**BASE, "memory_budget": self._budget(arm), **arm["settings"]})
+        engine.pool.commit()  # a new pool's first reads wait for the system's memory: the arm is not to be charged
         if isinstance(engine.predictor, Oracle):
             name = next(name for name, prompt in self._spec.prompts.items() if prompt == ids)
             engine.predictor.load(self._routes[name], (tuple(ids), self._sampling))

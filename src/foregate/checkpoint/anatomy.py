@@ -55,8 +55,13 @@ def anatomy(model: nn.Module, experts_path: str, experts: int) -> MoeAnatomy:
 
 def find_mixer(decoder: nn.Module, block: nn.Module) -> nn.Module | None:
     """The attention of a decoder layer, or what stands in for it in a hybrid; None where the layer has none."""
-    names = ((type(child).__name__, child) for child in decoder.children() if child is not block)
-    return next((child for name, child in names if _MIXER.search(name) and not _NO_MIXER.search(name)), None)
+    return next((child for child in decoder.children() if child is not block and is_mixer(child)), None)
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Whether ``module`` is an attention or what stands in for one, by the name of its class."""
+    name = type(module).__name__
+    return bool(_MIXER.search(name)) and not _NO_MIXER.search(name)
 
 
 def _layer_depth(parts: list[str]) -> int:

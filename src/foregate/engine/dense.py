@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foregate.checkpoint.anatomy import is_mixer
 from foregate.checkpoint.dense_int8 import Int8Linear
 from foregate.engine import attention, attention_block, norms, router
 from foregate.engine.clock import Clock
@@ -39,7 +40,7 @@ class DenseKernels:
 
     def __init__(self, model: nn.Module) -> None:
         self.clock = Clock()
-        """Time in their products; in all products of a decode step, the small ones apart, if ``sufficient``."""
+        """Time in their products: in all of a decode step, small ones apart, if ``timed``."""
         self._replaced: list[nn.Module] = []
         linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Int8Linear))]
         weights = {module: module.weight.numel() for module in linears}
@@ -57,6 +58,8 @@ class DenseKernels:
         for part, forward in [*blocks, *router.forwards(model)]:
             self._replace(part, forward)
         self.sufficient = bool(weights) and native >= LARGE_SHARE * sum(weights.values())
+        mixers = set(filter(is_mixer, model.modules()))
+        self.timed = self.sufficient and mixers <= set(self._replaced)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         object.__setattr__(module, "forward", forward)

@@ -76,7 +76,7 @@ def _opened(engine: Engine, prompt_tokens: int, cold: bool) -> RunReport:
         experts=spec.experts,
         dense_bytes=spec.dense_bytes,
         load_s=engine.load_s,
-        products_timed=engine.dense.sufficient,
+        products_timed=engine.dense.timed,
         staging_slots=engine.staging.slots,
         overhead_bytes=engine.overhead_bytes,
         readers=engine.readers.as_dict(),

@@ -41,10 +41,13 @@ def forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
 
 
 def _weight(module: nn.Module) -> Tensor | None:
-    """The matrix of a module that is a router of nothing else, by its name and parts."""
+    """The matrix of a module that is a router of nothing else, by its name and parts. A choice by groups is not: random
+    tokens may not show it."""
     named = type(module).__name__.endswith(("Router", "Gate"))
     parts, top_k = [*module.parameters(), *module.buffers()], getattr(module, "top_k", None)
     weight = getattr(module, "weight", None)
+    if any("group" in name and value not in (None, 1) for name, value in vars(module).items()):
+        return None
     if not named or len(parts) != 1 or not isinstance(weight, Tensor) or not isinstance(top_k, int):
         return None
     fits = weight.dim() == 2 and 1 <= top_k <= len(weight) <= kernels.MOST_RANKED
@@ -90,9 +93,9 @@ def _forward(module: nn.Module, router: Router, inputs: int) -> Forward:
     """``module.forward`` by the kernel for one token; the choice depends on the input alone."""
     theirs = module.forward
 
-    def one_token(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        one = x.dtype is torch.bfloat16 and x.numel() == inputs and x.is_contiguous()
-        routed = router(x) if one and not args and not kwargs else None
-        return theirs(x, *args, **kwargs) if routed is None else routed
+    def one_token(hidden_states: Tensor) -> Any:
+        x = hidden_states
+        routed = router(x) if x.dtype is torch.bfloat16 and x.numel() == inputs and x.is_contiguous() else None
+        return theirs(x) if routed is None else routed
 
     return one_token

@@ -137,8 +137,9 @@ class ExpertRuntime:
         self._tell_until_now(Part.ROUTING, layer)
         if self.phase is Phase.DECODE:
             self._prefetcher.arrived(layer)
-        chosen = np.asarray(index.numpy(), np.int64)
-        step = RoutingStep(layer, self.phase, self.position, chosen, weights.float().numpy())
+        # Copies: a stranger that changes what it is told must not change what is computed.
+        chosen, shares = np.array(index.numpy(), np.int64), np.array(weights.float().numpy())
+        step = RoutingStep(layer, self.phase, self.position, chosen, shares)
         self._signals.on_route(step)
         if self._informed is not None:
             self._informed.observe(layer, step.experts, self._signals.routed(step))

@@ -74,6 +74,13 @@ class SlotPool:
         self._taken[slot] = 0
         self._free.append(slot)
 
+    def commit(self) -> None:
+        """Have the system give all memory now, and not while experts are read into it. Raises IntegrityError unless
+        every slot is free: a byte of each page is overwritten."""
+        if self.used:
+            raise IntegrityError(f"a pool with {self.used} slots in use is not overwritten")
+        self._view[:: mmap.PAGESIZE] = bytes(len(range(0, self.capacity_bytes, mmap.PAGESIZE)))
+
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every slot is either free once or taken."""
         if len(set(self._free)) != len(self._free):

@@ -106,6 +106,7 @@ class AttentionBlock:
         shape, turned = key.shape, cos.shape[2]
         assert shape == value.shape
         assert (shape[0], shape[1], shape[3]) == (1, self._keys[1], self._keys[3])
+        assert key.dtype is value.dtype is torch.bfloat16
         out = torch.empty(self._out, dtype=torch.bfloat16)
         _, k_head, k_row, _ = key.stride()
         _, v_head, v_row, _ = value.stride()

@@ -91,6 +91,9 @@ static void project(const attention_block *b, const uint16_t *x, const uint16_t 
     add(v, b->v_bias, b->shared * b->width);
 }
 
+/* Heads that share a key; 0, which is refused, where there is none. */
+static int group_of(const attention_block *b) { return b->shared > 0 ? b->heads / b->shared : 0; }
+
 static int refuse_out(const attention_block *b, const attention *a) {
     return refuse_attention(a, b->shared) || refuse(&b->o, 1) || b->o.group || b->o.columns != b->heads * b->width;
 }
@@ -130,7 +133,7 @@ int foregate_qkv(const attention_block *b, const uint16_t *x, const uint16_t *co
 int foregate_attend_out(const attention_block *b, const uint16_t *q, const uint16_t *k, int64_t k_head, int64_t k_row,
                         const uint16_t *v, int64_t v_head, int64_t v_row, int positions, uint16_t *out, int threads) {
     choose_best();
-    attention a = {q,     k,     v,     NULL,   NULL,  b->heads / b->shared, positions, b->width, b->width, k_head,
+    attention a = {q,     k,     v,     NULL,   NULL,  group_of(b), positions, b->width, b->width, k_head,
                    k_row, v_head, v_row, b->scale};
     if (refuse_out(b, &a))
         return 1;
@@ -145,7 +148,7 @@ int foregate_attention(const attention_block *b, const uint16_t *x, const uint16
                        int turned, uint16_t *k, int64_t k_head, int64_t k_row, uint16_t *v, int64_t v_head,
                        int64_t v_row, int positions, uint16_t *out, int threads) {
     choose_best();
-    attention a = {NULL,  k,      v,     NULL, NULL, b->heads / b->shared, positions, b->width, b->width, k_head,
+    attention a = {NULL,  k,      v,     NULL, NULL, group_of(b), positions, b->width, b->width, k_head,
                    k_row, v_head, v_row, b->scale};
     if (refuse_qkv(b, turned) || refuse_out(b, &a))
         return 1;

@@ -51,39 +51,6 @@ ALWAYS void add_rows(const rows *from, int n, const int32_t *ids, const float *f
         out[i] *= from->scales[i];
 }
 
-/* ---- Experts by their scores ---- */
-
-/* Grows as the score falls, then as the row grows: order of a stable sort by falling score. NaN comes last. */
-ALWAYS uint64_t place_key(float score, int row) {
-    uint32_t bits = bits_of(score + 0.0f), grows = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return (uint64_t)(score != score ? UINT32_MAX : ~grows) << 32 | (uint32_t)row;
-}
-
-/* The best `most` of `scores` [N], or all: their rows to `order`, their scores to `best`. `keys` has room for as many. */
-ALWAYS void sort_scores(const float *scores, int n, int most, uint64_t *keys, int32_t *order, float *best) {
-    int held = 0;
-    for (int i = 0; i < n; i++) {
-        uint64_t key = place_key(scores[i], i);
-        if (held == most && keys[held - 1] < key)
-            continue;
-        int low = 0, high = held;
-        while (low < high) {
-            int middle = (low + high) / 2;
-            if (keys[middle] < key)
-                low = middle + 1;
-            else
-                high = middle;
-        }
-        held += held < most;
-        memmove(keys + low + 1, keys + low, (size_t)(held - 1 - low) * 8);
-        keys[low] = key;
-    }
-    for (int i = 0; i < held; i++) {
-        order[i] = (int32_t)(uint32_t)keys[i];
-        best[i] = scores[order[i]];
-    }
-}
-
 /* ---- second act(first x + first_bias) + second_bias ---- */
 
 enum { SILU = 0, GELU = 1 };

@@ -5,6 +5,41 @@
 #ifndef FOREGATE_ROUTE_H
 #define FOREGATE_ROUTE_H
 
+/* ---- Experts by their scores ---- */
+
+/* Grows as the score falls, then as the row grows: order of a stable sort by falling score. NaN comes last. */
+ALWAYS uint64_t place_key(float score, int row) {
+    uint32_t bits = bits_of(score + 0.0f), grows = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (uint64_t)(score != score ? UINT32_MAX : ~grows) << 32 | (uint32_t)row;
+}
+
+/* The best `most` of `scores` [N], or all: their rows to `order`, their scores to `best`. `keys` has room for as many. */
+ALWAYS void sort_scores(const float *scores, int n, int most, uint64_t *keys, int32_t *order, float *best) {
+    int held = 0;
+    for (int i = 0; i < n; i++) {
+        uint64_t key = place_key(scores[i], i);
+        if (held == most && keys[held - 1] < key)
+            continue;
+        int low = 0, high = held;
+        while (low < high) {
+            int middle = (low + high) / 2;
+            if (keys[middle] < key)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        held += held < most;
+        memmove(keys + low + 1, keys + low, (size_t)(held - 1 - low) * 8);
+        keys[low] = key;
+    }
+    for (int i = 0; i < held; i++) {
+        order[i] = (int32_t)(uint32_t)keys[i];
+        best[i] = scores[order[i]];
+    }
+}
+
+/* ---- A router asked ahead: norm, product, order of all experts ---- */
+
 typedef struct {
     matrix gate;          /* bf16 */
     const uint16_t *norm; /* weight [K] of the norm before it, or NULL */
@@ -15,16 +50,8 @@ typedef struct {
 
 enum { MOST_RANKED = 4096, UNDECIDED = 3 };
 
-/* Larger is better, and among equals the lower row: bf16 as an integer that grows with it, then the row. */
-static uint32_t rank_key(uint16_t bits, int row) {
-    if (!(bits & 0x7fff))
-        bits = 0; /* -0 ties with 0 */
-    uint16_t grows = bits & 0x8000 ? (uint16_t)~bits : (uint16_t)(bits | 0x8000);
-    return (uint32_t)grows << 16 | (uint32_t)(0xffff - row);
-}
-
-/* Products [N] of the gate's rows and x [K], rounded to bf16, to `logits`; 1 for a NaN. Needs `gate_bytes`. */
-static int gate_products(const matrix *m, const uint16_t *x, uint16_t *logits) {
+/* Products [N] of the gate's rows and x [K], rounded to bf16; NULL for a NaN. Needs `gate_bytes`. */
+static float *gate_products(const matrix *m, const uint16_t *x) {
     const int padded = round_up(m->columns, STEP);
     float *row = carve((size_t)padded * 4), *products = carve((size_t)round_up(m->rows, ROWS) * 4);
     input in;
@@ -33,10 +60,10 @@ static int gate_products(const matrix *m, const uint16_t *x, uint16_t *logits) {
     chosen.kernels[BF16](m, 0, m->rows, &in, 1, products, round_up(m->rows, ROWS));
     int nan = 0;
     for (int i = 0; i < m->rows; i++) {
-        logits[i] = to_bf16(products[i]);
+        products[i] = from_bf16(to_bf16(products[i]));
         nan |= products[i] != products[i];
     }
-    return nan;
+    return nan ? NULL : products;
 }
 
 static size_t gate_bytes(const matrix *m) {
@@ -44,28 +71,6 @@ static size_t gate_bytes(const matrix *m) {
 }
 
 static int refuse_gate(const matrix *m) { return refuse(m, 1) || m->dtype != BF16 || m->rows > MOST_RANKED; }
-
-/* The `most` largest keys of `logits` [N], falling. */
-static void best_keys(const uint16_t *logits, int n, int most, uint32_t *keys) {
-    for (int i = 0, held = 0; i < n; i++) { /* few rows: each goes to its place among those before */
-        const uint32_t key = rank_key(logits[i], i);
-        if (held == most && keys[held - 1] > key)
-            continue;
-        int low = 0, high = held;
-        while (low < high) {
-            int middle = (low + high) / 2;
-            if (keys[middle] > key)
-                low = middle + 1;
-            else
-                high = middle;
-        }
-        held += held < most;
-        memmove(keys + low + 1, keys + low, (size_t)(held - 1 - low) * 4);
-        keys[low] = key;
-    }
-}
-
-static int row_of(uint32_t key) { return 0xffff - (int)(key & 0xffff); }
 
 /* Rank the rows of `r->gate` for x [K], bf16. Returns as foregate_linear, or UNDECIDED where the order cannot be told: a
  * NaN, or a tie at place `top`, which routers settle each in its own way. */
@@ -75,51 +80,55 @@ int foregate_rank(const ranking *r, const uint16_t *x, int top) {
     const int n = m->columns, rows = m->rows;
     if (refuse_gate(m) || top < 1 || (r->norm && (n < 16 || n % 16)))
         return 1;
-    if (!reserve(gate_bytes(m) + (size_t)n * 2 + (size_t)rows * 6 + 256))
+    if (!reserve(gate_bytes(m) + (size_t)n * 2 + (size_t)rows * 12 + 256))
         return 2;
-    uint16_t *normed = carve((size_t)n * 2), *logits = carve((size_t)rows * 2);
-    uint32_t *keys = carve((size_t)rows * 4);
+    uint16_t *normed = carve((size_t)n * 2);
+    uint64_t *keys = carve((size_t)rows * 8);
+    int32_t *order = carve((size_t)rows * 4);
     if (r->norm)
         chosen.norm(x, r->norm, normed, n, r->epsilon);
-    if (gate_products(m, r->norm ? normed : x, logits))
+    const float *products = gate_products(m, r->norm ? normed : x);
+    if (!products)
         return UNDECIDED;
-    best_keys(logits, rows, rows, keys);
-    if (top < rows && keys[top - 1] >> 16 == keys[top] >> 16)
+    sort_scores(products, rows, rows, keys, order, r->scores);
+    if (top < rows && r->scores[top - 1] == r->scores[top])
         return UNDECIDED;
-    for (int i = 0; i < rows; i++) {
-        r->order[i] = row_of(keys[i]);
-        r->scores[i] = from_bf16(logits[r->order[i]]);
-    }
+    for (int i = 0; i < rows; i++)
+        r->order[i] = order[i];
     return 0;
 }
 
+/* ---- The router of a layer ---- */
+
 /* Choose the `top` rows of `gate` (bf16) with the largest products with x [K]: `logits` [N] are those, bf16; `ids` [top]
  * the rows, best first; `weights` [top], F32 or BF16, the softmax over all rows, divided by their sum with `normalised`.
- * Returns as foregate_linear, or UNDECIDED where the choice or its order cannot be told: a NaN, or a tie, which routers
- * settle each in its own way. */
+ * Returns as foregate_linear, or UNDECIDED where the choice cannot be told: a NaN, or a tie at the last place, which
+ * routers settle each in its own way. Among the chosen, the lower row comes first where they tie. */
 int foregate_route(const matrix *gate, const uint16_t *x, int top, int normalised, uint16_t *logits, int64_t *ids,
                    void *weights, int dtype) {
     choose_best();
     const int rows = gate->rows;
     if (refuse_gate(gate) || top < 1 || top > rows || (dtype != F32 && dtype != BF16))
         return 1;
-    if (!reserve(gate_bytes(gate) + (size_t)(top + 1) * 8 + 256))
-        return 2;
     const int most = top < rows ? top + 1 : top;
-    uint32_t *keys = carve((size_t)most * 4);
-    float *shares = carve((size_t)top * 4), all = 0.0f, sum = 0.0f;
-    if (gate_products(gate, x, logits))
+    if (!reserve(gate_bytes(gate) + (size_t)most * 16 + (size_t)top * 4 + 512))
+        return 2;
+    uint64_t *keys = carve((size_t)most * 8);
+    int32_t *order = carve((size_t)most * 4);
+    float *best = carve((size_t)most * 4), *shares = carve((size_t)top * 4), all = 0.0f, sum = 0.0f;
+    const float *products = gate_products(gate, x);
+    if (!products)
         return UNDECIDED;
-    best_keys(logits, rows, most, keys);
-    for (int i = 1; i < most; i++)
-        if (keys[i - 1] >> 16 == keys[i] >> 16)
-            return UNDECIDED;
-    const float largest = from_bf16(logits[row_of(keys[0])]);
-    for (int i = 0; i < rows; i++)
-        all += expf(from_bf16(logits[i]) - largest);
+    sort_scores(products, rows, most, keys, order, best);
+    if (most > top && best[top - 1] == best[top])
+        return UNDECIDED;
+    for (int i = 0; i < rows; i++) {
+        logits[i] = to_bf16(products[i]);
+        all += expf(products[i] - best[0]);
+    }
     for (int i = 0; i < top; i++) {
-        ids[i] = row_of(keys[i]);
-        shares[i] = expf(from_bf16(logits[ids[i]]) - largest) / all;
+        ids[i] = order[i];
+        shares[i] = expf(best[i] - best[0]) / all;
         sum += shares[i];
     }
     if (!(shares[top - 1] > 0.0f)) /* of those that vanish, one is as good as another; or all of it is NaN */

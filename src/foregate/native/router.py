@@ -31,7 +31,8 @@ class Router:
 
     def __call__(self, x: Tensor) -> Routing | None:
         """Logits [1, E] (bf16), weights [1, k] and experts [1, k], best first, for D numbers ``x`` (bf16, contiguous);
-        None where two of the best tie, which routers settle each in its own way. Raises as ``check``."""
+        None where the last of
+        the chosen ties with the next, which routers settle each in its own way. Raises as ``check``."""
         logits = torch.empty(self._logits, dtype=torch.bfloat16)
         weights = torch.empty(self._chosen, dtype=self._dtype)
         experts = torch.empty(self._chosen, dtype=torch.int64)
