@@ -9,7 +9,8 @@ long, and the link's time for each expert that is needed more or less than there
 what it saves: waste, queues and a link that never rests are in that. It must be more than the predictor's time, the CPU
 time of reading beside computation, and the hits that the slots set aside would have been (counted: misses of experts
 that were evicted last). On a slow link, which needs many layers' time for an expert, little can be saved and much be
-lost: there it is off at first, must have paid in the steps that probe, and by more than chance.
+lost: there it is off at first, must have paid in the steps that probe, and by more than chance. Elsewhere doubt is in its
+favour.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ without), and experts that it must have read: fewer say little about the long ru
 _PROBES = 4
 """Steps with speculation that a slow link is to be judged by at least, before probes become rare."""
 _ERRORS = 2
-"""Standard errors by which speculation must have paid on a slow link."""
+"""Standard errors by which speculation must have paid on a slow link. On a fast one, where a wrong read costs little, it
+has the benefit of one: a prompt's first two steps without it are no measure of what a miss costs."""
 _SLOW = 4
 """A link that needs so many layers' time for an expert is slow: 1 to 2.5 without a throttle here, 7 at 300 MB/s."""
 _PRIOR = 4.0
@@ -369,8 +371,8 @@ class Controller:
             return Decision(not self._slow, "slow link: tried now and then" if self._slow else "warming up", precision)
         expert_s = self._expert_s
         saved_s = self._alone.beyond(expert_s) - self._with.beyond(expert_s)
-        if self._slow:
-            saved_s -= _ERRORS * math.hypot(self._alone.error, self._with.error)
+        error = math.hypot(self._alone.error, self._with.error)
+        saved_s += -_ERRORS * error if self._slow else error
         gain = max(0.0, min(saved_s, self._used.get() * max(expert_s, self._miss_s.get())))
         loss = self._ahead_bytes.get() * CPU_SECONDS_PER_BYTE + self._ask_s.get() + self._ghosts.get() * expert_s
         enabled = gain > loss
