@@ -9,8 +9,8 @@ long, and the link's time for each expert that is needed more or less than there
 what it saves: waste, queues and a link that never rests are in that. It must be more than the predictor's time, the CPU
 time of reading beside computation, and the hits that the slots set aside would have been (counted: misses of experts
 that were evicted last). On a slow link, which needs many layers' time for an expert, little can be saved and much be
-lost: there it is off at first, must have paid in the steps that probe, and by more than chance. Elsewhere doubt is in its
-favour.
+lost: there it is off at first, must have paid in the steps that probe, and by more than chance. On a fast one doubt is
+in its favour.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _LINK_BOUND, _ENOUGH_EXPERTS = 0.95, 16
 without), and experts that it must have read: fewer say little about the long run."""
 _PROBES = 4
 """Steps with speculation that a slow link is to be judged by at least, before probes become rare."""
-_ERRORS = 2
-"""Standard errors by which speculation must have paid on a slow link. On a fast one, where a wrong read costs little, it
-has the benefit of one: a prompt's first two steps without it are no measure of what a miss costs."""
-_SLOW = 4
-"""A link that needs so many layers' time for an expert is slow: 1 to 2.5 without a throttle here, 7 at 300 MB/s."""
+_SLOW = 3
+"""A link that needs so many layers' time for an expert is slow: 1.2 without a throttle here, 3.4 at 700 MB/s."""
+_FAVOUR, _ERRORS = 1, 2
+"""Standard errors that speculation is given on a link that brings an expert in a layer's time, where a wrong read costs
+little and the first two steps without it say little; and by which it must have paid on a slow one. Between, by line."""
 _PRIOR = 4.0
 """Reads that the precision of all counts for, where a layer, or a distance and rank, has few of its own."""
 _EXPECTED = 0.7
@@ -313,8 +313,19 @@ class Controller:
         return 1 <= self._step % CONTROL_EVERY <= CONTROL_STEPS
 
     @property
+    def _layers(self) -> float:
+        """How many layers' time an expert takes on the link."""
+        return self._expert_s / self._layer_s.get(self._expert_s) if self._expert_s else 1.0
+
+    @property
     def _slow(self) -> bool:
-        return self._expert_s > _SLOW * self._layer_s.get(self._expert_s)
+        return self._layers > _SLOW
+
+    @property
+    def _favour(self) -> float:
+        """Standard errors that speculation is given, or (negative) must be better by."""
+        slowness = min(1.0, max(0.0, (self._layers - 1) / (_SLOW - 1)))
+        return _FAVOUR - slowness * (_FAVOUR + _ERRORS)
 
     @property
     def _probing(self) -> bool:
@@ -371,8 +382,7 @@ class Controller:
             return Decision(not self._slow, "slow link: tried now and then" if self._slow else "warming up", precision)
         expert_s = self._expert_s
         saved_s = self._alone.beyond(expert_s) - self._with.beyond(expert_s)
-        error = math.hypot(self._alone.error, self._with.error)
-        saved_s += -_ERRORS * error if self._slow else error
+        saved_s += self._favour * math.hypot(self._alone.error, self._with.error)
         gain = max(0.0, min(saved_s, self._used.get() * max(expert_s, self._miss_s.get())))
         loss = self._ahead_bytes.get() * CPU_SECONDS_PER_BYTE + self._ask_s.get() + self._ghosts.get() * expert_s
         enabled = gain > loss
