@@ -1,7 +1,7 @@
 """Routers of one token by the compiled kernel: which of a model's they are, and the forward that they get.
 
-torch takes six calls for it, 70 us a layer where the caches are cold; the kernel 15. Which modules are taken is decided
-when the model is built: by their parts, and then by trial.
+torch takes six calls for it, some 55 us a layer more than the kernel where the caches are cold. Which modules are taken
+is decided when the model is built: by their parts, and then by trial.
 
 Shapes: D hidden, E experts, k chosen.
 """

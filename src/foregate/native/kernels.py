@@ -168,21 +168,17 @@ class FusedExpert:
         return out
 
     @staticmethod
-    def together(experts: Sequence[FusedExpert], x: Tensor, into: Tensor | None = None) -> Tensor:
-        """Outputs [n, D] of up to ``MOST_EXPERTS`` experts of one form for one token ``x`` [1, D]: as one by one.
-
-        ``into``: where to write them, contiguous and of the dtype of ``x``.
-        """
+    def together(experts: Sequence[FusedExpert], x: Tensor, into: Tensor) -> None:
+        """Write the outputs of up to ``MOST_EXPERTS`` experts of one form for one token ``x`` [1, D], as one by one, to
+        ``into`` [n, D], contiguous and of the dtype of ``x``."""
         first, count = experts[0], len(experts)
         x = x.contiguous()
         width = x.shape[1]
-        out = x.new_empty(count, width) if into is None else into
         kind, parts = ACTIVATIONS[x.dtype], (_Expert * count)(*[one._whole for one in experts])
         code = loaded().foregate_experts(
-            parts, count, first._hidden, x.data_ptr(), width, kind, out.data_ptr(), width, kind, num_threads()
+            parts, count, first._hidden, x.data_ptr(), width, kind, into.data_ptr(), width, kind, num_threads()
         )
         check(code)
-        return out
 
 
 def linear(weight: Matrix, x: Tensor, width: int) -> Tensor:
