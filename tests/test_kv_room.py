@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -84,12 +85,34 @@ def test_what_the_kernels_do_not_attend_to_is_left_alone(monkeypatch: pytest.Mon
 
 def test_positions_that_others_write_to_are_kept_too() -> None:
     own, ours = caches(BLOCK - 3)
+    layer = ours.layers[0]
     for step in range(BLOCK):
         new = states(1, step)
         own.update(*new, 0)
-        for held, added in zip(ours.layers[0].extended(), new, strict=True):
-            held[:, :, -1:] = added
-    assert all(
-        map(torch.equal, (own.layers[0].keys, own.layers[0].values), (ours.layers[0].keys, ours.layers[0].values))
-    )
+        place = layer.place(2, 16)
+        assert place == layer.place(2, 16)
+        assert place[-1] == own.get_seq_length()
+        for (at, head, row), added in zip((place[:3], place[3:6]), new, strict=True):
+            for group in range(2):
+                written = added[0, group, 0].contiguous()
+                ctypes.memmove(at + 2 * (group * head + (place[-1] - 1) * row), written.data_ptr(), 2 * 16)
+        assert layer.get_seq_length() == own.get_seq_length() - 1
+        layer.grow()
+    assert all(map(torch.equal, (own.layers[0].keys, own.layers[0].values), (layer.keys, layer.values)))
     assert ours.get_seq_length() == own.get_seq_length() == 2 * BLOCK - 3
+
+
+def test_a_place_is_found_again_after_a_crop() -> None:
+    _, ours = caches(BLOCK)
+    layer = ours.layers[0]
+    before = layer.place(2, 16)
+    layer.grow()
+    ours.crop(-4)
+    after = layer.place(2, 16)
+    assert after[-1] == BLOCK - 2
+    assert after[0] != before[0]
+
+
+@pytest.mark.parametrize(("heads", "width"), [(1, 16), (2, 8)])
+def test_other_heads_have_no_place(heads: int, width: int) -> None:
+    assert caches(5)[1].layers[0].place(heads, width) is None

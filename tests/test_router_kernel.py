@@ -172,7 +172,7 @@ def test_ties_and_what_is_no_number_are_left_to_the_module() -> None:
 
 def test_a_gate_of_another_shape_is_refused() -> None:
     router = Router(gate(), 6, normalised=True, dtype=torch.bfloat16)
-    router._top_k = 41
+    router.top_k = 41
     with pytest.raises(IntegrityError):
         router(tokens(1, 64)[0])
 

@@ -100,6 +100,11 @@ class FlowWatcher:
         for layer, part in enumerate(self.parts):
             self._attach(layer, part)
 
+    def hooks(self, layer: int) -> int:
+        """How many hooks on parts of ``layer`` stay when nothing is learned any more."""
+        part = self.parts[layer]
+        return 1 + (part.mixer is not None) + (part.norm is not None)
+
     def stop_learning(self) -> None:
         """The first pass has told what it could: take the extra hooks off."""
         self.learning = False

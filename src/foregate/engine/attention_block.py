@@ -40,18 +40,19 @@ Forward = Callable[..., tuple[Tensor, Tensor | None]]
 def forwards(model: nn.Module, native: Collection[nn.Module], clock: Clock) -> Iterator[tuple[nn.Module, Forward]]:
     """Attention modules of ``model`` and the forward that each is to have. ``native``: what has a kernel's already.
     ``clock`` times their products."""
-    rotary = next(filter(_is_rotary, model.modules()), None)
+    rotary = next(filter(is_rotary, model.modules()), None)
     if rotary is None or kernels.library() is None:
         return
     for module in model.modules():
         heads = _heads(module, native)
         if heads is not None:
-            forward = _forward(module, _block(module, heads), clock)
-            if _agrees(module, forward, heads, rotary):
+            block = _block(module, heads)
+            forward = _forward(module, block, clock)
+            if _agrees(module, forward, block, rotary):
                 yield module, forward
 
 
-def _is_rotary(module: nn.Module) -> bool:
+def is_rotary(module: nn.Module) -> bool:
     """Whether ``module`` gives cosines and sines for positions, the same for all layers."""
     named = type(module).__name__.endswith("RotaryEmbedding")
     return named and list(inspect.signature(module.forward).parameters) == ["x", "position_ids"]
@@ -113,7 +114,7 @@ def _narrow(heads: int, shared: int, width: int) -> bool:
     return heads * width <= norms.NORM_VALUES and kernels.attends(key.new_empty(1, heads, 1, width), key, key)
 
 
-def _layer(module: nn.Module) -> int:
+def layer_of(module: nn.Module) -> int:
     index = module.layer_idx
     assert isinstance(index, int)
     return index
@@ -137,26 +138,38 @@ def _block(module: nn.Module, heads: Heads) -> AttentionBlock:
 
 
 def _forward(module: nn.Module, block: AttentionBlock, clock: Clock) -> Forward:
-    theirs, layer, hooks = module.forward, _layer(module), tuple(_hooks(module))
+    theirs, layer, hooks = module.forward, layer_of(module), tuple(hooks_of(module))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         past = kwargs.get("past_key_values")
-        if args or any(hooks) or not attention.is_on() or not _is_usual(kwargs) or not _gives_all(past, layer):
+        alone = attention.is_on() and not args and not any(hooks)
+        if not alone or "hidden_states" not in kwargs or not is_usual(kwargs) or not _gives_all(past, layer):
             return theirs(*args, **kwargs)
         x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
         if not block.takes(x, cos, sin):
             return theirs(*args, **kwargs)
         if past is not None and type(past.layers[layer]) is RoomyLayer:
-            return clock.timed(block.attention, x, cos, sin, *past.layers[layer].extended()), None
+            held = past.layers[layer]
+            place = held.place(block.shared, block.width)
+            if place is not None:
+                out = clock.timed(block.attention, x, cos, sin, place)
+                held.grow()
+                return out, None
         query, key, value = clock.timed(block.qkv, x, cos, sin)
         if past is not None:
             key, value = past.update(key, value, layer)
         return clock.timed(block.attend, query, key, value), None
 
+    vars(forward)["native"] = block
     return forward
 
 
-def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
+def native_block(module: nn.Module) -> AttentionBlock | None:
+    """The kernels' attention of a module that is computed by them now; None for any other."""
+    return getattr(module.forward, "native", None)
+
+
+def hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
     """Where hooks that would be passed by are kept; they stay the same dictionaries as long as the parts live."""
     for part in module.children():
         yield part._forward_hooks
@@ -165,11 +178,10 @@ def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
     yield torch_module._global_forward_pre_hooks
 
 
-def _is_usual(kwargs: dict[str, Any]) -> bool:
+def is_usual(kwargs: dict[str, Any]) -> bool:
     """Whether a call asks for plain attention, without a mask, by cosines and sines."""
     turns = kwargs.get("position_embeddings")
-    pair = isinstance(turns, tuple) and len(turns) == 2
-    return pair and "hidden_states" in kwargs and attention.is_plain(kwargs, _KNOWN)
+    return isinstance(turns, tuple) and len(turns) == 2 and attention.is_plain(kwargs, _KNOWN)
 
 
 def _gives_all(past: Any, layer: int) -> bool:
@@ -183,29 +195,28 @@ def _gives_all(past: Any, layer: int) -> bool:
 
 
 @torch.inference_mode()
-def _agrees(module: nn.Module, forward: Forward, heads: Heads, rotary: nn.Module) -> bool:
+def _agrees(module: nn.Module, forward: Forward, block: AttentionBlock, rotary: nn.Module) -> bool:
     """Whether ``forward`` gives the bits of ``module``'s own, with a cache and without."""
     with attention.decoding():
         for position, size in TRIALS:
-            given, cached = _token(module, rotary, position, size), _cached(heads, position)
-            for past in (None, cached):
-                theirs, ours = (_run(each, _layer(module), given, past) for each in (module.forward, forward))
-                if len(theirs) != len(ours) or not all(map(_same, theirs, ours)):
+            given, kept = token_at(position, size, block.inputs, rotary), cached(block.shared, block.width, position)
+            for past in (None, kept):
+                theirs, ours = (_run(each, layer_of(module), given, past) for each in (module.forward, forward))
+                if len(theirs) != len(ours) or not all(map(same, theirs, ours)):
                     return False
     return True
 
 
-def _token(module: nn.Module, rotary: nn.Module, position: int, size: float) -> dict[str, Any]:
-    """Arguments for a token at ``position``. Some rotary embeddings remember the largest they were asked."""
-    x = _random(position, 1, 1, _weight(module.get_submodule("q_proj")).shape[1]) * size
-    ids = torch.tensor([[position]])
+def token_at(position: int, size: float, width: int, rotary: nn.Module) -> dict[str, Any]:
+    """Arguments for a random token at ``position``. Some rotary embeddings remember the largest they were asked."""
+    x, ids = _random(position, 1, 1, width) * size, torch.tensor([[position]])
     given = {"hidden_states": x, "attention_mask": None, "position_ids": ids, "use_cache": True}
     return {**given, "position_embeddings": rotary(x, ids % 10)}
 
 
-def _cached(heads: Heads, seed: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of five positions."""
-    shape = (1, heads.shared, 5, heads.width)
+def cached(shared: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random keys and values of five positions."""
+    shape = (1, shared, 5, width)
     return _random(seed + 1, *shape), _random(seed + 2, *shape)
 
 
@@ -213,19 +224,20 @@ def _random(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
 
 
-def _run(forward: Forward, layer: int, given: dict[str, Any], cached: tuple[Tensor, Tensor] | None) -> list[Any]:
-    """What ``forward`` returns for ``given``, and what it leaves in a cache that had ``cached``."""
-    if cached is None:
+def _run(forward: Forward, layer: int, given: dict[str, Any], held: tuple[Tensor, Tensor] | None) -> list[Any]:
+    """What ``forward`` returns for ``given``, and what it leaves in a cache that had ``held``."""
+    if held is None:
         return list(forward(**given, past_key_values=None))
     past = DynamicCache()
-    past.update(*cached, layer)
+    past.update(*held, layer)
     returned = forward(**given, past_key_values=past)
     kept = past.layers[layer]
     assert isinstance(kept, DynamicLayer)
     return [*returned, kept.keys, kept.values]
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """Whether both are the same object, or tensors of one dtype and the same numbers."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return one is other
     return one.dtype is other.dtype and torch.equal(one, other)

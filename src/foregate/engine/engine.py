@@ -19,6 +19,7 @@ from foregate.checkpoint.origin import original_fingerprint
 from foregate.checkpoint.readplan import CHUNK_BYTES
 from foregate.config import DEFAULT_READERS, RunConfig, SamplingConfig, parse_prefetch, parse_readers
 from foregate.engine.chunks import READ_WHOLE, chunk_bounds
+from foregate.engine.decoder_layer import DecoderLayers
 from foregate.engine.dense import DenseKernels
 from foregate.engine.deviation import Deviation
 from foregate.engine.kv_room import make_room
@@ -190,6 +191,7 @@ class Engine:
         """Stop the readers, close the files, take the hooks off, let go of the pool."""
         self.transfer.close()
         self.store.close()
+        self.layers.close()
         self.signals.close()
         self.dense.close()
         uninstall(self._modules)
@@ -231,6 +233,7 @@ class Engine:
             check_supported(module, layout, spec.model_type)
         self.dense = DenseKernels(self.model)
         self.signals = ModelSignals(self.model, spec.module_paths, spec.experts_per_layer, spec.top_k, spec.model_type)
+        self.layers = DecoderLayers(self.model, self.signals, self.dense.clock)
 
     def _build(self, pool: SlotPool | None = None) -> None:
         config = self.config

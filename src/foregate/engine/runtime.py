@@ -6,10 +6,11 @@ Shapes: T tokens, k experts chosen, E experts, D hidden.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from time import perf_counter, perf_counter_ns
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ GATHER_TOKENS = 8
 order into one fp32 sum. Chosen by T alone, never by residency: the order of accumulation is part of the result."""
 
 log = logging.getLogger("foregate")
+T = TypeVar("T")
 
 STAGING_SHARE = 4
 """One slot in so many is set aside for reading the next layer ahead, if the pool cannot hold all experts."""
@@ -99,6 +101,9 @@ class ExpertRuntime:
         """A forward of ``token_id`` at ``position`` starts. Slots are set aside only while speculation is on."""
         self.phase, self.position = Phase.DECODE, position
         self._signals.position, self._signals.token_id = position, token_id
+        moment, listened = self.predictor.moment, self._events.on
+        self._signals.early = listened or moment is Moment.BEFORE_ATTENTION
+        self._signals.late = listened or moment is Moment.AFTER_ATTENTION
         controller = self._prefetcher.controller
         controller.begin_step()
         self._cache.set_staging(self._decode_staging if controller.speculating else 0)
@@ -330,6 +335,21 @@ def install(runtime: ExpertRuntime, modules: Sequence[nn.Module]) -> None:
             module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
         else:
             _install_scaled(runtime, layer, module)
+
+
+@contextmanager
+def standing_in(module: nn.Module, experts: T) -> Iterator[T]:
+    """``experts``, with the ``forward`` of a runtime, computes for ``module``, one of transformers' interface."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_function)
+    config: Any = module.config
+    before = config._experts_implementation
+    config._experts_implementation = IMPLEMENTATION
+    module._foregate = (experts, 0)  # type: ignore[assignment]
+    try:
+        yield experts
+    finally:
+        config._experts_implementation = before
+        uninstall([module])
 
 
 def uninstall(modules: Sequence[nn.Module]) -> None:

@@ -48,6 +48,8 @@ class ModelSignals:
         self.token_id = -1
         self.distrust = ""
         self.reached: Callable[[int, Moment], None] = lambda layer, moment: None
+        self.early, self.late = True, True
+        """Whether ``reached`` must be called before the mixer, and before the router, of a decode step."""
         self.family = family
         self._dtype = next(model.parameters()).dtype
         self._format = _FORMATS.get(self._dtype)
@@ -57,6 +59,11 @@ class ModelSignals:
         self._outputs: list[Any] = [None] * self.layers
         self._listening: list[Any] = []
         self._unexplained: set[int] = set()
+
+    @property
+    def parts(self) -> Sequence[MoeAnatomy]:
+        """The parts of every MoE layer."""
+        return self._flow.parts
 
     def close(self) -> None:
         """Remove every hook; the model is as it was."""
@@ -70,6 +77,30 @@ class ModelSignals:
         routers = enumerate(part.router for part in self._flow.parts) if on else ()
         self._listening = [r.register_forward_hook(self._keep(n)) for n, r in routers if r is not None]
         self._outputs = [None] * self.layers
+
+    # What hooks see, told by a layer that is computed without its modules
+
+    def hooks(self, layer: int) -> int:
+        """How many hooks on parts of ``layer`` are these signals' own; -1 while they learn."""
+        return -1 if self._flow.learning else self._flow.hooks(layer) + bool(self._listening)
+
+    def before_attention(self, layer: int, normed: Tensor) -> None:
+        """The input [1, D] of the mixer of ``layer`` is there."""
+        self._flow.parts[layer].pre_attention = normed
+        self._at(layer, Moment.BEFORE_ATTENTION)
+
+    def after_attention(self, layer: int, normed: Tensor, residual: Tensor, routed: Tensor) -> None:
+        """The inputs [1, D] of the mixer, of the norm before the router and of the router of ``layer`` are there."""
+        part = self._flow.parts[layer]
+        part.pre_attention, part.residual, part.router_input = normed, residual, routed
+        self.layer, self.moment = layer, Moment.AFTER_ATTENTION
+        if self.late:
+            self.reached(layer, Moment.AFTER_ATTENTION)
+
+    def chosen(self, layer: int, output: Any) -> None:
+        """What the router of ``layer`` gave."""
+        if self._listening:
+            self._outputs[layer] = output
 
     def _keep(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def after(router: nn.Module, args: Any, output: Any) -> None:

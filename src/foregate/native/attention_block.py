@@ -17,7 +17,7 @@ from foregate.native.kernels import check, loaded, num_threads
 from foregate.native.matrix import Matrix
 
 
-class _HeadNorm(ctypes.Structure):
+class HeadNorm(ctypes.Structure):
     """``head_norm`` of block.h."""
 
     _fields_ = [("weight", c_void_p), ("width", c_int32), ("epsilon", c_float)]
@@ -29,7 +29,7 @@ class _Block(ctypes.Structure):
     _fields_ = [
         *((name, Matrix) for name in ("q", "k", "v", "o")),
         *((f"{name}_bias", c_void_p) for name in ("q", "k", "v", "o")),
-        *((f"{name}_norm", _HeadNorm) for name in ("q", "k")),
+        *((f"{name}_norm", HeadNorm) for name in ("q", "k")),
         *((name, c_int32) for name in ("heads", "shared", "width")),
         ("scale", c_float),
     ]
@@ -59,14 +59,15 @@ class AttentionBlock:
         norms: Sequence[tuple[Tensor, float] | None],
     ) -> None:
         self._kept = (biases, norms)
-        made = [_HeadNorm() if n is None else _HeadNorm(n[0].data_ptr(), len(n[0]), n[1]) for n in norms]
+        made = [HeadNorm() if n is None else HeadNorm(n[0].data_ptr(), len(n[0]), n[1]) for n in norms]
         pointers = [None if bias is None else bias.data_ptr() for bias in biases]
         self._block = _Block(*matrices, *pointers, *made, heads.heads, heads.shared, heads.width, heads.scale)
-        self._at = ctypes.addressof(self._block)
+        self.at = ctypes.addressof(self._block)
+        self.shared, self.width = heads.shared, heads.width
         self._queries = (1, heads.heads, 1, heads.width)
         self._keys = (1, heads.shared, 1, heads.width)
         self._out = (1, 1, matrices[3].rows)
-        self._inputs = matrices[0].columns
+        self.inputs, self.outputs = matrices[0].columns, matrices[3].rows
         library = loaded()
         self._qkv, self._attend, self._whole = (
             library.foregate_qkv, library.foregate_attend_out, library.foregate_attention
@@ -77,7 +78,7 @@ class AttentionBlock:
         turned = cos.shape[-1]
         return (
             x.dtype is cos.dtype is sin.dtype is torch.bfloat16
-            and x.shape == (1, 1, self._inputs)
+            and x.shape == (1, 1, self.inputs)
             and cos.shape == sin.shape == (1, 1, turned)
             and turned % 2 == 0
             and turned <= self._queries[3]
@@ -95,25 +96,19 @@ class AttentionBlock:
         query, key = torch.empty(self._queries, dtype=bf16), torch.empty(self._keys, dtype=bf16)
         value = torch.empty(self._keys, dtype=bf16)
         code = self._qkv(
-            self._at, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[2],
+            self.at, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[2],
             query.data_ptr(), key.data_ptr(), value.data_ptr(), num_threads(),
         )  # fmt: skip
         check(code)
         return query, key, value
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """``qkv`` and ``attend`` in one: the last of the S positions of ``key`` and ``value`` are written to."""
-        shape, turned = key.shape, cos.shape[2]
-        assert shape == value.shape
-        assert (shape[0], shape[1], shape[3]) == (1, self._keys[1], self._keys[3])
-        assert key.dtype is value.dtype is torch.bfloat16
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, place: tuple[int, ...]) -> Tensor:
+        """``qkv`` and ``attend`` in one. ``place``: addresses and strides (of a head, of a row) of the keys and of the
+        values of S positions, and S; the last of them are written to."""
         out = torch.empty(self._out, dtype=torch.bfloat16)
-        _, k_head, k_row, _ = key.stride()
-        _, v_head, v_row, _ = value.stride()
         code = self._whole(
-            self._at, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), turned, key.data_ptr(), k_head, k_row,
-            value.data_ptr(), v_head, v_row, shape[2], out.data_ptr(), num_threads(),
-        )  # fmt: skip
+            self.at, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[2], *place, out.data_ptr(), num_threads()
+        )
         check(code)
         return out
 
@@ -123,7 +118,7 @@ class AttentionBlock:
         _, k_head, k_row, _ = key.stride()
         _, v_head, v_row, _ = value.stride()
         code = self._attend(
-            self._at, query.data_ptr(), key.data_ptr(), k_head, k_row,
+            self.at, query.data_ptr(), key.data_ptr(), k_head, k_row,
             value.data_ptr(), v_head, v_row, key.shape[2], out.data_ptr(), num_threads(),
         )  # fmt: skip
         check(code)

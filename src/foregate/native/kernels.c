@@ -906,6 +906,7 @@ ALWAYS float dot_of(const float *a, const float *b, int n) {
 
 #include "block.h"
 #include "route.h"
+#include "layer.h"
 #include "predict.h"
 #include "echo.h"
 

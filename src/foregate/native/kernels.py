@@ -40,7 +40,7 @@ FUNCTIONS = tuple(
     f"foregate_{name}"
     for name in (
         "expert", "experts", "linear", "rms_norm", "combine", "attend", "qkv", "attend_out", "attention", "expand",
-        "rank", "route", "read", "kernels",
+        "rank", "route", "layer", "read", "kernels",
     )
 )  # fmt: skip
 

@@ -1,13 +1,16 @@
-"""Finds and loads the compiled libraries. ``FOREGATE_NATIVE=off`` does without them."""
+"""Finds and loads the compiled libraries, and calls them. ``FOREGATE_NATIVE=off`` does without them."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from ctypes import c_void_p
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 log = logging.getLogger("foregate")
 
@@ -35,4 +38,22 @@ def _open(name: str) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(spec.origin)
     except OSError:
+        return None
+
+
+def function(found: ctypes.CDLL, name: str, count: int) -> Callable[..., int]:
+    """``name`` of ``found``: ``count`` arguments of 64 bits each, addresses (None: NULL) and integers; returns int."""
+    made, fast = getattr(found, name), calls()
+    if fast is None:
+        made.argtypes = [c_void_p] * count
+        return made  # type: ignore[no-any-return]
+    return fast.Function(ctypes.cast(made, c_void_p).value, count)  # type: ignore[no-any-return]
+
+
+@cache
+def calls() -> Any:
+    """``native/call.c``, which calls sooner than ctypes; None where it was not built (it needs Python's headers)."""
+    try:
+        return import_module("foregate.native._call")
+    except ImportError:
         return None

@@ -64,7 +64,7 @@ typedef struct {
 static float gelu(float x) { return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x))); }
 
 /* The best experts for x [K] and their scores. As foregate_linear. */
-int foregate_predict_network(const network *n, const float *x, float *scores, int32_t *order, int threads) {
+int foregate_predict_network(const network *n, const float *x, float *scores, int32_t *order, int64_t threads) {
     choose_best();
     const int inputs = n->first.columns, width = n->first.rows, experts = n->second.rows;
     if (refuse(&n->first, 1) || refuse(&n->second, 1) || n->second.columns != width || n->experts > experts ||
@@ -219,8 +219,8 @@ AVX512 static int fuse_avx512(const fusion *f, const fusion_state *s, const void
 
 /* The best experts of the A layers after this one and their scores, both [A, named], from its residual and the input of
  * its attention [D], F32 or BF16. The residual is kept in `now`. As foregate_linear. */
-int foregate_predict_fusion(const fusion *f, const fusion_state *s, const void *residual, const void *before, int dtype,
-                    float *scores, int32_t *order, int threads) {
+int foregate_predict_fusion(const fusion *f, const fusion_state *s, const void *residual, const void *before,
+                            int64_t dtype, float *scores, int32_t *order, int64_t threads) {
     choose_best();
     if (refuse_fusion(f, s) || (dtype != F32 && dtype != BF16))
         return 1;

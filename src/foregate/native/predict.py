@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_int, c_int32, c_void_p
+from ctypes import c_int32, c_void_p
 from functools import cache
 from struct import Struct
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foregate.errors import IntegrityError
-from foregate.native.library import load
+from foregate.native.library import calls, function, load
 from foregate.native.matrix import Matrix, RowsOf, threads_asked
 from foregate.native.products import Products, Rows
 from foregate.types import Prediction
@@ -88,12 +88,12 @@ class NetworkKernel:
             _Network(one, other, _pointer(bias), _pointer(last), code, *counts)
             for one, other, bias, last, *counts in parts
         ]
-        self._given = [ctypes.byref(layer) for layer in self._layers]
+        self._given = [ctypes.addressof(layer) for layer in self._layers]
         self.x = np.zeros(first.matrices[0].columns, np.float32)
         """The input: written to before a call."""
         self._told = [_Told(1, named, [(layer, there)]) for layer, there in enumerate(experts)]
         self._from = _pointer(self.x)
-        self._run = _loaded().foregate_predict_network
+        self._run = function(_loaded(), "foregate_predict_network", 5)
 
     def __call__(self, layer: int) -> list[Prediction]:
         """``layer`` itself, its experts for ``x``, the best first, and their scores."""
@@ -139,9 +139,10 @@ class FusionKernel:
         ]  # fmt: skip
         at = [array.ctypes.data for array in (*state, self._counts)]
         self._states = [_State(*at, n, layers, state[2].shape[1], named) for n in range(layers)]
-        self._jobs = [(ctypes.byref(a), ctypes.byref(b)) for a, b in zip(self._layers, self._states, strict=True)]
+        jobs = zip(self._layers, self._states, strict=True)
+        self._jobs = [(ctypes.addressof(layer), ctypes.addressof(state)) for layer, state in jobs]
         self._told = [_Told(asked, named, [(m, experts[m % layers]) for m in there]) for there in ahead]
-        self._run = _loaded().foregate_predict_fusion
+        self._run = function(_loaded(), "foregate_predict_fusion", 8)
 
     def __call__(self, layer: int, places: tuple[int, ...], dtype: int) -> list[Prediction]:
         """Layers after ``layer``, experts of each, the best first, and their scores. ``places``: where the residual
@@ -152,10 +153,7 @@ class FusionKernel:
 
 
 class _Told:
-    """What a kernel writes: scores [A, ``named``], then experts, for ``layers`` of so many experts each.
-
-    One call takes both out of memory: numpy and its lists need several times as long where the caches are cold.
-    """
+    """What a kernel writes: scores [A, ``named``], then experts, for ``layers`` of so many experts each."""
 
     def __init__(self, asked: int, named: int, layers: Sequence[tuple[int, int]]) -> None:
         half = asked * named
@@ -163,15 +161,17 @@ class _Told:
         self._memory = ctypes.create_string_buffer(self._form.size)
         at = ctypes.addressof(self._memory)
         self.to = at, at + 4 * half
-        self._parts = []
-        for hop, (layer, there) in enumerate(layers):
-            first, last = hop * named, hop * named + min(named, there)
-            self._parts.append((layer, slice(half + first, half + last), slice(first, last)))
+        self._half = half
+        self._parts = tuple((layer, hop * named, min(named, there)) for hop, (layer, there) in enumerate(layers))
+        self._fast = calls()
 
     def read(self) -> list[Prediction]:
         """A prediction for each of the layers."""
-        found = self._form.unpack(self._memory)
-        return [Prediction(layer, found[experts], found[scores]) for layer, experts, scores in self._parts]
+        if self._fast is not None:
+            return self._fast.predictions(*self.to, self._parts, Prediction)  # type: ignore[no-any-return]
+        found = self._form.unpack(self._memory)  # one call: numpy's lists take several times as long
+        scores, experts = found[: self._half], found[self._half :]
+        return [Prediction(layer, experts[at : at + n], scores[at : at + n]) for layer, at, n in self._parts]
 
 
 def _part(array: ctypes.Array[Any], number: int) -> int:
@@ -199,11 +199,4 @@ def _loaded() -> Any:
 
 @cache
 def _library() -> Any:
-    found = load("kernels", ("foregate_predict_network", "foregate_predict_fusion"))
-    if found is None:
-        return None
-    found.foregate_predict_network.argtypes = [POINTER(_Network), c_void_p, c_void_p, c_void_p, c_int]
-    found.foregate_predict_fusion.argtypes = [
-        POINTER(_Fusion), POINTER(_State), c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int
-    ]  # fmt: skip
-    return found
+    return load("kernels", ("foregate_predict_network", "foregate_predict_fusion"))

@@ -22,10 +22,10 @@ class Router:
     """
 
     def __init__(self, gate: Tensor, top_k: int, *, normalised: bool, dtype: torch.dtype) -> None:
-        self._kept, self._matrix = gate, matrix(gate, None)
-        self._at = ctypes.byref(self._matrix)
-        self._top_k, self._normalised = top_k, normalised
-        self._dtype, self._kind = dtype, ACTIVATIONS[dtype]
+        self._kept, self.gate = gate, matrix(gate, None)
+        self._at = ctypes.byref(self.gate)
+        self.top_k, self.normalised = top_k, normalised
+        self.dtype, self.kind = dtype, ACTIVATIONS[dtype]
         self._logits, self._chosen = (1, len(gate)), (1, top_k)
         self._run = loaded().foregate_route
 
@@ -34,11 +34,11 @@ class Router:
         None where the last of
         the chosen ties with the next, which routers settle each in its own way. Raises as ``check``."""
         logits = torch.empty(self._logits, dtype=torch.bfloat16)
-        weights = torch.empty(self._chosen, dtype=self._dtype)
+        weights = torch.empty(self._chosen, dtype=self.dtype)
         experts = torch.empty(self._chosen, dtype=torch.int64)
         code = self._run(
-            self._at, x.data_ptr(), self._top_k, self._normalised,
-            logits.data_ptr(), experts.data_ptr(), weights.data_ptr(), self._kind,
+            self._at, x.data_ptr(), self.top_k, self.normalised,
+            logits.data_ptr(), experts.data_ptr(), weights.data_ptr(), self.kind,
         )  # fmt: skip
         if code == UNDECIDED:
             return None

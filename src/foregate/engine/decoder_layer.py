@@ -1,0 +1,186 @@
+"""Decoder layers of a decode step up to their experts in one compiled call: norm, attention, sum, norm and router.
+
+transformers spends seven modules and some 40 calls of torch a layer around what the kernels do in one. Which layers
+are taken is decided when the model is built: by their parts, each of them a kernel's already, and then by trial, as the
+bits must be those of the layer's own forward. Everything unusual at a call goes on to that forward: a hook of a
+stranger on a part, a mask, more tokens. Signals are told what their hooks would have seen.
+
+Shapes: D hidden, E experts, k chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.cache_utils import DynamicCache
+
+from foregate.checkpoint.anatomy import MoeAnatomy
+from foregate.engine import attention, attention_block
+from foregate.engine.clock import Clock
+from foregate.engine.kv_room import RoomyLayer, make_room
+from foregate.engine.norms import native_norm
+from foregate.engine.router import native_router
+from foregate.engine.runtime import standing_in
+from foregate.engine.signals import ModelSignals
+from foregate.native.attention_block import AttentionBlock
+from foregate.native.decoder_layer import DecoderLayer
+from foregate.native.router import Router
+
+Forward = Callable[..., Any]
+
+
+class DecoderLayers:
+    """The decoder layers around ``signals.parts`` that the kernels can compute, until ``close``."""
+
+    def __init__(self, model: nn.Module, signals: ModelSignals, clock: Clock) -> None:
+        self.layers: list[_Layer] = []
+        rotary = next(filter(attention_block.is_rotary, model.modules()), None)
+        for number, part in enumerate(signals.parts if rotary is not None else ()):
+            made = (_Layer(number, part, *kernel, signals, clock) for kernel in _kernels(part))
+            found = next((layer for layer in made if _agrees(layer, rotary)), None)
+            if found is not None:
+                self.layers.append(found)
+                object.__setattr__(part.decoder, "forward", found.forward)
+
+    def close(self) -> None:
+        """The model is as it was."""
+        for layer in self.layers:
+            layer.part.decoder.__dict__.pop("forward", None)
+        self.layers.clear()
+
+
+# What a layer consists of
+
+
+def _kernels(part: MoeAnatomy) -> Iterator[tuple[DecoderLayer, nn.Module]]:
+    """The kernels' layers that ``part`` may be, each with the norm before the router: which is which, a trial tells."""
+    own, children = part.decoder, list(part.decoder.children())
+    block = None if part.mixer is None else attention_block.native_block(part.mixer)
+    router = None if part.router is None else native_router(part.router)
+    norms = [child for child in children if child not in (part.mixer, part.block)]
+    plain = not [*own.parameters(recurse=False), *own.buffers(recurse=False), *part.block.parameters(recurse=False)]
+    if block is None or router is None or not plain or len(children) != 4 or len(norms) != 2:
+        return
+    if set(part.block.children()) != {part.router, part.experts_module}:
+        return
+    if not hasattr(part.experts_module, "_is_expert_parallel"):
+        return
+    for before, after in (norms, norms[::-1]):
+        first, second = native_norm(before), native_norm(after)
+        if first is not None and second is not None and _widths(block, router, first, second) == {block.inputs}:
+            yield DecoderLayer(block, first, second, router), after
+
+
+def _widths(block: AttentionBlock, router: Router, *norms: tuple[Tensor, float]) -> set[int]:
+    return {block.inputs, block.outputs, router.gate.columns, *(len(weight) for weight, _ in norms)}
+
+
+# What takes the place of a layer's forward
+
+
+class _Layer:
+    """Calls ``kernel`` and the engine's experts in place of the modules of ``part``; ``after``: its second norm."""
+
+    def __init__(
+        self, number: int, part: MoeAnatomy, kernel: DecoderLayer, after: nn.Module, signals: ModelSignals, clock: Clock
+    ) -> None:
+        assert part.mixer is not None
+        assert part.router is not None
+        self.part, self.kernel, self.index = part, kernel, attention_block.layer_of(part.mixer)
+        self.theirs: Forward = part.decoder.forward
+        self._number, self._after, self._signals, self._clock = number, after, signals, clock
+        self._router = part.router
+        self._experts: Any = part.experts_module
+        self._hooks = tuple(_hooks(part.decoder))
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own, or ours where nothing is unusual."""
+        usual = attention.is_on() and not args and attention_block.is_usual(kwargs)
+        alone = sum(map(len, self._hooks)) == self._signals.hooks(self._number) and self.part.norm is self._after
+        ours = self.ours(hidden_states, kwargs) if usual and alone else None
+        return self.theirs(hidden_states, *args, **kwargs) if ours is None else ours
+
+    def ours(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """[1, 1, D] for ``x`` [1, 1, D]; None where that is another shape or the cache another one."""
+        kernel, signals, number = self.kernel, self._signals, self._number
+        past, turns, block = kwargs.get("past_key_values"), kwargs["position_embeddings"], kernel.attention
+        held = past.layers[self.index] if type(past) is DynamicCache and self.index < len(past.layers) else None
+        if type(held) is not RoomyLayer or not block.takes(x, *turns):
+            return None
+        place = held.place(block.shared, block.width)
+        if place is None:
+            return None
+        if signals.early:
+            kernel.norm(x)
+            signals.before_attention(number, kernel.normed)
+        routed = self._clock.timed(kernel, x, *turns, place, signals.early, not signals.late)
+        held.grow()
+        signals.after_attention(number, kernel.normed, kernel.residual, kernel.routed)
+        routing = kernel.routing if routed else self._router.forward(kernel.routed)
+        signals.chosen(number, routing)
+        _, weights, index = routing
+        runtime, layer = self._experts._foregate
+        return torch.add(kernel.residual, runtime.forward(layer, self._experts, kernel.routed, index, weights))[None]
+
+
+def _hooks(decoder: nn.Module) -> Iterator[dict[int, Any]]:
+    """Where hooks that would be passed by are kept; they stay the same dictionaries as long as the parts live."""
+    for module in decoder.modules():
+        if module is not decoder:
+            yield module._forward_hooks
+            yield module._forward_pre_hooks
+    yield torch_module._global_forward_hooks
+    yield torch_module._global_forward_pre_hooks
+
+
+# Trial
+
+
+class _Experts:
+    """Stands in for the engine's experts: something that depends on all it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Tensor] = []
+
+    def forward(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        self.told += [x.clone(), index.clone(), weights.clone()]
+        return (x.float() * (weights.float() * (index + 1)).sum()).to(x.dtype)
+
+
+@torch.inference_mode()
+def _agrees(layer: _Layer, rotary: Any) -> bool:
+    """Whether ours gives the bits of the layer's own forward, and tells experts and signals the same."""
+    block = layer.kernel.attention
+    with attention.decoding():
+        for position, size in attention_block.TRIALS:
+            given = attention_block.token_at(position, size, block.inputs, rotary)
+            theirs, ours = (_run(layer, each, given, position) for each in (_theirs, _ours))
+            if len(theirs) != len(ours) or not all(map(attention_block.same, theirs, ours)):
+                return False
+    return True
+
+
+def _theirs(layer: _Layer, given: dict[str, Any]) -> Any:
+    return layer.theirs(**given)
+
+
+def _ours(layer: _Layer, given: dict[str, Any]) -> Any:
+    return layer.ours(given["hidden_states"], given)
+
+
+def _run(layer: _Layer, forward: Callable[..., Any], given: dict[str, Any], seed: int) -> list[Any]:
+    """What ``forward`` returns, tells, and leaves in a cache of random numbers."""
+    block, part = layer.kernel.attention, layer.part
+    past = DynamicCache()
+    past.update(*attention_block.cached(block.shared, block.width, seed), layer.index)
+    make_room(past)
+    with standing_in(part.experts_module, _Experts()) as experts:
+        returned = forward(layer, {**given, "past_key_values": past})
+    seen = [None if x is None else x.clone() for x in (part.pre_attention, part.router_input)]
+    part.pre_attention = part.residual = part.router_input = None
+    held: Any = past.layers[layer.index]
+    return [returned, *experts.told, *seen, held.keys, held.values]

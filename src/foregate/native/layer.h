@@ -1,0 +1,48 @@
+/* A decoder layer of one token up to its experts: norm, attention, sum, norm, router. Included by kernels.c.
+ *
+ * D hidden. Every value is rounded to bf16 where torch would. */
+#ifndef FOREGATE_LAYER_H
+#define FOREGATE_LAYER_H
+
+typedef struct {
+    const attention_block *attention;
+    head_norm before, after; /* of D numbers: before attention, and before the router */
+    matrix gate;
+    int32_t top, normalised, dtype; /* of the router: see foregate_route */
+    uint16_t *normed, *residual, *routed, *logits; /* [D], [D], [D], [N]: input of attention, sum after it, the router's */
+    int64_t *ids;
+    void *weights;
+} decoder_layer;
+
+static int refuse_layer(const decoder_layer *l) {
+    const int n = l->attention->o.rows;
+    return l->before.width != n || l->after.width != n || l->gate.columns != n || n < 16 || n % 16;
+}
+
+enum { NORMED = 1, UNROUTED = 2 };
+
+/* From x [D] to the chosen experts and all else that `l` has room for; `how`: NORMED, where l->normed is there already,
+ * and UNROUTED, to leave the router out. The other arguments as for foregate_attention. Returns as foregate_route:
+ * UNDECIDED leaves only the choice open. */
+int foregate_layer(const decoder_layer *l, const uint16_t *x, int64_t how, const uint16_t *cos, const uint16_t *sin,
+                   int64_t turned, uint16_t *k, int64_t k_head, int64_t k_row, uint16_t *v, int64_t v_head,
+                   int64_t v_row, int64_t positions, int64_t threads) {
+    choose_best();
+    if (refuse_layer(l))
+        return 1;
+    const int n = l->after.width;
+    if (!(how & NORMED))
+        chosen.norm(x, l->before.weight, l->normed, n, l->before.epsilon);
+    int code = foregate_attention(l->attention, l->normed, cos, sin, (int)turned, k, k_head, k_row, v, v_head, v_row,
+                                  (int)positions, l->residual, (int)threads);
+    if (code)
+        return code;
+    for (int i = 0; i < n; i++)
+        l->residual[i] = nearest_bf16(from_bf16(x[i]) + from_bf16(l->residual[i]));
+    chosen.norm(l->residual, l->after.weight, l->routed, n, l->after.epsilon);
+    if (how & UNROUTED)
+        return 0;
+    return foregate_route(&l->gate, l->routed, l->top, l->normalised, l->logits, l->ids, l->weights, l->dtype);
+}
+
+#endif

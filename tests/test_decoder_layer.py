@@ -1,0 +1,244 @@
+"""Decoder layers up to their experts in one compiled call: the same bits, the same signals, or their own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from foregate.config import RunConfig, SamplingConfig
+from foregate.engine import dense
+from foregate.engine.engine import Engine
+from foregate.events import Part, TimeSpent
+from foregate.native import kernels
+from foregate.native.decoder_layer import DecoderLayer
+from foregate.native.library import calls
+from foregate.native.router import Router
+from foregate.predictors.base import BasePredictor
+from foregate.testing import tiny
+from foregate.types import Moment, Prediction, RoutingStep
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the kernels are not built")
+
+TAKEN = ("qwen3_moe", "olmoe", "mixtral")
+LEFT = ("qwen2_moe", "granitemoe", "glm4_moe")
+"""A shared expert, sums that are scaled, a router of another kind."""
+
+PROMPT = [5 + (7 * i) % 50 for i in range(12)]
+TOKENS = 6
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "SMALLEST", 1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    built: dict[str, Path] = {}
+
+    def checkpoint(family: str) -> str:
+        if family not in built:
+            directory = tmp_path_factory.mktemp(family)
+            built[family] = tiny.build(family, directory / "model", dtype="bfloat16", **SIZES)
+        return str(built[family])
+
+    return checkpoint
+
+
+class Spy(BasePredictor):
+    """Keeps the hidden states it is told of, and names experts at random."""
+
+    name = "spy"
+    asks_routers = False
+
+    def __init__(self, moment: Moment) -> None:
+        super().__init__(1)
+        self.moment = moment
+        self.seen: list[NDArray[np.float32]] = []
+
+    def observe(self, step: RoutingStep) -> None:
+        self.seen.append(step.weights.copy())
+
+    def predict(self, signals: Any) -> list[Prediction]:
+        early = self.moment is Moment.BEFORE_ATTENTION
+        for name in ("pre_attention",) if early else ("pre_attention", "residual", "router_input"):
+            self.seen.append(signals.hidden(name))
+        if not early:
+            self.seen.append(signals.normed(signals.layer, self.seen[-2]))
+        layer = signals.layer if early else signals.layer + 1
+        return [Prediction(layer, (0, 1), (1.0, 0.5))] if layer < signals.layers else []
+
+
+class Told:
+    """What a policy is told."""
+
+    def __init__(self, inside: Any) -> None:
+        self.inside = inside
+        self.scores: list[Any] = []
+
+    def observe(self, layer: int, experts: Any, scores: Any = None) -> None:
+        self.scores.append(None if scores is None else scores.copy())
+        self.inside.observe(layer, experts, scores)
+
+
+class Listener:
+    def __init__(self, spent: list[Part]) -> None:
+        self._spent = spent
+
+    def on_event(self, event: Any) -> None:
+        if isinstance(event, TimeSpent):
+            self._spent.append(event.part)
+
+
+def ran(model: str, moment: Moment = Moment.AFTER_ROUTING, *, ours: bool, listen: bool = False) -> list[Any]:
+    """Tokens, signals and scores of one engine; ``ours``: with layers in one call, which then were all used."""
+    config = RunConfig(model=model, memory_budget="50%", predictor="next-gate", prefetch="2", cache_policy="echo")
+    with Engine(config) as engine:
+        if not ours:
+            engine.layers.close()
+        spy = engine.runtime.predictor = Spy(moment)
+        told: Any = Told(engine.cache.policy)
+        engine.runtime._informed = told
+        spent: list[Part] = []
+        if listen:
+            engine.listen(Listener(spent))
+        used = counted(engine)
+        tokens = [step.token_id for step in engine.stream(PROMPT, SamplingConfig(max_new_tokens=TOKENS))]
+        assert len(used) == (engine.spec.layers * (TOKENS - 1) if ours else 0)
+        if listen:
+            assert {Part.ATTENTION, Part.ROUTING, Part.EXPERTS} <= set(spent)
+    return [tokens, *spy.seen, *told.scores]
+
+
+def counted(engine: Engine) -> list[int]:
+    """Grows by one for every layer that is computed in one call."""
+    used: list[int] = []
+    for layer in engine.layers.layers:
+        layer.kernel = Counted(layer.kernel, used)  # type: ignore[assignment]
+    return used
+
+
+class Counted:
+    def __init__(self, kernel: DecoderLayer, used: list[int]) -> None:
+        self._kernel, self._used = kernel, used
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+    def __call__(self, *args: Any) -> Any:
+        self._used.append(1)
+        return self._kernel(*args)
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("moment", Moment)
+@pytest.mark.parametrize("family", TAKEN)
+def test_tokens_signals_and_scores_are_those_of_the_modules(family: str, moment: Moment, made: Any) -> None:
+    found = ran(made(family), moment, ours=True)
+    assert len(found) > 3 * TOKENS
+    assert same(found, ran(made(family), moment, ours=False))
+
+
+def test_listeners_are_told_of_every_part_and_change_nothing(made: Any) -> None:
+    assert same(ran(made("mixtral"), ours=True, listen=True), ran(made("mixtral"), ours=True))
+
+
+@pytest.mark.parametrize("family", LEFT)
+def test_layers_of_another_kind_are_left_alone(family: str, made: Any) -> None:
+    with Engine(RunConfig(model=made(family), memory_budget="100%", predictor="none")) as engine:
+        assert not engine.layers.layers
+        assert not any("forward" in vars(part.decoder) for part in engine.signals.parts)
+
+
+@pytest.fixture
+def engine(made: Any) -> Iterator[Engine]:
+    with Engine(RunConfig(model=made("qwen3_moe"), memory_budget="100%", predictor="none")) as engine:
+        yield engine
+
+
+def tokens(engine: Engine) -> list[int]:
+    return [step.token_id for step in engine.stream(PROMPT, SamplingConfig(max_new_tokens=TOKENS))]
+
+
+@pytest.mark.parametrize("part", ["input_layernorm", "self_attn.k_norm", "mlp", "mlp.gate", "mlp.experts"])
+def test_a_hook_of_a_stranger_still_fires(part: str, engine: Engine) -> None:
+    wanted = tokens(engine)
+    used, fired = counted(engine), []
+    module = engine.signals.parts[0].decoder.get_submodule(part)
+    handle = module.register_forward_hook(lambda *_: fired.append(1))
+    assert tokens(engine) == wanted
+    assert len(fired) == TOKENS
+    assert len(used) == (engine.spec.layers - 1) * (TOKENS - 1)
+    handle.remove()
+    assert tokens(engine) == wanted
+    assert len(used) == (2 * engine.spec.layers - 1) * (TOKENS - 1)
+
+
+def test_a_tie_is_left_to_the_router_itself(engine: Engine) -> None:
+    for part in engine.signals.parts:
+        assert part.router is not None
+        weight = part.router.get_parameter("weight").data
+        weight[1::2] = weight[::2]
+    used = counted(engine)
+    found = tokens(engine)
+    assert used
+    engine.layers.close()
+    assert tokens(engine) == found
+
+
+def test_closing_gives_the_layers_their_own_forward_back(engine: Engine) -> None:
+    assert all("forward" in vars(part.decoder) for part in engine.signals.parts)
+    engine.layers.close()
+    assert not any("forward" in vars(part.decoder) for part in engine.signals.parts)
+
+
+def test_a_layer_that_computes_something_else_is_left_alone(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
+
+    theirs = Qwen3MoeDecoderLayer.forward
+    monkeypatch.setattr(
+        Qwen3MoeDecoderLayer, "forward", lambda self, *args, **kwargs: 2 * theirs(self, *args, **kwargs)
+    )
+    with Engine(RunConfig(model=made("qwen3_moe"), memory_budget="100%", predictor="none")) as engine:
+        assert not engine.layers.layers
+
+
+def test_a_trial_leaves_no_trace(made: Any) -> None:
+    with Engine(RunConfig(model=made("qwen3_moe"), memory_budget="100%", predictor="none")) as engine:
+        assert engine.layers.layers
+        for part in engine.signals.parts:
+            assert part.pre_attention is part.residual is part.router_input is None
+
+
+def test_without_pythons_headers_ctypes_calls(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ran(made("qwen3_moe"), ours=True)
+    assert calls() is not None
+    monkeypatch.setattr("foregate.native.library.calls", lambda: None)
+    assert same(ran(made("qwen3_moe"), ours=True), wanted)
+
+
+def test_norms_of_another_width_are_refused() -> None:
+    from foregate.errors import IntegrityError
+    from foregate.native.attention_block import AttentionBlock, Heads
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(torch.bfloat16)
+
+    kept = [rows(*shape) for shape in ((32, 64), (16, 64), (16, 64), (64, 32))]
+    block = AttentionBlock(Heads(2, 1, 16, 0.25), [kernels.matrix(part, None) for part in kept], [None] * 4, [None] * 2)
+    router = Router(rows(8, 64), 2, normalised=True, dtype=torch.bfloat16)
+    layer = DecoderLayer(block, (rows(64), 1e-6), (rows(32), 1e-6), router)
+    turns, held = rows(2, 1, 1, 16), rows(2, 1, 4, 16)
+    place = (held[0].data_ptr(), 64, 16, held[1].data_ptr(), 64, 16, 1)
+    with pytest.raises(IntegrityError):
+        layer(rows(1, 1, 64), turns[0], turns[1], place, False, True)
