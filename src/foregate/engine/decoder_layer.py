@@ -27,7 +27,7 @@ from foregate.engine.router import native_router
 from foregate.engine.runtime import standing_in
 from foregate.engine.signals import ModelSignals
 from foregate.native.attention_block import AttentionBlock
-from foregate.native.decoder_layer import DecoderLayer
+from foregate.native.decoder_layer import Choice, DecoderLayer
 from foregate.native.router import Router
 
 Forward = Callable[..., Any]
@@ -38,9 +38,10 @@ class DecoderLayers:
 
     def __init__(self, model: nn.Module, signals: ModelSignals, clock: Clock) -> None:
         self.layers: list[_Layer] = []
+        token = _Token()
         rotary = next(filter(attention_block.is_rotary, model.modules()), None)
         for number, part in enumerate(signals.parts if rotary is not None else ()):
-            made = (_Layer(number, part, *kernel, signals, clock) for kernel in _kernels(part))
+            made = (_Layer(number, part, *kernel, signals, clock, token) for kernel in _kernels(part))
             found = next((layer for layer in made if _agrees(layer, rotary)), None)
             if found is not None:
                 self.layers.append(found)
@@ -82,34 +83,64 @@ def _widths(block: AttentionBlock, router: Router, *norms: tuple[Tensor, float])
 # What takes the place of a layer's forward
 
 
+class _Token:
+    """What the layers before have looked at in this decode step, and found usual."""
+
+    def __init__(self) -> None:
+        self._kwargs: dict[str, Any] = {}
+        self._form: Any = None
+        self._out: Tensor | None = None
+
+    def usual(self, block: AttentionBlock, x: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether ``kwargs`` ask for nothing unusual, and ``block`` takes ``x`` with them."""
+        form = (*kwargs, *map(id, kwargs.values()))
+        if x is self._out and form == self._form:
+            return True
+        if not attention_block.is_usual(kwargs) or not block.takes(x, *kwargs["position_embeddings"]):
+            return False
+        self._kwargs, self._form = kwargs, form  # kept, so that what they are known by is not given to another
+        return True
+
+    def goes_on(self, out: Tensor) -> Tensor:
+        """``out`` [1, D] as the next layer's input."""
+        self._out = out[None]
+        return self._out
+
+
 class _Layer:
     """Calls ``kernel`` and the engine's experts in place of the modules of ``part``; ``after``: its second norm."""
 
     def __init__(
-        self, number: int, part: MoeAnatomy, kernel: DecoderLayer, after: nn.Module, signals: ModelSignals, clock: Clock
+        self,
+        number: int,
+        part: MoeAnatomy,
+        kernel: DecoderLayer,
+        after: nn.Module,
+        signals: ModelSignals,
+        clock: Clock,
+        token: _Token,
     ) -> None:
         assert part.mixer is not None
         assert part.router is not None
         self.part, self.kernel, self.index = part, kernel, attention_block.layer_of(part.mixer)
         self.theirs: Forward = part.decoder.forward
         self._number, self._after, self._signals, self._clock = number, after, signals, clock
-        self._router = part.router
+        self._router, self._token = part.router, token
         self._experts: Any = part.experts_module
         self._hooks = tuple(_hooks(part.decoder))
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own, or ours where nothing is unusual."""
-        usual = attention.is_on() and not args and attention_block.is_usual(kwargs)
         alone = sum(map(len, self._hooks)) == self._signals.hooks(self._number) and self.part.norm is self._after
-        ours = self.ours(hidden_states, kwargs) if usual and alone else None
+        ours = self.ours(hidden_states, kwargs) if alone and not args and attention.is_on() else None
         return self.theirs(hidden_states, *args, **kwargs) if ours is None else ours
 
     def ours(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """[1, 1, D] for ``x`` [1, 1, D]; None where that is another shape or the cache another one."""
+        """[1, 1, D] for ``x`` [1, 1, D]; None where that or the cache is another one, or more is asked for."""
         kernel, signals, number = self.kernel, self._signals, self._number
-        past, turns, block = kwargs.get("past_key_values"), kwargs["position_embeddings"], kernel.attention
+        past, block = kwargs.get("past_key_values"), kernel.attention
         held = past.layers[self.index] if type(past) is DynamicCache and self.index < len(past.layers) else None
-        if type(held) is not RoomyLayer or not block.takes(x, *turns):
+        if type(held) is not RoomyLayer or not self._token.usual(block, x, kwargs):
             return None
         place = held.place(block.shared, block.width)
         if place is None:
@@ -117,14 +148,19 @@ class _Layer:
         if signals.early:
             kernel.norm(x)
             signals.before_attention(number, kernel.normed)
-        routed = self._clock.timed(kernel, x, *turns, place, signals.early, not signals.late)
+        cos, sin = kwargs["position_embeddings"]
+        routed = self._clock.timed(kernel, x, cos, sin, place, signals.early, not signals.late)
         held.grow()
         signals.after_attention(number, kernel.normed, kernel.residual, kernel.routed)
-        routing = kernel.routing if routed else self._router.forward(kernel.routed)
-        signals.chosen(number, routing)
-        _, weights, index = routing
         runtime, layer = self._experts._foregate
-        return torch.add(kernel.residual, runtime.forward(layer, self._experts, kernel.routed, index, weights))[None]
+        if routed:
+            out = runtime.forward_one(layer, self._experts, kernel.routed, kernel.choice, kernel.residual)
+        else:
+            routing = self._router.forward(kernel.routed)
+            signals.chosen(number, routing)
+            _, weights, index = routing
+            out = kernel.residual + runtime.forward(layer, self._experts, kernel.routed, index, weights)
+        return self._token.goes_on(out)
 
 
 def _hooks(decoder: nn.Module) -> Iterator[dict[int, Any]]:
@@ -147,8 +183,13 @@ class _Experts:
         self.told: list[Tensor] = []
 
     def forward(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        self.told += [x.clone(), index.clone(), weights.clone()]
+        self.told += [x.clone(), index.clone(), weights.clone(), index.clone(), weights.float().clone()]
         return (x.float() * (weights.float() * (index + 1)).sum()).to(x.dtype)
+
+    def forward_one(self, layer: int, module: nn.Module, x: Tensor, choice: Choice, residual: Tensor) -> Tensor:
+        out = residual + self.forward(layer, module, x, choice.index, choice.weights)
+        self.told[-2:] = [torch.from_numpy(choice.experts.copy()), torch.from_numpy(choice.shares.copy())]
+        return out
 
 
 @torch.inference_mode()

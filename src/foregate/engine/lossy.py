@@ -28,6 +28,7 @@ from foregate.experts.readers import AnyTransfer, open_transfer
 from foregate.experts.slots import SlotPool
 from foregate.experts.store import PackedStore
 from foregate.interfaces import Predictor, Signals
+from foregate.native.decoder_layer import Choice
 from foregate.prefetch.lossy import LossyPipeline, LowPrecisionPipeline, SkippingPipeline
 from foregate.prefetch.pipeline import Pipeline
 from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, Prediction, PredictorCost, RoutingStep
@@ -38,7 +39,15 @@ _ROWS = 4
 """Last tokens of a prompt, of every layer, from which the rule of the weights is learned."""
 
 
-class PredictedRuntime(ExpertRuntime):
+class _Lossy(ExpertRuntime):
+    """What computes something else than it is told does so in ``forward`` alone."""
+
+    def forward_one(self, layer: int, module: nn.Module, x: Tensor, choice: Choice, residual: Tensor) -> Tensor:
+        self._signals.chosen(layer, (choice.logits, choice.weights, choice.index))
+        return residual + self.forward(layer, module, x, choice.index, choice.weights)
+
+
+class PredictedRuntime(_Lossy):
     """Runs what was predicted, with predicted weights; the router's own choice is only counted, never fetched.
 
     The first layer, a layer that nothing was predicted for, and prompts run exactly. Where the predictor's scores are
@@ -138,7 +147,7 @@ class PredictedRuntime(ExpertRuntime):
         self._prefetcher.stats.predict_s += perf_counter() - began
 
 
-class SkippingRuntime(ExpertRuntime):
+class SkippingRuntime(_Lossy):
     """Leaves out what has not arrived; the weights of the others grow to the same sum. All late: nothing is added."""
 
     def __init__(self, **parts: Any) -> None:
@@ -172,7 +181,7 @@ class SkippingRuntime(ExpertRuntime):
         return (out.float() * scale[:, None]).to(out.dtype)
 
 
-class LowPrecisionRuntime(ExpertRuntime):
+class LowPrecisionRuntime(_Lossy):
     """Computes misses in low precision; which weights lie in a slot is for ``layout_of``."""
 
     def __init__(self, *, layout_of: Callable[[ExpertKey], ExpertLayout], low: Checkpoint, **parts: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -24,6 +25,7 @@ from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, expert_forward, experts_forward
 from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
 from foregate.native import kernels
+from foregate.native.decoder_layer import Choice
 from foregate.prefetch.pipeline import Compute, Pipeline, Together
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, RoutingStep
@@ -37,6 +39,7 @@ order into one fp32 sum. Chosen by T alone, never by residency: the order of acc
 
 log = logging.getLogger("foregate")
 T = TypeVar("T")
+Floats = NDArray[np.float32]
 
 STAGING_SHARE = 4
 """One slot in so many is set aside for reading the next layer ahead, if the pool cannot hold all experts."""
@@ -123,6 +126,12 @@ class ExpertRuntime:
         accumulate = self._gather if _few(index) else self._sum
         return accumulate(layer, module, x, index, weights)
 
+    def forward_one(self, layer: int, module: nn.Module, x: Tensor, choice: Choice, residual: Tensor) -> Tensor:
+        """``residual`` and ``forward`` of one token: [1, D]. ``choice`` is read, nothing of it is kept."""
+        experts = choice.experts.copy()
+        self._tell(layer, experts, choice.shares.copy(), choice.scores)
+        return self._gather_one(layer, module, x, experts[0].tolist(), choice.weights, choice.parts, residual)
+
     def forward_scaled(self, layer: int, module: nn.Module, repeated: Tensor) -> Tensor:
         """Llama 4's form: ``repeated`` [E*T, D] holds each token scaled for each expert, zero where not chosen."""
         rows = repeated.view(self._experts[layer], -1, repeated.shape[-1])
@@ -139,15 +148,18 @@ class ExpertRuntime:
         return out.view_as(repeated)
 
     def _route(self, layer: int, index: Tensor, weights: Tensor) -> None:
+        # Copies: a stranger that changes what it is told must not change what is computed.
+        self._tell(layer, np.array(index.numpy(), np.int64), np.array(weights.float().numpy()))
+
+    def _tell(self, layer: int, experts: NDArray[np.int64], weights: Floats, scores: Floats | None = None) -> None:
+        """The router of ``layer`` has chosen; ``scores`` are what it gave, where they are at hand."""
         self._tell_until_now(Part.ROUTING, layer)
         if self.phase is Phase.DECODE:
             self._prefetcher.arrived(layer)
-        # Copies: a stranger that changes what it is told must not change what is computed.
-        chosen, shares = np.array(index.numpy(), np.int64), np.array(weights.float().numpy())
-        step = RoutingStep(layer, self.phase, self.position, chosen, shares)
+        step = RoutingStep(layer, self.phase, self.position, experts, weights)
         self._signals.on_route(step)
         if self._informed is not None:
-            self._informed.observe(layer, step.experts, self._signals.routed(step))
+            self._informed.observe(layer, experts, self._signals.routed(step, scores))
         self._observe(step)
         for observer in self.observers:
             observer.on_route(step)
@@ -168,9 +180,20 @@ class ExpertRuntime:
         self._decode(layer, self._needed(layer, index.flatten().tolist()), compute)
         return parts.sum(dim=1).to(x.dtype)
 
-    def _gather_one(self, layer: int, module: nn.Module, x: Tensor, ranks: list[int], weights: Tensor) -> Tensor:
-        """``_gather`` for one token, whose experts are ``ranks``."""
-        parts = x.new_zeros((len(ranks), x.shape[-1]))
+    def _gather_one(
+        self,
+        layer: int,
+        module: nn.Module,
+        x: Tensor,
+        ranks: list[int],
+        weights: Tensor,
+        parts: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``_gather`` for one token, whose experts are ``ranks``, added to ``residual``. ``parts``: room for [k, D]."""
+        needed = self._needed(layer, ranks)
+        if parts is None or len(needed) < len(ranks):  # what nobody computes counts as zero
+            parts = x.new_zeros((len(ranks), x.shape[-1]))
 
         def compute(expert: int, slot: int) -> None:
             spread(self._expert(ExpertKey(layer, expert), module, x, slot), [expert])
@@ -192,10 +215,11 @@ class ExpertRuntime:
                     if chosen == expert:
                         parts[rank] = out[row]
 
-        self._decode(layer, self._needed(layer, ranks), compute, together)
+        self._decode(layer, needed, compute, together)
         if kernels.combines(x, weights):
-            return kernels.combine(parts, weights)
-        return (parts * weights[0, :, None]).sum(dim=0, keepdim=True).to(x.dtype)
+            return kernels.combine(parts, weights, residual)
+        out = (parts * weights[0, :, None]).sum(dim=0, keepdim=True).to(x.dtype)
+        return out if residual is None else residual + out
 
     def _sum(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         total = torch.zeros(x.shape, dtype=torch.float32)

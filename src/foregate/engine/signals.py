@@ -108,8 +108,13 @@ class ModelSignals:
 
         return after
 
-    def routed(self, step: RoutingStep) -> NDArray[np.float32] | None:
-        """Scores [T, E] that this layer's router has just given; None where it gives none that explain its choice."""
+    def routed(self, step: RoutingStep, given: NDArray[np.float32] | None = None) -> NDArray[np.float32] | None:
+        """Scores [T, E] that this layer's router has just given; None where it gives none that explain its choice.
+
+        ``given``: they are at hand; they are copied.
+        """
+        if given is not None:
+            return None if step.layer in self._unexplained else given.copy()
         output, experts = self._outputs[step.layer], self.experts[step.layer]
         self._outputs[step.layer] = None
         scored = [t for t in _tensors(output) if t.is_floating_point() and t.shape[-1] >= experts]

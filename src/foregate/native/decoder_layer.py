@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int32, c_void_p
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from foregate.native.attention_block import AttentionBlock, HeadNorm
 from foregate.native.kernels import UNDECIDED, check, loaded, num_threads
 from foregate.native.library import function
 from foregate.native.matrix import Matrix
-from foregate.native.router import Router, Routing
+from foregate.native.router import Router
 
 Norm = tuple[Tensor, float]
 
@@ -29,29 +30,44 @@ class _Layer(ctypes.Structure):
         ("after", HeadNorm),
         ("gate", Matrix),
         *((name, c_int32) for name in ("top", "normalised", "dtype")),
-        *((name, c_void_p) for name in ("normed", "residual", "routed", "logits", "ids", "weights")),
+        *(
+            (name, c_void_p)
+            for name in ("normed", "residual", "routed", "logits", "ids", "weights", "scores", "shares")
+        ),
     ]
+
+
+class Choice:
+    """What a router has chosen for one token, in every form that is asked for: ``logits``, ``weights`` and ``index`` as
+    ``Router`` gives them; for numpy ``experts`` and ``shares`` [1, k] and the logits as ``scores`` [1, E]. ``parts``
+    [k, D] has room for what the experts give. The next token overwrites all of it."""
+
+    def __init__(self, router: Router) -> None:
+        rows, k = router.gate.rows, router.top_k
+        self.logits = torch.zeros(1, rows, dtype=torch.bfloat16)
+        self.weights, self.index = torch.zeros(1, k, dtype=router.dtype), torch.zeros(1, k, dtype=torch.int64)
+        self.parts = torch.zeros(k, router.gate.columns, dtype=torch.bfloat16)
+        self.experts = self.index.numpy()
+        self.scores, self.shares = np.zeros((1, rows), np.float32), np.zeros((1, k), np.float32)
 
 
 class DecoderLayer:
     """``attention`` between two norms (weight [D], epsilon), with a sum around it, and the ``router`` after the second.
 
-    ``normed`` (input of attention), ``residual`` (sum after it) and ``routed`` (input of the router) are [1, D],
-    ``routing`` is what ``Router`` gives: all are overwritten by the next call.
+    ``normed`` (input of attention), ``residual`` (sum after it) and ``routed`` (input of the router) are [1, D], and
+    ``choice`` is the router's: all are overwritten by the next call.
     """
 
     def __init__(self, attention: AttentionBlock, before: Norm, after: Norm, router: Router) -> None:
         self._kept = after, router
         self.attention, self._before = attention, before
-        width, gate, bf16 = attention.inputs, router.gate, torch.bfloat16
-        self.normed, self.residual, self.routed = (torch.zeros(1, width, dtype=bf16) for _ in range(3))
-        logits, weights = torch.zeros(1, gate.rows, dtype=bf16), torch.zeros(1, router.top_k, dtype=router.dtype)
-        self.routing: Routing = logits, weights, torch.zeros(1, router.top_k, dtype=torch.int64)
+        hidden = [torch.zeros(1, attention.inputs, dtype=torch.bfloat16) for _ in range(3)]
+        self.normed, self.residual, self.routed = hidden
+        self.choice = made = Choice(router)
         norms = [HeadNorm(weight.data_ptr(), len(weight), small) for weight, small in (before, after)]
-        rows = (self.normed, self.residual, self.routed, logits, self.routing[2], weights)
-        self._layer = _Layer(
-            attention.at, *norms, gate, router.top_k, router.normalised, router.kind, *(row.data_ptr() for row in rows)
-        )
+        at = [row.data_ptr() for row in (*hidden, made.logits, made.index, made.weights)]
+        at += [made.scores.ctypes.data, made.shares.ctypes.data]
+        self._layer = _Layer(attention.at, *norms, router.gate, router.top_k, router.normalised, router.kind, *at)
         self._at = ctypes.addressof(self._layer)
         self._run = function(loaded(), "foregate_layer", 14)
         self._norm = loaded().foregate_rms_norm
@@ -62,7 +78,7 @@ class DecoderLayer:
         check(self._norm(x.data_ptr(), weight.data_ptr(), self.normed.data_ptr(), 1, len(weight), small))
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, place: tuple[int, ...], normed: bool, route: bool) -> bool:
-        """Fill ``residual``, ``routed`` and, with ``route``, ``routing``: whether the last of them counts now.
+        """Fill ``residual``, ``routed`` and, with ``route``, ``choice``: whether the last of them counts now.
 
         ``x`` and the rest as ``AttentionBlock.attention`` takes them; ``normed``: ``norm`` has been called for ``x``.
         """

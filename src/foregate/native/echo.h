@@ -59,8 +59,8 @@ static void echo_choices(const int64_t *ids, int count, int n, float *choices) {
 
 /* One more token, as row `row` of the window: it chose `ids`, by `scores` [E] or NULL. Returns 0, 2 where memory is
  * missing, or, nothing changed, ECHO_INFINITE, or ECHO_NEGATIVE for scores that must be `logits` and are not said to be. */
-int foregate_echo_see(const echo_rules *rules, const echo_past *p, int row, const float *scores, int logits,
-                      const int64_t *ids, int count) {
+int foregate_echo_see(const echo_rules *rules, const echo_past *p, int64_t row, const float *scores, int64_t logits,
+                      const int64_t *ids, int64_t count) {
     const int n = p->experts;
     float smallest = 0.0f, poison = 0.0f;
     for (int e = 0; scores && e < n; e++) {
@@ -143,7 +143,7 @@ void foregate_echo_worth(const echo_rules *rules, const echo_past *p, int rows, 
 }
 
 /* The lowest of `worth` [L, E] less `away` [L], of what is held; -1 if nothing is. `left` [L, E] is what was compared. */
-int foregate_echo_lowest(const float *worth, const uint8_t *held, const float *away, int layers, int experts,
+int foregate_echo_lowest(const float *worth, const uint8_t *held, const float *away, int64_t layers, int64_t experts,
                          float *left) {
     int best = -1;
     for (int layer = 0, at = 0; layer < layers; layer++)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_float, c_int, c_int32, c_void_p
+from ctypes import addressof, c_float, c_int, c_int32, c_void_p
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.native.library import load
+from foregate.native.library import function, load
 
 Floats = NDArray[np.float32]
 
@@ -59,11 +59,11 @@ class EchoPast:
         self._scores, self._ids = np.zeros(experts, np.float32), np.zeros(MOST_CHOSEN, np.int64)
         self._worth = np.zeros(experts, np.float32)
         self._kept = rules, shares, keys, after, weights
-        self._given = byref(rules), byref(self._past)
+        self._given = addressof(rules), addressof(self._past)
         self._from, self._named, self._to = (a.ctypes.data for a in (self._scores, self._ids, self._worth))
         self._weights = [array.ctypes.data for array in weights]
         found = _library()
-        self._see, self._judge = found.foregate_echo_see, found.foregate_echo_worth
+        self._see, self._judge = function(found, "foregate_echo_see", 7), found.foregate_echo_worth
 
     def see(self, row: int, chosen: NDArray[np.int64], scores: Floats | None, *, logits: bool) -> int:
         """One more token of [k] experts, at most ``MOST_CHOSEN``, as ``row`` of the window, with the ``scores`` [E] of
@@ -93,7 +93,7 @@ class Lowest:
         self._given = worth.ctypes.data, held.ctypes.data
         self._away = [row.ctypes.data for row in away]
         self._to, self._shape = self.left.ctypes.data, worth.shape
-        self._run = _library().foregate_echo_lowest
+        self._run = function(_library(), "foregate_echo_lowest", 6)
 
     def __call__(self, layer: int) -> int:
         """Its place in ``left`` after ``layer`` has run (-1: none yet), or -1 if nothing is held."""
@@ -106,9 +106,6 @@ def _library() -> Any:
     found = load("kernels", _FUNCTIONS)
     if found is None:
         return None
-    rules, past, address = POINTER(EchoRules), POINTER(_Past), c_void_p
-    found.foregate_echo_see.argtypes = [rules, past, c_int, address, c_int, address, c_int]
-    found.foregate_echo_worth.argtypes = [rules, past, c_int, address, c_float, address]
+    found.foregate_echo_worth.argtypes = [c_void_p, c_void_p, c_int, c_void_p, c_float, c_void_p]
     found.foregate_echo_worth.restype = None
-    found.foregate_echo_lowest.argtypes = [address, address, address, c_int, c_int, address]
     return found

@@ -799,14 +799,15 @@ static int same_form(const matrix *a, const matrix *b) {
 }
 
 /* out [count, width]: row i is what foregate_expert gives for experts[i], which all have one form, and x [1, inputs]. */
-int foregate_experts(const expert *experts, int count, int hidden, const void *x, int inputs, int x_dtype, void *out,
-                     int width, int out_dtype, int threads) {
+int foregate_experts(const expert *const *experts, int64_t count, int64_t hidden, const void *x, int64_t inputs,
+                     int64_t x_dtype, void *out, int64_t width, int64_t out_dtype, int64_t threads) {
     choose_best();
     if (count < 1 || count > MOST_EXPERTS)
         return 1;
-    const matrix *gate = &experts->gate, *down = &experts->down;
+    const matrix *gate = &experts[0]->gate, *down = &experts[0]->down;
     for (int e = 0; e < count; e++)
-        if (!same_form(&experts[e].gate, gate) || !same_form(&experts[e].up, gate) || !same_form(&experts[e].down, down))
+        if (!same_form(&experts[e]->gate, gate) || !same_form(&experts[e]->up, gate) ||
+            !same_form(&experts[e]->down, down))
             return 1;
     if (refuse(gate, 1) || refuse(down, 1) || inputs > gate->columns || hidden > gate->rows ||
         hidden > down->columns || width > down->rows)
@@ -823,7 +824,7 @@ int foregate_experts(const expert *experts, int count, int hidden, const void *x
     for (int e = 0; e < count; e++) {
         float *values = carve((size_t)padded * 4);
         memset(values + hidden, 0, (size_t)(padded - hidden) * 4);
-        parts[e] = (gated){&experts[e].gate, &experts[e].up, &in, 1, chunk_rows(gate, 2), values, padded, hidden};
+        parts[e] = (gated){&experts[e]->gate, &experts[e]->up, &in, 1, chunk_rows(gate, 2), values, padded, hidden};
     }
     gated_all first = {parts, (gate->rows + parts->step - 1) / parts->step};
     pool_run(gated_all_chunk, &first, first.chunks * count, threads);
@@ -831,7 +832,7 @@ int foregate_experts(const expert *experts, int count, int hidden, const void *x
     for (int e = 0; e < count; e++) {
         make_input(down, parts[e].hidden, between + e);
         void *to = (char *)out + (size_t)e * width * item;
-        last[e] = (product){&experts[e].down, between + e, 1, chunk_rows(down, 1), to, out_dtype, width};
+        last[e] = (product){&experts[e]->down, between + e, 1, chunk_rows(down, 1), to, out_dtype, width};
     }
     product_all second = {last, (down->rows + last->step - 1) / last->step};
     pool_run(product_all_chunk, &second, second.chunks * count, threads);
@@ -852,9 +853,10 @@ int foregate_rms_norm(const uint16_t *x, const uint16_t *w, uint16_t *out, int r
 
 enum { MOST_COMBINED = 64 };
 
-/* out [n] = the sum of x [rows, n] (bf16), each row times its weight (F32 or BF16). Returns 0, or 1 for a shape that it
- * does not take. */
-int foregate_combine(const uint16_t *x, const void *weights, int dtype, int rows, int n, uint16_t *out) {
+/* out [n] = the sum of x [rows, n] (bf16), each row times its weight (F32 or BF16), and, unless it is NULL, what is in
+ * `to` [n]. Rounded after the sum, and again. Returns 0, or 1 for a shape that it does not take. */
+int foregate_combine(const uint16_t *x, const void *weights, int64_t dtype, int64_t rows, int64_t n, const uint16_t *to,
+                     uint16_t *out) {
     choose_best();
     float w[MOST_COMBINED];
     if (n < 16 || n % 16 || rows < 1 || rows > MOST_COMBINED || (dtype != F32 && dtype != BF16))
@@ -862,6 +864,8 @@ int foregate_combine(const uint16_t *x, const void *weights, int dtype, int rows
     for (int r = 0; r < rows; r++)
         w[r] = dtype == F32 ? ((const float *)weights)[r] : from_bf16(((const uint16_t *)weights)[r]);
     chosen.combine(x, w, rows, n, out);
+    for (int i = 0; to && i < n; i++)
+        out[i] = nearest_bf16(from_bf16(to[i]) + from_bf16(out[i]));
     return 0;
 }
 

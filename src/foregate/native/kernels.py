@@ -8,7 +8,7 @@ Shapes: T tokens, D hidden, F expert hidden, N rows, K columns.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
 from typing import Any
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foregate.errors import IntegrityError
-from foregate.native.library import load
+from foregate.native.library import function, load
 from foregate.native.matrix import BF16, F32, INT4, INT8, threads_asked
 from foregate.native.matrix import MOST_COLUMNS as MOST_COLUMNS
 from foregate.native.matrix import Matrix as Matrix
@@ -106,9 +106,7 @@ def library() -> ctypes.CDLL | None:
     tail: list[Any] = [c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_int, c_int, c_int]
     found.foregate_expert.argtypes = [pointer, pointer, pointer, *tail]
     found.foregate_linear.argtypes = [pointer, *tail[1:]]
-    found.foregate_experts.argtypes = [c_void_p, c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int, c_int]
     found.foregate_rms_norm.argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_int, c_float]
-    found.foregate_combine.argtypes = [c_void_p, c_void_p, c_int, c_int, c_int, c_void_p]
     found.foregate_attend.argtypes = [POINTER(_Attention), c_int, c_int]
     found.foregate_qkv.argtypes = [c_void_p] * 4 + [c_int] + [c_void_p] * 3 + [c_int]
     strided: list[Any] = [c_void_p, c_int64, c_int64]
@@ -116,7 +114,6 @@ def library() -> ctypes.CDLL | None:
     turned: list[Any] = [c_void_p, c_void_p, c_void_p, c_int]
     found.foregate_attention.argtypes = [c_void_p, *turned, *strided, *strided, c_int, c_void_p, c_int]
     found.foregate_expand.argtypes = [pointer, c_void_p, c_int, c_int, c_int]
-    found.foregate_rank.argtypes = [POINTER(_Ranking), c_void_p, c_int]
     found.foregate_route.argtypes = [pointer, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int]
     found.foregate_read.argtypes = [c_void_p, c_size_t, c_int]
     found.foregate_read.restype = c_uint64
@@ -130,6 +127,12 @@ def loaded() -> ctypes.CDLL:
     found = library()
     assert found is not None
     return found
+
+
+@cache
+def called(name: str, count: int) -> Callable[..., int]:
+    """Function ``name`` of the kernels: see ``library.function``."""
+    return function(loaded(), name, count)
 
 
 def instructions() -> str:
@@ -149,6 +152,7 @@ class FusedExpert:
         scales = (None, None) if gate_up_scale is None else gate_up_scale.chunk(2)
         self._parts = tuple(matrix(*pair) for pair in ((gate, scales[0]), (up, scales[1]), (down, down_scale)))
         self._whole = _Expert(*self._parts)
+        self._at = ctypes.addressof(self._whole)
         self.form = tuple((m.dtype, m.rows, m.columns, m.group) for m in self._parts)
         """Experts of equal form can be computed ``together``."""
         self._hidden = hidden
@@ -174,10 +178,11 @@ class FusedExpert:
         first, count = experts[0], len(experts)
         x = x.contiguous()
         width = x.shape[1]
-        kind, parts = ACTIVATIONS[x.dtype], (_Expert * count)(*[one._whole for one in experts])
-        code = loaded().foregate_experts(
-            parts, count, first._hidden, x.data_ptr(), width, kind, into.data_ptr(), width, kind, num_threads()
-        )
+        kind, places = ACTIVATIONS[x.dtype], (c_void_p * count)(*[one._at for one in experts])
+        code = called("foregate_experts", 10)(
+            ctypes.addressof(places), count, first._hidden, x.data_ptr(), width, kind, into.data_ptr(), width, kind,
+            num_threads(),
+        )  # fmt: skip
         check(code)
 
 
@@ -207,12 +212,14 @@ def combines(x: Tensor, weights: Tensor) -> bool:
     return fits and weights.dtype in ACTIVATIONS and weights.is_contiguous() and library() is not None
 
 
-def combine(parts: Tensor, weights: Tensor) -> Tensor:
-    """Sum [1, D] of the rows of ``parts`` [k, D] (contiguous) times ``weights`` [1, k], rounded once."""
+def combine(parts: Tensor, weights: Tensor, to: Tensor | None = None) -> Tensor:
+    """Sum [1, D] of the rows of ``parts`` [k, D] (contiguous) times ``weights`` [1, k], rounded once; added ``to``
+    another [1, D] (bf16, contiguous) and rounded again, if there is one."""
     rows, width = parts.shape
     out = torch.empty((1, width), dtype=torch.bfloat16)
-    kind = ACTIVATIONS[weights.dtype]
-    check(loaded().foregate_combine(parts.data_ptr(), weights.data_ptr(), kind, rows, width, out.data_ptr()))
+    kind, other = ACTIVATIONS[weights.dtype], None if to is None else to.data_ptr()
+    run = called("foregate_combine", 7)
+    check(run(parts.data_ptr(), weights.data_ptr(), kind, rows, width, other, out.data_ptr()))
     return out
 
 
@@ -231,10 +238,10 @@ class Ranker:
         self._job = _Ranking(
             matrix(gate, None), pointer, epsilon, self._scores.ctypes.data, self._order.ctypes.data
         )  # fmt: skip
-        self._given = ctypes.byref(self._job)
+        self._given = ctypes.addressof(self._job)
         self._width = gate.shape[1]
         self._top_k = top_k
-        self._run = loaded().foregate_rank
+        self._run = called("foregate_rank", 3)
 
     def __call__(self, x: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Rows best first and their scores for ``x`` [1, D]; None where it does not suit, or the ``top_k``-th ties."""

@@ -12,6 +12,7 @@ typedef struct {
     uint16_t *normed, *residual, *routed, *logits; /* [D], [D], [D], [N]: input of attention, sum after it, the router's */
     int64_t *ids;
     void *weights;
+    float *scores, *shares; /* [N] and [top]: logits and weights again */
 } decoder_layer;
 
 static int refuse_layer(const decoder_layer *l) {
@@ -42,7 +43,12 @@ int foregate_layer(const decoder_layer *l, const uint16_t *x, int64_t how, const
     chosen.norm(l->residual, l->after.weight, l->routed, n, l->after.epsilon);
     if (how & UNROUTED)
         return 0;
-    return foregate_route(&l->gate, l->routed, l->top, l->normalised, l->logits, l->ids, l->weights, l->dtype);
+    code = foregate_route(&l->gate, l->routed, l->top, l->normalised, l->logits, l->ids, l->weights, l->dtype);
+    for (int e = 0; e < l->gate.rows; e++)
+        l->scores[e] = from_bf16(l->logits[e]);
+    for (int i = 0; i < l->top; i++)
+        l->shares[i] = l->dtype == F32 ? ((const float *)l->weights)[i] : from_bf16(((const uint16_t *)l->weights)[i]);
+    return code;
 }
 
 #endif

@@ -74,7 +74,7 @@ static int refuse_gate(const matrix *m) { return refuse(m, 1) || m->dtype != BF1
 
 /* Rank the rows of `r->gate` for x [K], bf16. Returns as foregate_linear, or UNDECIDED where the order cannot be told: a
  * NaN, or a tie at place `top`, which routers settle each in its own way. */
-int foregate_rank(const ranking *r, const uint16_t *x, int top) {
+int foregate_rank(const ranking *r, const uint16_t *x, int64_t top) {
     choose_best();
     const matrix *m = &r->gate;
     const int n = m->columns, rows = m->rows;
