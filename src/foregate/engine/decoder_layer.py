@@ -27,8 +27,7 @@ from foregate.engine.router import native_router
 from foregate.engine.runtime import standing_in
 from foregate.engine.signals import ModelSignals
 from foregate.native.attention_block import AttentionBlock
-from foregate.native.decoder_layer import Choice, DecoderLayer
-from foregate.native.router import Router
+from foregate.native.decoder_layer import DecoderLayer, fits
 
 Forward = Callable[..., Any]
 
@@ -72,12 +71,8 @@ def _kernels(part: MoeAnatomy) -> Iterator[tuple[DecoderLayer, nn.Module]]:
         return
     for before, after in (norms, norms[::-1]):
         first, second = native_norm(before), native_norm(after)
-        if first is not None and second is not None and _widths(block, router, first, second) == {block.inputs}:
+        if first is not None and second is not None and fits(block, first, second, router):
             yield DecoderLayer(block, first, second, router), after
-
-
-def _widths(block: AttentionBlock, router: Router, *norms: tuple[Tensor, float]) -> set[int]:
-    return {block.inputs, block.outputs, router.gate.columns, *(len(weight) for weight, _ in norms)}
 
 
 # What takes the place of a layer's forward
@@ -89,22 +84,18 @@ class _Token:
     def __init__(self) -> None:
         self._kwargs: dict[str, Any] = {}
         self._form: Any = None
-        self._out: Tensor | None = None
+        self.out: Tensor | None = None
+        """What the last of them gave."""
 
     def usual(self, block: AttentionBlock, x: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether ``kwargs`` ask for nothing unusual, and ``block`` takes ``x`` with them."""
         form = (*kwargs, *map(id, kwargs.values()))
-        if x is self._out and form == self._form:
+        if x is self.out and form == self._form:
             return True
         if not attention_block.is_usual(kwargs) or not block.takes(x, *kwargs["position_embeddings"]):
             return False
         self._kwargs, self._form = kwargs, form  # kept, so that what they are known by is not given to another
         return True
-
-    def goes_on(self, out: Tensor) -> Tensor:
-        """``out`` [1, D] as the next layer's input."""
-        self._out = out[None]
-        return self._out
 
 
 class _Layer:
@@ -127,12 +118,15 @@ class _Layer:
         self._number, self._after, self._signals, self._clock = number, after, signals, clock
         self._router, self._token = part.router, token
         self._experts: Any = part.experts_module
-        self._hooks = tuple(_hooks(part.decoder))
+        kept, own = _hooks(part.decoder), [id(hooks) for hooks in signals.hooked(number)]
+        self._own = [hooks for hooks in kept if id(hooks) in own]
+        self._others = [hooks for hooks in kept if id(hooks) not in own]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own, or ours where nothing is unusual."""
-        alone = sum(map(len, self._hooks)) == self._signals.hooks(self._number) and self.part.norm is self._after
-        ours = self.ours(hidden_states, kwargs) if alone and not args and attention.is_on() else None
+        alone = not any(self._others) and sum(map(len, self._own)) == self._signals.hooks(self._number)
+        alone = alone and not args and self.part.norm is self._after and attention.is_on()
+        ours = self.ours(hidden_states, kwargs) if alone else None
         return self.theirs(hidden_states, *args, **kwargs) if ours is None else ours
 
     def ours(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
@@ -152,25 +146,27 @@ class _Layer:
         routed = self._clock.timed(kernel, x, cos, sin, place, signals.early, not signals.late)
         held.grow()
         signals.after_attention(number, kernel.normed, kernel.residual, kernel.routed)
-        runtime, layer = self._experts._foregate
+        self._token.out = out = self._mixed(routed)
+        return out
+
+    def _mixed(self, routed: bool) -> Tensor:
+        """With what the experts add; ``routed``: those that the kernel chose."""
+        kernel, experts = self.kernel, self._experts
+        runtime, layer = experts._foregate
         if routed:
-            out = runtime.forward_one(layer, self._experts, kernel.routed, kernel.choice, kernel.residual)
-        else:
-            routing = self._router.forward(kernel.routed)
-            signals.chosen(number, routing)
-            _, weights, index = routing
-            out = kernel.residual + runtime.forward(layer, self._experts, kernel.routed, index, weights)
-        return self._token.goes_on(out)
+            return runtime.forward_one(layer, experts, kernel)  # type: ignore[no-any-return]
+        routing = self._router.forward(kernel.routed)
+        self._signals.chosen(self._number, routing)
+        _, weights, index = routing
+        out: Tensor = runtime.forward(layer, experts, kernel.routed, index, weights)
+        return (kernel.residual + out)[None]
 
 
-def _hooks(decoder: nn.Module) -> Iterator[dict[int, Any]]:
+def _hooks(decoder: nn.Module) -> list[dict[int, Any]]:
     """Where hooks that would be passed by are kept; they stay the same dictionaries as long as the parts live."""
-    for module in decoder.modules():
-        if module is not decoder:
-            yield module._forward_hooks
-            yield module._forward_pre_hooks
-    yield torch_module._global_forward_hooks
-    yield torch_module._global_forward_pre_hooks
+    parts = [module for module in decoder.modules() if module is not decoder]
+    kept = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+    return [*kept, torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
 
 
 # Trial
@@ -186,10 +182,11 @@ class _Experts:
         self.told += [x.clone(), index.clone(), weights.clone(), index.clone(), weights.float().clone()]
         return (x.float() * (weights.float() * (index + 1)).sum()).to(x.dtype)
 
-    def forward_one(self, layer: int, module: nn.Module, x: Tensor, choice: Choice, residual: Tensor) -> Tensor:
-        out = residual + self.forward(layer, module, x, choice.index, choice.weights)
+    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> Tensor:
+        choice = kernel.choice
+        out = kernel.residual + self.forward(layer, module, kernel.routed, choice.index, choice.weights)
         self.told[-2:] = [torch.from_numpy(choice.experts.copy()), torch.from_numpy(choice.shares.copy())]
-        return out
+        return out[None]
 
 
 @torch.inference_mode()

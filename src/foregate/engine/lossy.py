@@ -28,7 +28,7 @@ from foregate.experts.readers import AnyTransfer, open_transfer
 from foregate.experts.slots import SlotPool
 from foregate.experts.store import PackedStore
 from foregate.interfaces import Predictor, Signals
-from foregate.native.decoder_layer import Choice
+from foregate.native.decoder_layer import DecoderLayer
 from foregate.prefetch.lossy import LossyPipeline, LowPrecisionPipeline, SkippingPipeline
 from foregate.prefetch.pipeline import Pipeline
 from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, Prediction, PredictorCost, RoutingStep
@@ -42,9 +42,12 @@ _ROWS = 4
 class _Lossy(ExpertRuntime):
     """What computes something else than it is told does so in ``forward`` alone."""
 
-    def forward_one(self, layer: int, module: nn.Module, x: Tensor, choice: Choice, residual: Tensor) -> Tensor:
+    _computes_less = True
+
+    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> Tensor:
+        choice = kernel.choice
         self._signals.chosen(layer, (choice.logits, choice.weights, choice.index))
-        return residual + self.forward(layer, module, x, choice.index, choice.weights)
+        return (kernel.residual + self.forward(layer, module, kernel.routed, choice.index, choice.weights))[None]
 
 
 class PredictedRuntime(_Lossy):

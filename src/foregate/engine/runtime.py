@@ -25,7 +25,7 @@ from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, expert_forward, experts_forward
 from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
 from foregate.native import kernels
-from foregate.native.decoder_layer import Choice
+from foregate.native.decoder_layer import DecoderLayer
 from foregate.prefetch.pipeline import Compute, Pipeline, Together
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, RoutingStep
@@ -51,6 +51,9 @@ idle, and what turns out not to be needed is cancelled at once."""
 
 class ExpertRuntime:
     """Runs the experts of every MoE layer of one model. ``phase`` and ``position`` are set before each forward."""
+
+    _computes_less = False
+    """Whether experts may be left out."""
 
     def __init__(
         self,
@@ -126,11 +129,13 @@ class ExpertRuntime:
         accumulate = self._gather if _few(index) else self._sum
         return accumulate(layer, module, x, index, weights)
 
-    def forward_one(self, layer: int, module: nn.Module, x: Tensor, choice: Choice, residual: Tensor) -> Tensor:
-        """``residual`` and ``forward`` of one token: [1, D]. ``choice`` is read, nothing of it is kept."""
+    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> Tensor:
+        """What ``layer`` hands on for the one token that ``kernel`` has routed: [1, 1, D]."""
+        choice = kernel.choice
         experts = choice.experts.copy()
         self._tell(layer, experts, choice.shares.copy(), choice.scores)
-        return self._gather_one(layer, module, x, experts[0].tolist(), choice.weights, choice.parts, residual)
+        self._compute_one(layer, module, kernel.routed, experts[0].tolist(), choice.parts)
+        return kernel.out()
 
     def forward_scaled(self, layer: int, module: nn.Module, repeated: Tensor) -> Tensor:
         """Llama 4's form: ``repeated`` [E*T, D] holds each token scaled for each expert, zero where not chosen."""
@@ -169,7 +174,12 @@ class ExpertRuntime:
 
     def _gather(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if len(index) == 1:
-            return self._gather_one(layer, module, x, index[0].tolist(), weights)
+            ranks = index[0].tolist()
+            outs = x.new_empty((len(ranks), x.shape[-1]))
+            self._compute_one(layer, module, x, ranks, outs)
+            if kernels.combines(x, weights):
+                return kernels.combine(outs, weights)
+            return (outs * weights[0, :, None]).sum(dim=0, keepdim=True).to(x.dtype)
         parts = x.new_zeros((*index.shape, x.shape[-1]), dtype=torch.promote_types(x.dtype, weights.dtype))
 
         def compute(expert: int, slot: int) -> None:
@@ -180,20 +190,11 @@ class ExpertRuntime:
         self._decode(layer, self._needed(layer, index.flatten().tolist()), compute)
         return parts.sum(dim=1).to(x.dtype)
 
-    def _gather_one(
-        self,
-        layer: int,
-        module: nn.Module,
-        x: Tensor,
-        ranks: list[int],
-        weights: Tensor,
-        parts: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """``_gather`` for one token, whose experts are ``ranks``, added to ``residual``. ``parts``: room for [k, D]."""
+    def _compute_one(self, layer: int, module: nn.Module, x: Tensor, ranks: list[int], parts: Tensor) -> None:
+        """Fill ``parts`` [k, D] with what the experts ``ranks`` [k] give for the one token ``x`` [1, D]."""
         needed = self._needed(layer, ranks)
-        if parts is None or len(needed) < len(ranks):  # what nobody computes counts as zero
-            parts = x.new_zeros((len(ranks), x.shape[-1]))
+        if self._computes_less or len(needed) < len(ranks):  # what nobody computes counts as zero
+            parts.zero_()
 
         def compute(expert: int, slot: int) -> None:
             spread(self._expert(ExpertKey(layer, expert), module, x, slot), [expert])
@@ -216,10 +217,6 @@ class ExpertRuntime:
                         parts[rank] = out[row]
 
         self._decode(layer, needed, compute, together)
-        if kernels.combines(x, weights):
-            return kernels.combine(parts, weights, residual)
-        out = (parts * weights[0, :, None]).sum(dim=0, keepdim=True).to(x.dtype)
-        return out if residual is None else residual + out
 
     def _sum(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         total = torch.zeros(x.shape, dtype=torch.float32)

@@ -84,6 +84,13 @@ class ModelSignals:
         """How many hooks on parts of ``layer`` are these signals' own; -1 while they learn."""
         return -1 if self._flow.learning else self._flow.hooks(layer) + bool(self._listening)
 
+    def hooked(self, layer: int) -> list[dict[int, Any]]:
+        """Where those are kept, among others' if there are any."""
+        part = self._flow.parts[layer]
+        parts = [part.mixer, part.router, *part.decoder.children()]
+        kept = [module._forward_pre_hooks for module in parts if module is not None]
+        return kept if part.router is None else [*kept, part.router._forward_hooks]
+
     def before_attention(self, layer: int, normed: Tensor) -> None:
         """The input [1, D] of the mixer of ``layer`` is there."""
         self._flow.parts[layer].pre_attention = normed

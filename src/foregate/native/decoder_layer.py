@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from foregate.native.attention_block import AttentionBlock, HeadNorm
-from foregate.native.kernels import UNDECIDED, check, loaded, num_threads
-from foregate.native.library import function
+from foregate.native.kernels import MOST_EXPERTS, UNDECIDED, called, check, loaded, num_threads
 from foregate.native.matrix import Matrix
 from foregate.native.router import Router
 
@@ -30,10 +29,8 @@ class _Layer(ctypes.Structure):
         ("after", HeadNorm),
         ("gate", Matrix),
         *((name, c_int32) for name in ("top", "normalised", "dtype")),
-        *(
-            (name, c_void_p)
-            for name in ("normed", "residual", "routed", "logits", "ids", "weights", "scores", "shares")
-        ),
+        *((name, c_void_p) for name in ("normed", "residual", "routed")),
+        *((name, c_void_p) for name in ("logits", "ids", "weights", "scores", "shares", "parts")),
     ]
 
 
@@ -51,6 +48,12 @@ class Choice:
         self.scores, self.shares = np.zeros((1, rows), np.float32), np.zeros((1, k), np.float32)
 
 
+def fits(attention: AttentionBlock, before: Norm, after: Norm, router: Router) -> bool:
+    """Whether these can be made one ``DecoderLayer``."""
+    widths = {attention.inputs, attention.outputs, router.gate.columns, len(before[0]), len(after[0])}
+    return widths == {attention.inputs} and attention.inputs % 16 == 0 and router.top_k <= MOST_EXPERTS
+
+
 class DecoderLayer:
     """``attention`` between two norms (weight [D], epsilon), with a sum around it, and the ``router`` after the second.
 
@@ -66,11 +69,18 @@ class DecoderLayer:
         self.choice = made = Choice(router)
         norms = [HeadNorm(weight.data_ptr(), len(weight), small) for weight, small in (before, after)]
         at = [row.data_ptr() for row in (*hidden, made.logits, made.index, made.weights)]
-        at += [made.scores.ctypes.data, made.shares.ctypes.data]
+        at += [made.scores.ctypes.data, made.shares.ctypes.data, made.parts.data_ptr()]
         self._layer = _Layer(attention.at, *norms, router.gate, router.top_k, router.normalised, router.kind, *at)
         self._at = ctypes.addressof(self._layer)
-        self._run = function(loaded(), "foregate_layer", 14)
+        self._run, self._finish = called("foregate_layer", 14), called("foregate_layer_out", 2)
+        self._shape = (1, 1, attention.inputs)
         self._norm = loaded().foregate_rms_norm
+
+    def out(self) -> Tensor:
+        """[1, 1, D]: ``residual`` and ``choice.parts``, rows in the order of the chosen, by their weights."""
+        out = torch.empty(self._shape, dtype=torch.bfloat16)
+        check(self._finish(self._at, out.data_ptr()))
+        return out
 
     def norm(self, x: Tensor) -> None:
         """Fill ``normed`` for ``x`` [1, 1, D] (bf16, contiguous) alone."""

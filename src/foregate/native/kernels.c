@@ -853,10 +853,9 @@ int foregate_rms_norm(const uint16_t *x, const uint16_t *w, uint16_t *out, int r
 
 enum { MOST_COMBINED = 64 };
 
-/* out [n] = the sum of x [rows, n] (bf16), each row times its weight (F32 or BF16), and, unless it is NULL, what is in
- * `to` [n]. Rounded after the sum, and again. Returns 0, or 1 for a shape that it does not take. */
-int foregate_combine(const uint16_t *x, const void *weights, int64_t dtype, int64_t rows, int64_t n, const uint16_t *to,
-                     uint16_t *out) {
+/* out [n] = the sum of x [rows, n] (bf16), each row times its weight (F32 or BF16). Returns 0, or 1 for a shape that it
+ * does not take. */
+int foregate_combine(const uint16_t *x, const void *weights, int64_t dtype, int64_t rows, int64_t n, uint16_t *out) {
     choose_best();
     float w[MOST_COMBINED];
     if (n < 16 || n % 16 || rows < 1 || rows > MOST_COMBINED || (dtype != F32 && dtype != BF16))
@@ -864,8 +863,6 @@ int foregate_combine(const uint16_t *x, const void *weights, int64_t dtype, int6
     for (int r = 0; r < rows; r++)
         w[r] = dtype == F32 ? ((const float *)weights)[r] : from_bf16(((const uint16_t *)weights)[r]);
     chosen.combine(x, w, rows, n, out);
-    for (int i = 0; to && i < n; i++)
-        out[i] = nearest_bf16(from_bf16(to[i]) + from_bf16(out[i]));
     return 0;
 }
 

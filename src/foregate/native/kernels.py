@@ -40,7 +40,7 @@ FUNCTIONS = tuple(
     f"foregate_{name}"
     for name in (
         "expert", "experts", "linear", "rms_norm", "combine", "attend", "qkv", "attend_out", "attention", "expand",
-        "rank", "route", "layer", "read", "kernels",
+        "rank", "route", "layer", "layer_out", "read", "kernels",
     )
 )  # fmt: skip
 
@@ -212,14 +212,12 @@ def combines(x: Tensor, weights: Tensor) -> bool:
     return fits and weights.dtype in ACTIVATIONS and weights.is_contiguous() and library() is not None
 
 
-def combine(parts: Tensor, weights: Tensor, to: Tensor | None = None) -> Tensor:
-    """Sum [1, D] of the rows of ``parts`` [k, D] (contiguous) times ``weights`` [1, k], rounded once; added ``to``
-    another [1, D] (bf16, contiguous) and rounded again, if there is one."""
+def combine(parts: Tensor, weights: Tensor) -> Tensor:
+    """Sum [1, D] of the rows of ``parts`` [k, D] (contiguous) times ``weights`` [1, k], rounded once."""
     rows, width = parts.shape
     out = torch.empty((1, width), dtype=torch.bfloat16)
-    kind, other = ACTIVATIONS[weights.dtype], None if to is None else to.data_ptr()
-    run = called("foregate_combine", 7)
-    check(run(parts.data_ptr(), weights.data_ptr(), kind, rows, width, other, out.data_ptr()))
+    run, kind = called("foregate_combine", 6), ACTIVATIONS[weights.dtype]
+    check(run(parts.data_ptr(), weights.data_ptr(), kind, rows, width, out.data_ptr()))
     return out
 
 

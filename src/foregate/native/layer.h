@@ -13,6 +13,7 @@ typedef struct {
     int64_t *ids;
     void *weights;
     float *scores, *shares; /* [N] and [top]: logits and weights again */
+    const uint16_t *parts;  /* [top, D]: what the experts give */
 } decoder_layer;
 
 static int refuse_layer(const decoder_layer *l) {
@@ -48,6 +49,15 @@ int foregate_layer(const decoder_layer *l, const uint16_t *x, int64_t how, const
         l->scores[e] = from_bf16(l->logits[e]);
     for (int i = 0; i < l->top; i++)
         l->shares[i] = l->dtype == F32 ? ((const float *)l->weights)[i] : from_bf16(((const uint16_t *)l->weights)[i]);
+    return code;
+}
+
+/* out [D] = the residual, and the sum of `parts` by the weights, which is rounded before. As foregate_combine. */
+int foregate_layer_out(const decoder_layer *l, uint16_t *out) {
+    const int n = l->after.width;
+    int code = foregate_combine(l->parts, l->weights, l->dtype, l->top, n, out);
+    for (int i = 0; !code && i < n; i++)
+        out[i] = nearest_bf16(from_bf16(l->residual[i]) + from_bf16(out[i]));
     return code;
 }
 
