@@ -16,7 +16,7 @@ from foregate.engine import dense
 from foregate.engine.engine import Engine
 from foregate.events import Part, TimeSpent
 from foregate.native import kernels
-from foregate.native.decoder_layer import DecoderLayer
+from foregate.native.decoder_layer import DecoderLayer, turned
 from foregate.native.library import calls
 from foregate.native.router import Router
 from foregate.predictors.base import BasePredictor
@@ -97,11 +97,17 @@ class Listener:
             self._spent.append(event.part)
 
 
-def ran(model: str, moment: Moment = Moment.AFTER_ROUTING, *, ours: bool, listen: bool = False) -> list[Any]:
-    """Tokens, signals and scores of one engine; ``ours``: with layers in one call, which then were all used."""
+HOW = ("modules", "layers", "whole")
+"""Which forwards compute a decode step: transformers' own, with layers in one call, without its model around them."""
+
+
+def ran(model: str, moment: Moment = Moment.AFTER_ROUTING, how: str = "whole", *, listen: bool = False) -> list[Any]:
+    """Tokens, signals and scores of one engine, in one way of ``HOW``, which is then the only one."""
     config = RunConfig(model=model, memory_budget="50%", predictor="next-gate", prefetch="2", cache_policy="echo")
     with Engine(config) as engine:
-        if not ours:
+        assert engine.step.ready
+        engine.step.ready = how == "whole"
+        if how == "modules":
             engine.layers.close()
         spy = engine.runtime.predictor = Spy(moment)
         told: Any = Told(engine.cache.policy)
@@ -109,9 +115,12 @@ def ran(model: str, moment: Moment = Moment.AFTER_ROUTING, *, ours: bool, listen
         spent: list[Part] = []
         if listen:
             engine.listen(Listener(spent))
-        used = counted(engine)
+        used, passes = counted(engine), []
+        theirs = engine.model.forward
+        engine.model.forward = lambda *args, **kwargs: passes.append(1) or theirs(*args, **kwargs)  # type: ignore
         tokens = [step.token_id for step in engine.stream(PROMPT, SamplingConfig(max_new_tokens=TOKENS))]
-        assert len(used) == (engine.spec.layers * (TOKENS - 1) if ours else 0)
+        assert len(used) == (0 if how == "modules" else engine.spec.layers * (TOKENS - 1))
+        assert len(passes) == (1 if how == "whole" else TOKENS)
         if listen:
             assert {Part.ATTENTION, Part.ROUTING, Part.EXPERTS} <= set(spent)
     return [tokens, *spy.seen, *told.scores]
@@ -144,13 +153,13 @@ def same(one: list[Any], other: list[Any]) -> bool:
 @pytest.mark.parametrize("moment", Moment)
 @pytest.mark.parametrize("family", TAKEN)
 def test_tokens_signals_and_scores_are_those_of_the_modules(family: str, moment: Moment, made: Any) -> None:
-    found = ran(made(family), moment, ours=True)
-    assert len(found) > 3 * TOKENS
-    assert same(found, ran(made(family), moment, ours=False))
+    wanted, *found = (ran(made(family), moment, how) for how in HOW)
+    assert len(wanted) > 3 * TOKENS
+    assert all(same(wanted, one) for one in found)
 
 
 def test_listeners_are_told_of_every_part_and_change_nothing(made: Any) -> None:
-    assert same(ran(made("mixtral"), ours=True, listen=True), ran(made("mixtral"), ours=True))
+    assert same(ran(made("mixtral"), listen=True), ran(made("mixtral")))
 
 
 @pytest.mark.parametrize("family", LEFT)
@@ -182,6 +191,53 @@ def test_a_hook_of_a_stranger_still_fires(part: str, engine: Engine) -> None:
     handle.remove()
     assert tokens(engine) == wanted
     assert len(used) == (2 * engine.spec.layers - 1) * (TOKENS - 1)
+
+
+@pytest.mark.parametrize("part", ["", "model", "model.embed_tokens", "model.layers.1", "model.norm", "lm_head"])
+def test_a_hook_of_a_stranger_around_the_layers_still_fires(part: str, engine: Engine) -> None:
+    wanted = tokens(engine)
+    fired: list[int] = []
+    handle = engine.model.get_submodule(part).register_forward_hook(lambda *_: fired.append(1))
+    assert tokens(engine) == wanted
+    assert len(fired) == TOKENS
+    handle.remove()
+    assert tokens(engine) == wanted
+
+
+def test_hidden_states_that_a_stranger_keeps_stay_what_they_were(engine: Engine) -> None:
+    kept: list[torch.Tensor] = []
+    copies: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any, output: torch.Tensor) -> None:
+        kept.append(output)
+        copies.append(output.clone())
+
+    engine.model.get_submodule("model.layers.0").register_forward_hook(keep)
+    tokens(engine)
+    assert len(kept) == TOKENS
+    assert all(map(torch.equal, kept, copies))
+
+
+def test_a_window_is_left_to_the_model(made: Any, tmp_path: Path) -> None:
+    windowed = tiny.build("mixtral", tmp_path / "model", dtype="bfloat16", **SIZES, sliding_window=8)
+    with Engine(RunConfig(model=str(windowed), memory_budget="100%", predictor="none")) as engine:
+        assert not engine.step.ready
+
+
+def test_a_head_that_computes_something_else_is_left_alone(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
+
+    theirs = Qwen3MoeModel.forward
+
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = theirs(self, *args, **kwargs)
+        out.last_hidden_state = 2 * out.last_hidden_state
+        return out
+
+    monkeypatch.setattr(Qwen3MoeModel, "forward", doubled)
+    with Engine(RunConfig(model=made("qwen3_moe"), memory_budget="100%", predictor="none")) as engine:
+        assert engine.layers.layers
+        assert not engine.step.ready
 
 
 def test_a_tie_is_left_to_the_router_itself(engine: Engine) -> None:
@@ -221,10 +277,10 @@ def test_a_trial_leaves_no_trace(made: Any) -> None:
 
 
 def test_without_pythons_headers_ctypes_calls(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = ran(made("qwen3_moe"), ours=True)
+    wanted = ran(made("qwen3_moe"))
     assert calls() is not None
     monkeypatch.setattr("foregate.native.library.calls", lambda: None)
-    assert same(ran(made("qwen3_moe"), ours=True), wanted)
+    assert same(ran(made("qwen3_moe")), wanted)
 
 
 def test_norms_of_another_width_are_refused() -> None:
@@ -241,4 +297,4 @@ def test_norms_of_another_width_are_refused() -> None:
     turns, held = rows(2, 1, 1, 16), rows(2, 1, 4, 16)
     place = (held[0].data_ptr(), 64, 16, held[1].data_ptr(), 64, 16, 1)
     with pytest.raises(IntegrityError):
-        layer(rows(1, 1, 64), turns[0], turns[1], place, False, True)
+        layer(rows(1, 1, 64), turned(turns[0], turns[1]), place, False, True)

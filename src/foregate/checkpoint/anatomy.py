@@ -40,6 +40,8 @@ class MoeAnatomy:
     router_dim: int = 2
     router_extra: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     residual: Tensor | None = None
+    compiled: Any = None
+    """The ``native.decoder_layer`` in whose memory these tensors lie, if they do in one."""
     seen: list[tuple[nn.Module, Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -133,7 +135,7 @@ class FlowWatcher:
     def _mixer_hook(self, layer: int, part: MoeAnatomy) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             value = _first(args, kwargs)
-            part.pre_attention = None if value is None else _rows(value)
+            part.pre_attention, part.compiled = None if value is None else _rows(value), None
             self._reached(layer, Moment.BEFORE_ATTENTION)
 
         return before
@@ -143,7 +145,7 @@ class FlowWatcher:
             x = _first(args, kwargs)
             assert x is not None
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            part.router_input, part.router_dim = _rows(x), x.dim()
+            part.router_input, part.router_dim, part.compiled = _rows(x), x.dim(), None
             part.router_extra = (args[1:], rest)
             if self.learning:
                 self._learn_norm(part, x)

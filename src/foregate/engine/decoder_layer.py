@@ -26,8 +26,7 @@ from foregate.engine.norms import native_norm
 from foregate.engine.router import native_router
 from foregate.engine.runtime import standing_in
 from foregate.engine.signals import ModelSignals
-from foregate.native.attention_block import AttentionBlock
-from foregate.native.decoder_layer import DecoderLayer, fits
+from foregate.native.decoder_layer import DecoderLayer, Turns, fits, turned
 
 Forward = Callable[..., Any]
 
@@ -36,11 +35,10 @@ class DecoderLayers:
     """The decoder layers around ``signals.parts`` that the kernels can compute, until ``close``."""
 
     def __init__(self, model: nn.Module, signals: ModelSignals, clock: Clock) -> None:
-        self.layers: list[_Layer] = []
-        token = _Token()
+        self.layers: list[Layer] = []
         rotary = next(filter(attention_block.is_rotary, model.modules()), None)
         for number, part in enumerate(signals.parts if rotary is not None else ()):
-            made = (_Layer(number, part, *kernel, signals, clock, token) for kernel in _kernels(part))
+            made = (Layer(number, part, *kernel, signals, clock) for kernel in _kernels(part))
             found = next((layer for layer in made if _agrees(layer, rotary)), None)
             if found is not None:
                 self.layers.append(found)
@@ -78,45 +76,18 @@ def _kernels(part: MoeAnatomy) -> Iterator[tuple[DecoderLayer, nn.Module]]:
 # What takes the place of a layer's forward
 
 
-class _Token:
-    """What the layers before have looked at in this decode step, and found usual."""
-
-    def __init__(self) -> None:
-        self._kwargs: dict[str, Any] = {}
-        self._form: Any = None
-        self.out: Tensor | None = None
-        """What the last of them gave."""
-
-    def usual(self, block: AttentionBlock, x: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether ``kwargs`` ask for nothing unusual, and ``block`` takes ``x`` with them."""
-        form = (*kwargs, *map(id, kwargs.values()))
-        if x is self.out and form == self._form:
-            return True
-        if not attention_block.is_usual(kwargs) or not block.takes(x, *kwargs["position_embeddings"]):
-            return False
-        self._kwargs, self._form = kwargs, form  # kept, so that what they are known by is not given to another
-        return True
-
-
-class _Layer:
+class Layer:
     """Calls ``kernel`` and the engine's experts in place of the modules of ``part``; ``after``: its second norm."""
 
     def __init__(
-        self,
-        number: int,
-        part: MoeAnatomy,
-        kernel: DecoderLayer,
-        after: nn.Module,
-        signals: ModelSignals,
-        clock: Clock,
-        token: _Token,
+        self, number: int, part: MoeAnatomy, kernel: DecoderLayer, after: nn.Module, signals: ModelSignals, clock: Clock
     ) -> None:
         assert part.mixer is not None
         assert part.router is not None
         self.part, self.kernel, self.index = part, kernel, attention_block.layer_of(part.mixer)
         self.theirs: Forward = part.decoder.forward
         self._number, self._after, self._signals, self._clock = number, after, signals, clock
-        self._router, self._token = part.router, token
+        self._router = part.router
         self._experts: Any = part.experts_module
         kept, own = _hooks(part.decoder), [id(hooks) for hooks in signals.hooked(number)]
         self._own = [hooks for hooks in kept if id(hooks) in own]
@@ -124,42 +95,51 @@ class _Layer:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own, or ours where nothing is unusual."""
-        alone = not any(self._others) and sum(map(len, self._own)) == self._signals.hooks(self._number)
-        alone = alone and not args and self.part.norm is self._after and attention.is_on()
-        ours = self.ours(hidden_states, kwargs) if alone else None
+        usual = not args and self.alone() and attention.is_on() and attention_block.is_usual(kwargs)
+        ours = self.ours(hidden_states, kwargs) if usual else None
         return self.theirs(hidden_states, *args, **kwargs) if ours is None else ours
 
+    def alone(self) -> bool:
+        """Whether nobody but the signals watches the parts, and these have learned what they watch."""
+        own = sum(map(len, self._own)) == self._signals.hooks(self._number)
+        return own and not any(self._others) and self.part.norm is self._after
+
     def ours(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """[1, 1, D] for ``x`` [1, 1, D]; None where that or the cache is another one, or more is asked for."""
-        kernel, signals, number = self.kernel, self._signals, self._number
-        past, block = kwargs.get("past_key_values"), kernel.attention
+        """[1, 1, D] for ``x`` [1, 1, D]; None where that or the cache is another one."""
+        past, turns, block = kwargs.get("past_key_values"), kwargs["position_embeddings"], self.kernel.attention
         held = past.layers[self.index] if type(past) is DynamicCache and self.index < len(past.layers) else None
-        if type(held) is not RoomyLayer or not self._token.usual(block, x, kwargs):
+        if type(held) is not RoomyLayer or not block.takes(x, *turns):
             return None
-        place = held.place(block.shared, block.width)
+        found = self.one(x, turned(*turns), held)
+        return None if found is None else found.clone()
+
+    def one(self, x: Tensor, turns: Turns, held: RoomyLayer) -> Tensor | None:
+        """[1, 1, D], overwritten by the next token, for ``x`` [1, 1, D] as ``AttentionBlock`` takes it; None, and
+        nothing done, where ``held`` does not suit."""
+        kernel, signals, number = self.kernel, self._signals, self._number
+        place = held.place(kernel.attention.shared, kernel.attention.width)
         if place is None:
             return None
         if signals.early:
             kernel.norm(x)
             signals.before_attention(number, kernel.normed)
-        cos, sin = kwargs["position_embeddings"]
-        routed = self._clock.timed(kernel, x, cos, sin, place, signals.early, not signals.late)
+        routed = self._clock.timed(kernel, x, turns, place, signals.early, not signals.late)
         held.grow()
-        signals.after_attention(number, kernel.normed, kernel.residual, kernel.routed)
-        self._token.out = out = self._mixed(routed)
-        return out
+        signals.after_attention(number, kernel)
+        self._mix(routed)
+        return kernel.hidden
 
-    def _mixed(self, routed: bool) -> Tensor:
-        """With what the experts add; ``routed``: those that the kernel chose."""
+    def _mix(self, routed: bool) -> None:
+        """Add what the experts give; ``routed``: those that the kernel chose."""
         kernel, experts = self.kernel, self._experts
         runtime, layer = experts._foregate
         if routed:
-            return runtime.forward_one(layer, experts, kernel)  # type: ignore[no-any-return]
+            runtime.forward_one(layer, experts, kernel)
+            return
         routing = self._router.forward(kernel.routed)
         self._signals.chosen(self._number, routing)
         _, weights, index = routing
-        out: Tensor = runtime.forward(layer, experts, kernel.routed, index, weights)
-        return (kernel.residual + out)[None]
+        kernel.take(runtime.forward(layer, experts, kernel.routed, index, weights))
 
 
 def _hooks(decoder: nn.Module) -> list[dict[int, Any]]:
@@ -172,7 +152,7 @@ def _hooks(decoder: nn.Module) -> list[dict[int, Any]]:
 # Trial
 
 
-class _Experts:
+class TrialExperts:
     """Stands in for the engine's experts: something that depends on all it is told."""
 
     def __init__(self) -> None:
@@ -182,15 +162,14 @@ class _Experts:
         self.told += [x.clone(), index.clone(), weights.clone(), index.clone(), weights.float().clone()]
         return (x.float() * (weights.float() * (index + 1)).sum()).to(x.dtype)
 
-    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> Tensor:
+    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> None:
         choice = kernel.choice
-        out = kernel.residual + self.forward(layer, module, kernel.routed, choice.index, choice.weights)
+        kernel.take(self.forward(layer, module, kernel.routed, choice.index, choice.weights))
         self.told[-2:] = [torch.from_numpy(choice.experts.copy()), torch.from_numpy(choice.shares.copy())]
-        return out[None]
 
 
 @torch.inference_mode()
-def _agrees(layer: _Layer, rotary: Any) -> bool:
+def _agrees(layer: Layer, rotary: Any) -> bool:
     """Whether ours gives the bits of the layer's own forward, and tells experts and signals the same."""
     block = layer.kernel.attention
     with attention.decoding():
@@ -202,23 +181,23 @@ def _agrees(layer: _Layer, rotary: Any) -> bool:
     return True
 
 
-def _theirs(layer: _Layer, given: dict[str, Any]) -> Any:
+def _theirs(layer: Layer, given: dict[str, Any]) -> Any:
     return layer.theirs(**given)
 
 
-def _ours(layer: _Layer, given: dict[str, Any]) -> Any:
+def _ours(layer: Layer, given: dict[str, Any]) -> Any:
     return layer.ours(given["hidden_states"], given)
 
 
-def _run(layer: _Layer, forward: Callable[..., Any], given: dict[str, Any], seed: int) -> list[Any]:
+def _run(layer: Layer, forward: Callable[..., Any], given: dict[str, Any], seed: int) -> list[Any]:
     """What ``forward`` returns, tells, and leaves in a cache of random numbers."""
     block, part = layer.kernel.attention, layer.part
     past = DynamicCache()
     past.update(*attention_block.cached(block.shared, block.width, seed), layer.index)
     make_room(past)
-    with standing_in(part.experts_module, _Experts()) as experts:
+    with standing_in(part.experts_module, TrialExperts()) as experts:
         returned = forward(layer, {**given, "past_key_values": past})
     seen = [None if x is None else x.clone() for x in (part.pre_attention, part.router_input)]
-    part.pre_attention = part.residual = part.router_input = None
+    part.pre_attention = part.residual = part.router_input = part.compiled = None
     held: Any = past.layers[layer.index]
     return [returned, *experts.told, *seen, held.keys, held.values]

@@ -19,6 +19,7 @@ from foregate.checkpoint.origin import original_fingerprint
 from foregate.checkpoint.readplan import CHUNK_BYTES
 from foregate.config import DEFAULT_READERS, RunConfig, SamplingConfig, parse_prefetch, parse_readers
 from foregate.engine.chunks import READ_WHOLE, chunk_bounds
+from foregate.engine.decode_step import DecodeStep
 from foregate.engine.decoder_layer import DecoderLayers
 from foregate.engine.dense import DenseKernels
 from foregate.engine.deviation import Deviation
@@ -191,6 +192,7 @@ class Engine:
         """Stop the readers, close the files, take the hooks off, let go of the pool."""
         self.transfer.close()
         self.store.close()
+        self.step.close()
         self.layers.close()
         self.signals.close()
         self.dense.close()
@@ -234,6 +236,7 @@ class Engine:
         self.dense = DenseKernels(self.model)
         self.signals = ModelSignals(self.model, spec.module_paths, spec.experts_per_layer, spec.top_k, spec.model_type)
         self.layers = DecoderLayers(self.model, self.signals, self.dense.clock)
+        self.step = DecodeStep(self.model, self.layers)
 
     def _build(self, pool: SlotPool | None = None) -> None:
         config = self.config
@@ -404,8 +407,11 @@ class Engine:
         else:
             self.runtime.begin_decode(position, ids[-1])
             with self.dense.decode():
-                out = self._call(torch.tensor([ids]), past, keep=1)
+                logits = self.step(ids[-1], past)
+                out = self._call(torch.tensor([ids]), past, keep=1) if logits is None else None
             self._inform(self.prefetcher.controller)
+            if logits is not None:
+                return logits, past
         return out.logits[0, -1], out.past_key_values
 
     def _chunks(self, ids: list[int], *, keep: int) -> Iterator[Any]:

@@ -44,10 +44,10 @@ class _Lossy(ExpertRuntime):
 
     _computes_less = True
 
-    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> Tensor:
+    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> None:
         choice = kernel.choice
         self._signals.chosen(layer, (choice.logits, choice.weights, choice.index))
-        return (kernel.residual + self.forward(layer, module, kernel.routed, choice.index, choice.weights))[None]
+        kernel.take(self.forward(layer, module, kernel.routed, choice.index, choice.weights))
 
 
 class PredictedRuntime(_Lossy):

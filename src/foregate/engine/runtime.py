@@ -129,13 +129,13 @@ class ExpertRuntime:
         accumulate = self._gather if _few(index) else self._sum
         return accumulate(layer, module, x, index, weights)
 
-    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> Tensor:
-        """What ``layer`` hands on for the one token that ``kernel`` has routed: [1, 1, D]."""
+    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> None:
+        """``forward`` for the one token that ``kernel`` has routed, into what it hands on."""
         choice = kernel.choice
         experts = choice.experts.copy()
         self._tell(layer, experts, choice.shares.copy(), choice.scores)
         self._compute_one(layer, module, kernel.routed, experts[0].tolist(), choice.parts)
-        return kernel.out()
+        kernel.mix()
 
     def forward_scaled(self, layer: int, module: nn.Module, repeated: Tensor) -> Tensor:
         """Llama 4's form: ``repeated`` [E*T, D] holds each token scaled for each expert, zero where not chosen."""

@@ -17,6 +17,7 @@ from foregate.checkpoint.anatomy import FlowWatcher, MoeAnatomy
 from foregate.engine.norms import native_norm
 from foregate.engine.plain_gate import PlainGate, order
 from foregate.errors import ConfigError
+from foregate.native.decoder_layer import DecoderLayer
 from foregate.native.kernels import Ranker
 from foregate.native.matrix import BF16, F32
 from foregate.types import Moment, RoutingStep
@@ -96,10 +97,11 @@ class ModelSignals:
         self._flow.parts[layer].pre_attention = normed
         self._at(layer, Moment.BEFORE_ATTENTION)
 
-    def after_attention(self, layer: int, normed: Tensor, residual: Tensor, routed: Tensor) -> None:
-        """The inputs [1, D] of the mixer, of the norm before the router and of the router of ``layer`` are there."""
+    def after_attention(self, layer: int, kernel: DecoderLayer) -> None:
+        """``kernel`` has computed all before the router of ``layer``."""
         part = self._flow.parts[layer]
-        part.pre_attention, part.residual, part.router_input = normed, residual, routed
+        part.pre_attention, part.residual, part.router_input = kernel.normed, kernel.residual, kernel.routed
+        part.compiled = kernel
         self.layer, self.moment = layer, Moment.AFTER_ATTENTION
         if self.late:
             self.reached(layer, Moment.AFTER_ATTENTION)
@@ -139,6 +141,9 @@ class ModelSignals:
 
     def addresses(self, *names: str, numbers: int) -> tuple[tuple[int, ...], int] | None:
         """See ``interfaces.Signals``."""
+        kernel = self._flow.parts[self.layer].compiled
+        if kernel is not None and self.moment is not Moment.BEFORE_ATTENTION and numbers <= kernel.width:
+            return tuple([kernel.places[name] for name in names]), BF16
         dtype, found = self._dtype, []
         for name in names:
             value = self._known(name)

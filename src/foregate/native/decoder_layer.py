@@ -18,6 +18,13 @@ from foregate.native.matrix import Matrix
 from foregate.native.router import Router
 
 Norm = tuple[Tensor, float]
+Turns = tuple[int, int, int]
+"""Where cosines and sines of a position lie, and how many there are of each."""
+
+
+def turned(cos: Tensor, sin: Tensor) -> Turns:
+    """For ``DecoderLayer``; both [1, 1, R], as ``AttentionBlock.takes`` them, and to be kept by the caller."""
+    return cos.data_ptr(), sin.data_ptr(), cos.shape[2]
 
 
 class _Layer(ctypes.Structure):
@@ -57,13 +64,13 @@ def fits(attention: AttentionBlock, before: Norm, after: Norm, router: Router) -
 class DecoderLayer:
     """``attention`` between two norms (weight [D], epsilon), with a sum around it, and the ``router`` after the second.
 
-    ``normed`` (input of attention), ``residual`` (sum after it) and ``routed`` (input of the router) are [1, D], and
-    ``choice`` is the router's: all are overwritten by the next call.
+    ``normed`` (input of attention), ``residual`` (sum after it) and ``routed`` (input of the router) are [1, D],
+    ``choice`` is the router's, and ``hidden`` [1, 1, D] what the layer hands on: the next token overwrites all of them.
     """
 
     def __init__(self, attention: AttentionBlock, before: Norm, after: Norm, router: Router) -> None:
         self._kept = after, router
-        self.attention, self._before = attention, before
+        self.attention, self._before, self.width = attention, before, attention.inputs
         hidden = [torch.zeros(1, attention.inputs, dtype=torch.bfloat16) for _ in range(3)]
         self.normed, self.residual, self.routed = hidden
         self.choice = made = Choice(router)
@@ -72,30 +79,33 @@ class DecoderLayer:
         at += [made.scores.ctypes.data, made.shares.ctypes.data, made.parts.data_ptr()]
         self._layer = _Layer(attention.at, *norms, router.gate, router.top_k, router.normalised, router.kind, *at)
         self._at = ctypes.addressof(self._layer)
-        self._run, self._finish = called("foregate_layer", 14), called("foregate_layer_out", 2)
-        self._shape = (1, 1, attention.inputs)
+        self._run, self._mix = called("foregate_layer", 14), called("foregate_layer_out", 2)
+        self.hidden = torch.zeros(1, 1, attention.inputs, dtype=torch.bfloat16)
+        self._hidden_at = self.hidden.data_ptr()
+        self.places = dict(zip(("pre_attention", "residual", "router_input"), at[:3], strict=True))
+        """Where what signals tell of lies in memory, by its name there."""
         self._norm = loaded().foregate_rms_norm
 
-    def out(self) -> Tensor:
-        """[1, 1, D]: ``residual`` and ``choice.parts``, rows in the order of the chosen, by their weights."""
-        out = torch.empty(self._shape, dtype=torch.bfloat16)
-        check(self._finish(self._at, out.data_ptr()))
-        return out
+    def mix(self) -> None:
+        """Fill ``hidden`` with ``residual`` and ``choice.parts``, rows in the order of the chosen, by their weights."""
+        check(self._mix(self._at, self._hidden_at))
+
+    def take(self, out: Tensor) -> None:
+        """Fill ``hidden`` with ``residual`` and ``out`` [1, D], what the experts have given together."""
+        torch.add(self.residual, out, out=self.hidden[0])
 
     def norm(self, x: Tensor) -> None:
         """Fill ``normed`` for ``x`` [1, 1, D] (bf16, contiguous) alone."""
         weight, small = self._before
         check(self._norm(x.data_ptr(), weight.data_ptr(), self.normed.data_ptr(), 1, len(weight), small))
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, place: tuple[int, ...], normed: bool, route: bool) -> bool:
+    def __call__(self, x: Tensor, turns: Turns, place: tuple[int, ...], normed: bool, route: bool) -> bool:
         """Fill ``residual``, ``routed`` and, with ``route``, ``choice``: whether the last of them counts now.
 
-        ``x`` and the rest as ``AttentionBlock.attention`` takes them; ``normed``: ``norm`` has been called for ``x``.
+        ``x`` and ``place`` as ``AttentionBlock.attention`` takes them; ``normed``: ``norm`` has been called for ``x``.
         """
-        code = self._run(
-            self._at, x.data_ptr(), normed + 2 * (not route), cos.data_ptr(), sin.data_ptr(), cos.shape[2], *place,
-            num_threads(),
-        )  # fmt: skip
+        how = normed + 2 * (not route)
+        code = self._run(self._at, x.data_ptr(), how, *turns, *place, num_threads())
         if code == UNDECIDED:
             return False
         check(code)
