@@ -1,8 +1,8 @@
 """A decode step without the forward of transformers' model around its layers: embedding, layers, norm, head.
 
 That forward makes a mask of nothing, positions, and keyword arguments for every layer: 0.8 ms a token. Taken where
-layers are of ``engine/decoder_layer.py`` (others are called as they are) and a trial gives the bits of that forward; what
-is unusual at a call (a hook of a stranger) goes on to it.
+layers are of ``engine/decoder_layer.py`` (others are called as they are) and a trial gives the bits of that forward;
+what is unusual at a call (a hook of a stranger) goes on to it.
 
 Shapes: V vocabulary.
 """

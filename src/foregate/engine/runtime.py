@@ -196,27 +196,18 @@ class ExpertRuntime:
         if self._computes_less or len(needed) < len(ranks):  # what nobody computes counts as zero
             parts.zero_()
 
-        def compute(expert: int, slot: int) -> None:
-            spread(self._expert(ExpertKey(layer, expert), module, x, slot), [expert])
-
         def together(experts: Sequence[int], slots: Sequence[int]) -> None:
             held = [
                 self._views.weights(slot, self._layout_of(ExpertKey(layer, expert)))
                 for expert, slot in zip(experts, slots, strict=True)
             ]
-            every = experts == ranks
-            into = parts if every else x.new_empty((len(held), x.shape[-1]))
-            self._clock.timed(experts_forward, module, x, held, into)
-            if not every:
-                spread(into, experts)
+            rows = [ranks.index(expert) for expert in experts]
+            self._clock.timed(experts_forward, module, x, held, parts, rows)
 
-        def spread(out: Tensor, experts: Sequence[int]) -> None:
-            for row, expert in enumerate(experts):
-                for rank, chosen in enumerate(ranks):
-                    if chosen == expert:
-                        parts[rank] = out[row]
-
-        self._decode(layer, needed, compute, together)
+        self._decode(layer, needed, lambda expert, slot: together((expert,), (slot,)), together)
+        if len(needed) < len(ranks):
+            for rank, expert in enumerate(ranks):
+                parts[rank] = parts[ranks.index(expert)]
 
     def _sum(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         total = torch.zeros(x.shape, dtype=torch.float32)

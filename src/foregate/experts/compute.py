@@ -87,16 +87,16 @@ def expert_forward(module: Any, x: Tensor, weights: Weights) -> Tensor:
     return torch_forward(module, x, weights.tensors, weights.scratch)
 
 
-def experts_forward(module: Any, x: Tensor, weights: Sequence[Weights], into: Tensor) -> None:
-    """Write the outputs of several experts for the one token ``x`` [1, D] to ``into`` [n, D], contiguous and of the
-    dtype of ``x``: bit for bit those of ``expert_forward``."""
+def experts_forward(module: Any, x: Tensor, weights: Sequence[Weights], into: Tensor, rows: Sequence[int]) -> None:
+    """Write the outputs of several experts for the one token ``x`` [1, D] to ``rows`` of ``into`` [k, D], contiguous
+    and of the dtype of ``x``: bit for bit those of ``expert_forward``."""
     if runs_fused(module, x, weights[0]) and len(weights) <= kernels.MOST_EXPERTS:
         hidden = module.down_proj.shape[-1]
         experts = [one.fused(hidden) for one in weights]
         if all(one.form == experts[0].form for one in experts):
-            kernels.FusedExpert.together(experts, x, into)
+            kernels.FusedExpert.together(experts, x, into, rows)
             return
-    for row, one in enumerate(weights):
+    for row, one in zip(rows, weights, strict=True):
         into[row] = expert_forward(module, x, one)[0]
 
 

@@ -798,9 +798,10 @@ static int same_form(const matrix *a, const matrix *b) {
     return a->dtype == b->dtype && a->rows == b->rows && a->columns == b->columns && a->group == b->group;
 }
 
-/* out [count, width]: row i is what foregate_expert gives for experts[i], which all have one form, and x [1, inputs]. */
-int foregate_experts(const expert *const *experts, int64_t count, int64_t hidden, const void *x, int64_t inputs,
-                     int64_t x_dtype, void *out, int64_t width, int64_t out_dtype, int64_t threads) {
+/* outs[i] [width] is what foregate_expert gives for experts[i], which all have one form, and x [1, inputs]; all of
+ * `dtype`. */
+int foregate_experts(const expert *const *experts, void *const *outs, int64_t count, int64_t hidden, const void *x,
+                     int64_t inputs, int64_t width, int64_t dtype, int64_t threads) {
     choose_best();
     if (count < 1 || count > MOST_EXPERTS)
         return 1;
@@ -819,7 +820,7 @@ int foregate_experts(const expert *const *experts, int64_t count, int64_t hidden
     gated parts[MOST_EXPERTS];
     product last[MOST_EXPERTS];
     float *row = carve((size_t)wide * 4);
-    load_row(x, x_dtype, 0, inputs, row, wide);
+    load_row(x, (int)dtype, 0, inputs, row, wide);
     make_input(gate, row, &in);
     for (int e = 0; e < count; e++) {
         float *values = carve((size_t)padded * 4);
@@ -828,11 +829,9 @@ int foregate_experts(const expert *const *experts, int64_t count, int64_t hidden
     }
     gated_all first = {parts, (gate->rows + parts->step - 1) / parts->step};
     pool_run(gated_all_chunk, &first, first.chunks * count, threads);
-    size_t item = out_dtype == F32 ? 4 : 2;
     for (int e = 0; e < count; e++) {
         make_input(down, parts[e].hidden, between + e);
-        void *to = (char *)out + (size_t)e * width * item;
-        last[e] = (product){&experts[e]->down, between + e, 1, chunk_rows(down, 1), to, out_dtype, width};
+        last[e] = (product){&experts[e]->down, between + e, 1, chunk_rows(down, 1), outs[e], (int)dtype, width};
     }
     product_all second = {last, (down->rows + last->step - 1) / last->step};
     pool_run(product_all_chunk, &second, second.chunks * count, threads);

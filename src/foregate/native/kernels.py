@@ -172,17 +172,17 @@ class FusedExpert:
         return out
 
     @staticmethod
-    def together(experts: Sequence[FusedExpert], x: Tensor, into: Tensor) -> None:
+    def together(experts: Sequence[FusedExpert], x: Tensor, into: Tensor, rows: Sequence[int]) -> None:
         """Write the outputs of up to ``MOST_EXPERTS`` experts of one form for one token ``x`` [1, D], as one by one, to
-        ``into`` [n, D], contiguous and of the dtype of ``x``."""
-        first, count = experts[0], len(experts)
+        ``rows`` of ``into`` [k, D], contiguous and of the dtype of ``x``."""
+        first, count, kind = experts[0], len(experts), ACTIVATIONS[x.dtype]
         x = x.contiguous()
-        width = x.shape[1]
-        kind, places = ACTIVATIONS[x.dtype], (c_void_p * count)(*[one._at for one in experts])
-        code = called("foregate_experts", 10)(
-            ctypes.addressof(places), count, first._hidden, x.data_ptr(), width, kind, into.data_ptr(), width, kind,
-            num_threads(),
-        )  # fmt: skip
+        width, base, step = x.shape[1], into.data_ptr(), into.stride(0) * into.element_size()
+        places = (c_void_p * (2 * count))(*[one._at for one in experts], *[base + row * step for row in rows])
+        at = ctypes.addressof(places)
+        code = called("foregate_experts", 9)(
+            at, at + ctypes.sizeof(places) // 2, count, first._hidden, x.data_ptr(), width, width, kind, num_threads()
+        )
         check(code)
 
 
