@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from foregate.config import RunConfig, SamplingConfig
-from foregate.engine import dense
+from foregate.engine import decoder_layer, dense
+from foregate.engine.decoder_layer import TrialExperts
 from foregate.engine.engine import Engine
 from foregate.events import Part, TimeSpent
 from foregate.native import kernels
@@ -298,3 +299,26 @@ def test_norms_of_another_width_are_refused() -> None:
     place = (held[0].data_ptr(), 64, 16, held[1].data_ptr(), 64, 16, 1)
     with pytest.raises(IntegrityError):
         layer(rows(1, 1, 64), turned(turns[0], turns[1]), place, False, True)
+
+
+def test_a_trial_that_breaks_leaves_the_modules_as_they_are(
+    made: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = ran(made("mixtral"), how="modules")[0]
+    monkeypatch.setattr(TrialExperts, "forward", lambda *_: 1 / 0)
+    with caplog.at_level("INFO"), Engine(RunConfig(model=made("mixtral"), memory_budget="50%")) as engine:
+        assert not engine.layers.layers
+        assert not engine.step.ready
+        assert tokens(engine) == wanted
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_layers_that_are_not_taken_are_called_in_between(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ran(made("mixtral"), how="modules")[0]
+    agrees = decoder_layer._agrees
+    monkeypatch.setattr(decoder_layer, "_agrees", lambda layer, rotary: layer.index != 1 and agrees(layer, rotary))
+    with Engine(RunConfig(model=made("mixtral"), memory_budget="50%")) as engine:
+        used = counted(engine)
+        assert engine.step.ready
+        assert tokens(engine) == wanted
+        assert len(used) == (engine.spec.layers - 1) * (TOKENS - 1) > 0

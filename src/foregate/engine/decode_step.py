@@ -9,7 +9,7 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,11 +19,12 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from foregate.checkpoint.anatomy import MoeAnatomy
 from foregate.engine import attention
 from foregate.engine.attention_block import same
-from foregate.engine.decoder_layer import DecoderLayers, TrialExperts
+from foregate.engine.decoder_layer import DecoderLayers, TrialExperts, agreed
 from foregate.engine.kv_room import RoomyLayer, make_room
-from foregate.engine.runtime import standing_in
+from foregate.engine.runtime import in_interface, standing_in
 from foregate.native.decoder_layer import turned
 
 BASE, PARTS = {"model", "lm_head"}, {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -34,23 +35,23 @@ PROMPT, TOKEN = (1, 2), 0
 
 
 class DecodeStep:
-    """Steps of ``model`` by its ``layers``. ``ready`` says whether it can be used at all."""
+    """Steps of ``model``, whose MoE layers are ``parts``, by its ``layers``. ``ready``: whether it can be at all."""
 
-    def __init__(self, model: PreTrainedModel, layers: DecoderLayers) -> None:
+    def __init__(self, model: PreTrainedModel, layers: DecoderLayers, parts: Sequence[MoeAnatomy]) -> None:
         self.layers, self.ready = layers.layers, False
         if not _is_plain(model):
             return
         base: Any = model.model
         blocks = {(block.inputs, block.width) for block in (layer.kernel.attention for layer in self.layers)}
-        if len(blocks) != 1:
+        if len(blocks) != 1 or not all(in_interface(part.experts_module) for part in parts):
             return
         ours = {layer.part.decoder: layer for layer in self.layers}
         self._decoders = [(decoder, ours.get(decoder)) for decoder in base.layers]
         self._embed, self._norm, self._rotary, self._head = base.embed_tokens, base.norm, base.rotary_emb, model.lm_head
-        parts = (model, base, self._embed, self._norm, self._rotary, self._head, base.layers, *base.layers)
-        kept = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        around = (model, base, self._embed, self._norm, self._rotary, self._head, base.layers, *base.layers)
+        kept = [hooks for part in around for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._hooks = (*kept, torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-        self.ready = _agrees(model, self)
+        self.ready = agreed(lambda: _agrees(model, self, parts))
 
     def close(self) -> None:
         """From now on the model's own forward."""
@@ -91,14 +92,13 @@ def _is_plain(model: PreTrainedModel) -> bool:
 
 
 @torch.inference_mode()
-def _agrees(model: PreTrainedModel, step: DecodeStep) -> bool:
+def _agrees(model: PreTrainedModel, step: DecodeStep, parts: Sequence[MoeAnatomy]) -> bool:
     """Whether ``step`` gives the logits of the model's own forward, and leaves the same in the cache."""
 
     def theirs(past: Any) -> Tensor:
         logits: Tensor = model(input_ids=torch.tensor([[TOKEN]]), past_key_values=past, use_cache=True).logits
         return logits[0, -1]
 
-    parts = [layer.part for layer in step.layers]
     with ExitStack() as stack:
         for part in parts:
             stack.enter_context(standing_in(part.experts_module, TrialExperts()))

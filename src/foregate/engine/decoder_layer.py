@@ -10,7 +10,9 @@ Shapes: D hidden, E experts, k chosen.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +26,13 @@ from foregate.engine.clock import Clock
 from foregate.engine.kv_room import RoomyLayer, make_room
 from foregate.engine.norms import native_norm
 from foregate.engine.router import native_router
-from foregate.engine.runtime import standing_in
+from foregate.engine.runtime import in_interface, standing_in
 from foregate.engine.signals import ModelSignals
 from foregate.native.decoder_layer import DecoderLayer, Turns, fits, turned
 
 Forward = Callable[..., Any]
+
+log = logging.getLogger("foregate")
 
 
 class DecoderLayers:
@@ -39,7 +43,7 @@ class DecoderLayers:
         rotary = next(filter(attention_block.is_rotary, model.modules()), None)
         for number, part in enumerate(signals.parts if rotary is not None else ()):
             made = (Layer(number, part, *kernel, signals, clock) for kernel in _kernels(part))
-            found = next((layer for layer in made if _agrees(layer, rotary)), None)
+            found = next((layer for layer in made if agreed(partial(_agrees, layer, rotary))), None)
             if found is not None:
                 self.layers.append(found)
                 object.__setattr__(part.decoder, "forward", found.forward)
@@ -65,7 +69,7 @@ def _kernels(part: MoeAnatomy) -> Iterator[tuple[DecoderLayer, nn.Module]]:
         return
     if set(part.block.children()) != {part.router, part.experts_module}:
         return
-    if not hasattr(part.experts_module, "_is_expert_parallel"):
+    if not in_interface(part.experts_module):
         return
     for before, after in (norms, norms[::-1]):
         first, second = native_norm(before), native_norm(after)
@@ -150,6 +154,15 @@ def _hooks(decoder: nn.Module) -> list[dict[int, Any]]:
 
 
 # Trial
+
+
+def agreed(trial: Callable[[], bool]) -> bool:
+    """What ``trial`` says. A stranger's module that breaks in it is left alone."""
+    try:
+        return trial()
+    except Exception as error:
+        log.info("a trial of the compiled decode step broke (%s: %s)", type(error).__name__, error)
+        return False
 
 
 class TrialExperts:

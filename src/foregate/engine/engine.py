@@ -236,7 +236,7 @@ class Engine:
         self.dense = DenseKernels(self.model)
         self.signals = ModelSignals(self.model, spec.module_paths, spec.experts_per_layer, spec.top_k, spec.model_type)
         self.layers = DecoderLayers(self.model, self.signals, self.dense.clock)
-        self.step = DecodeStep(self.model, self.layers)
+        self.step = DecodeStep(self.model, self.layers, self.signals.parts)
 
     def _build(self, pool: SlotPool | None = None) -> None:
         config = self.config

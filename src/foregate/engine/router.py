@@ -81,10 +81,12 @@ def _agrees(theirs: Routing, ours: list[Routing | None]) -> bool:
     found = tuple(torch.cat(parts) for parts in zip(*(routing for _, routing in told), strict=True))
     if any(a.dtype is not b.dtype or a.shape != b.shape for a, b in zip(known, found, strict=True)):
         return False
-    same = (known[2] == found[2]).all(dim=1)
+    # Of equal scores inside a choice each takes the first in its own way.
+    places = [choice.argsort(dim=1) for choice in (known[2], found[2])]
+    same = (known[2].gather(1, places[0]) == found[2].gather(1, places[1])).all(dim=1)
     if not torch.allclose(known[0], found[0], rtol=0.02, atol=0.02) or same.float().mean() < ALIKE:
         return False
-    one, other = known[1][same], found[1][same]
+    one, other = (part[1].gather(1, at)[same] for part, at in zip((known, found), places, strict=True))
     alike = (one.bfloat16() == other.bfloat16()).float().mean() >= SAME
     return bool(alike) and torch.allclose(one.float(), other.float(), rtol=0.01)
 

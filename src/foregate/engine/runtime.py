@@ -343,7 +343,7 @@ def install(runtime: ExpertRuntime, modules: Sequence[nn.Module]) -> None:
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_function)
     for layer, module in enumerate(modules):
         module._foregate = (runtime, layer)  # type: ignore[assignment]
-        if hasattr(module, "_is_expert_parallel"):
+        if in_interface(module):
             module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
         else:
             _install_scaled(runtime, layer, module)
@@ -362,6 +362,11 @@ def standing_in(module: nn.Module, experts: T) -> Iterator[T]:
     finally:
         config._experts_implementation = before
         uninstall([module])
+
+
+def in_interface(module: nn.Module) -> bool:
+    """Whether transformers calls what is registered in place of ``module``."""
+    return hasattr(module, "_is_expert_parallel")
 
 
 def uninstall(modules: Sequence[nn.Module]) -> None:
