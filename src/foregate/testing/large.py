@@ -49,10 +49,13 @@ class LargeShape:
     experts: int = 64
     expert_width: int = 512
     chosen: int = 4
+    head_dim: int = HEAD_DIM
+    """Of each of ``hidden`` / 64 heads; Qwen3-30B-A3B has 128."""
 
     def __post_init__(self) -> None:
-        if min(self.layers, self.expert_width, self.chosen) < 1 or self.hidden % HEAD_DIM or self.hidden < HEAD_DIM:
-            raise ConfigError(f"sizes must be positive and hidden a multiple of {HEAD_DIM}: {self}")
+        sizes = (self.layers, self.expert_width, self.chosen, self.head_dim)
+        if min(sizes) < 1 or self.hidden % HEAD_DIM or self.hidden < HEAD_DIM or self.head_dim % 2:
+            raise ConfigError(f"sizes must be positive, hidden a multiple of {HEAD_DIM} and head_dim even: {self}")
         if self.chosen > self.experts:
             raise ConfigError(f"cannot choose {self.chosen} of {self.experts} experts")
 
@@ -83,7 +86,7 @@ class LargeShape:
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
-            "head_dim": HEAD_DIM,
+            "head_dim": self.head_dim,
             "intermediate_size": self.expert_width,
             "moe_intermediate_size": self.expert_width,
             "num_experts": self.experts,
@@ -114,10 +117,10 @@ class LargeShape:
     def layer_tensors(self, prefix: str) -> Iterator[PlannedTensor]:
         yield PlannedTensor(prefix + "input_layernorm.weight", (self.hidden,))
         for name, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
-            yield PlannedTensor(f"{prefix}self_attn.{name}_proj.weight", (heads * HEAD_DIM, self.hidden))
-        yield PlannedTensor(prefix + "self_attn.o_proj.weight", (self.hidden, self.heads * HEAD_DIM))
-        yield PlannedTensor(prefix + "self_attn.q_norm.weight", (HEAD_DIM,))
-        yield PlannedTensor(prefix + "self_attn.k_norm.weight", (HEAD_DIM,))
+            yield PlannedTensor(f"{prefix}self_attn.{name}_proj.weight", (heads * self.head_dim, self.hidden))
+        yield PlannedTensor(prefix + "self_attn.o_proj.weight", (self.hidden, self.heads * self.head_dim))
+        yield PlannedTensor(prefix + "self_attn.q_norm.weight", (self.head_dim,))
+        yield PlannedTensor(prefix + "self_attn.k_norm.weight", (self.head_dim,))
         yield PlannedTensor(prefix + "post_attention_layernorm.weight", (self.hidden,))
         yield PlannedTensor(prefix + "mlp.gate.weight", (self.experts, self.hidden))
         for expert in range(self.experts):
@@ -255,7 +258,7 @@ def parser() -> argparse.ArgumentParser:
         "--gigabytes", type=float, default=4.0, help="10^9 bytes of routed experts, at least (%(default)s)"
     )
     size.add_argument("--layers", type=int, help="number of layers, instead of a size")
-    for name in ("hidden", "experts", "expert_width", "chosen"):
+    for name in ("hidden", "experts", "expert_width", "chosen", "head_dim"):
         default = LargeShape.__dataclass_fields__[name].default
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
