@@ -243,3 +243,20 @@ def test_a_mask_a_batch_and_a_strange_cache_are_their_own_forwards(calls: list[s
         assert not calls
         model(input_ids=torch.tensor([[5]]), use_cache=False)
         assert len(calls) == len(attentions(model))
+
+
+@pytest.mark.parametrize("room", [False, True])
+def test_a_cache_that_was_changed_is_attended_to_by_the_module_itself(room: bool, calls: list[str]) -> None:
+    model = built("mixtral")
+    kernel = DenseKernels(model)
+    past = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=past, use_cache=True)
+        if room:
+            make_room(past)
+        for layer in past.layers:
+            layer.values = layer.values[:, :, :-1]
+        calls.clear()
+        with kernel.decode():
+            model(input_ids=torch.tensor([[8]]), past_key_values=past, use_cache=True)
+    assert not calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine import decoder_layer, dense
@@ -18,7 +20,6 @@ from foregate.engine.engine import Engine
 from foregate.events import Part, TimeSpent
 from foregate.native import kernels
 from foregate.native.decoder_layer import DecoderLayer, turned
-from foregate.native.library import calls
 from foregate.native.router import Router
 from foregate.predictors.base import BasePredictor
 from foregate.testing import tiny
@@ -116,12 +117,18 @@ def ran(model: str, moment: Moment = Moment.AFTER_ROUTING, how: str = "whole", *
         spent: list[Part] = []
         if listen:
             engine.listen(Listener(spent))
-        used, passes = counted(engine), []
-        theirs = engine.model.forward
-        engine.model.forward = lambda *args, **kwargs: passes.append(1) or theirs(*args, **kwargs)  # type: ignore
+        used, passes = counted(engine), 0
+        theirs = engine._call
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal passes
+            passes += 1
+            return theirs(*args, **kwargs)
+
+        engine._call = call  # type: ignore[method-assign]
         tokens = [step.token_id for step in engine.stream(PROMPT, SamplingConfig(max_new_tokens=TOKENS))]
         assert len(used) == (0 if how == "modules" else engine.spec.layers * (TOKENS - 1))
-        assert len(passes) == (1 if how == "whole" else TOKENS)
+        assert passes == (1 if how == "whole" else TOKENS)
         if listen:
             assert {Part.ATTENTION, Part.ROUTING, Part.EXPERTS} <= set(spent)
     return [tokens, *spy.seen, *told.scores]
@@ -219,6 +226,93 @@ def test_hidden_states_that_a_stranger_keeps_stay_what_they_were(engine: Engine)
     assert all(map(torch.equal, kept, copies))
 
 
+def test_a_layer_in_between_is_given_hidden_states_that_stay(engine: Engine) -> None:
+    kept: list[torch.Tensor] = []
+    copies: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any) -> None:
+        kept.append(args[0])
+        copies.append(args[0].clone())
+
+    assert "mlp.gate" not in dict(engine.model.get_submodule("model.layers.1").named_modules())
+    engine.model.get_submodule("model.layers.1.input_layernorm").register_forward_pre_hook(keep)
+    tokens(engine)
+    assert engine.step.ready
+    assert len(kept) == TOKENS
+    assert all(map(torch.equal, kept, copies))
+
+
+class Meddler:
+    """Changes what it is told."""
+
+    def on_route(self, step: RoutingStep) -> None:
+        step.experts[:] = step.experts[:, ::-1].copy()
+        step.weights[:] = 0
+
+
+def test_a_stranger_that_changes_what_it_is_told_changes_no_token(engine: Engine) -> None:
+    wanted = tokens(engine)
+    engine.observers.append(Meddler())
+    assert tokens(engine) == wanted
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inside: nn.Module, fired: list[int]) -> None:
+        super().__init__()
+        self.inside, self.fired = inside, fired
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.fired.append(1)
+        return self.inside(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["model.layers.0.input_layernorm", "model.layers.2.self_attn.o_proj", "model.norm", "model.layers.2", "lm_head"],
+)
+@pytest.mark.parametrize("forward", [False, True])
+def test_what_stands_in_for_a_part_is_called(part: str, forward: bool, engine: Engine) -> None:
+    """Another forward of a module, or another module."""
+    wanted, fired = tokens(engine), []
+    inside = engine.model.get_submodule(part)
+    if forward:
+        theirs = inside.forward
+
+        def counted_forward(*args: Any, **kwargs: Any) -> Any:
+            fired.append(1)
+            return theirs(*args, **kwargs)
+
+        inside.forward = counted_forward
+    else:
+        parent, _, name = part.rpartition(".")
+        setattr(engine.model.get_submodule(parent), name, Wrapped(inside, fired))
+    assert tokens(engine) == wanted
+    assert len(fired) == TOKENS
+
+
+def test_a_trial_runs_what_a_step_runs(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+    called = DecoderLayer.__call__
+
+    def spied(self: DecoderLayer, x: Any, turns: Any, place: Any, normed: bool, route: bool) -> bool:
+        seen.append((normed, route))
+        return called(self, x, turns, place, normed, route)
+
+    monkeypatch.setattr(DecoderLayer, "__call__", spied)
+    mixed: list[int] = []
+    mix = DecoderLayer.mix
+
+    def spied_mix(self: DecoderLayer) -> None:
+        mixed.append(1)
+        mix(self)
+
+    monkeypatch.setattr(DecoderLayer, "mix", spied_mix)
+    with Engine(RunConfig(model=made("mixtral"), memory_budget="100%", predictor="none")) as engine:
+        layers = engine.spec.layers
+    assert seen.count((False, True)) == seen.count((True, False)) == 3 * layers
+    assert len(mixed) == 3 * layers
+
+
 def test_a_window_is_left_to_the_model(made: Any, tmp_path: Path) -> None:
     windowed = tiny.build("mixtral", tmp_path / "model", dtype="bfloat16", **SIZES, sliding_window=8)
     with Engine(RunConfig(model=str(windowed), memory_budget="100%", predictor="none")) as engine:
@@ -279,9 +373,14 @@ def test_a_trial_leaves_no_trace(made: Any) -> None:
 
 def test_without_pythons_headers_ctypes_calls(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ran(made("qwen3_moe"))
-    assert calls() is not None
-    monkeypatch.setattr("foregate.native.library.calls", lambda: None)
-    assert same(ran(made("qwen3_moe")), wanted)
+    for module in ("library", "predict"):
+        monkeypatch.setattr(f"foregate.native.{module}.calls", lambda: None)
+    kernels.called.cache_clear()
+    try:
+        assert same(ran(made("qwen3_moe")), wanted)
+        assert isinstance(kernels.called("foregate_layer", 14), ctypes._CFuncPtr)  # type: ignore[attr-defined]
+    finally:
+        kernels.called.cache_clear()
 
 
 def test_norms_of_another_width_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Callable
 from typing import Any
@@ -116,3 +117,24 @@ def test_a_place_is_found_again_after_a_crop() -> None:
 @pytest.mark.parametrize(("heads", "width"), [(1, 16), (2, 8)])
 def test_other_heads_have_no_place(heads: int, width: int) -> None:
     assert caches(5)[1].layers[0].place(heads, width) is None
+
+
+def test_copies_go_their_own_ways() -> None:
+    _, ours = caches(5)
+    ours.layers[0].place(2, 16)
+    for twin in (copy.deepcopy(ours), copy.deepcopy(ours)):
+        place = twin.layers[0].place(2, 16)
+        assert place[0] != ours.layers[0].place(2, 16)[0]
+        twin.layers[0].grow()
+    assert ours.get_seq_length() == 5
+    shallow = copy.copy(ours.layers[0])
+    shallow.grow()
+    assert (shallow.get_seq_length(), ours.get_seq_length()) == (6, 5)
+
+
+def test_states_of_another_form_leave_the_length_as_it_was() -> None:
+    _, ours = caches(5)
+    with pytest.raises(RuntimeError):
+        ours.update(torch.zeros(1, 2, 1, 8, dtype=torch.bfloat16), torch.zeros(1, 2, 1, 8, dtype=torch.bfloat16), 0)
+    assert ours.get_seq_length() == 5
+    assert torch.equal(ours.layers[0].keys, states(5)[0])

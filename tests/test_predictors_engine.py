@@ -92,7 +92,7 @@ def test_tokens_are_the_same_under_every_predictor(model: str, methods: list[str
 
 @pytest.mark.parametrize("family", [f for f in REQUIRED if f not in DISTRUSTED])
 def test_fresh_gate_names_what_is_chosen_an_instant_later(family: str, tiny: Tiny) -> None:
-    config = RunConfig(model=str(tiny(family)), memory_budget="50%", predictor="fresh-gate", prefetch="1")
+    config = RunConfig(model=str(tiny(family)), memory_budget="50%", predictor="fresh-gate", prefetch="4")
     with Engine(config) as engine:
         said: dict[int, tuple[int, ...]] = {}
         right = []

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from foregate.checkpoint.dense_int8 import Int8Linear
 from foregate.engine import attention, norms
 from foregate.engine.clock import Clock
 from foregate.engine.kv_room import RoomyLayer
+from foregate.engine.unchanged import Unchanged
 from foregate.native import kernels
 from foregate.native.attention_block import AttentionBlock, Heads
 
@@ -138,12 +138,12 @@ def _block(module: nn.Module, heads: Heads) -> AttentionBlock:
 
 
 def _forward(module: nn.Module, block: AttentionBlock, clock: Clock) -> Forward:
-    theirs, layer, hooks = module.forward, layer_of(module), tuple(hooks_of(module))
+    theirs, layer, parts = module.forward, layer_of(module), Unchanged(list(module.children()), parents=[module])
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         past = kwargs.get("past_key_values")
-        alone = attention.is_on() and not args and not any(hooks)
-        if not alone or "hidden_states" not in kwargs or not is_usual(kwargs) or not _gives_all(past, layer):
+        alone = attention.is_on() and not args and parts()
+        if not alone or "hidden_states" not in kwargs or not is_usual(kwargs) or not _gives_all(past, layer, block):
             return theirs(*args, **kwargs)
         x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
         if not block.takes(x, cos, sin):
@@ -151,10 +151,11 @@ def _forward(module: nn.Module, block: AttentionBlock, clock: Clock) -> Forward:
         if past is not None and type(past.layers[layer]) is RoomyLayer:
             held = past.layers[layer]
             place = held.place(block.shared, block.width)
-            if place is not None:
-                out = clock.timed(block.attention, x, cos, sin, place)
-                held.grow()
-                return out, None
+            if place is None:
+                return theirs(*args, **kwargs)
+            out = clock.timed(block.attention, x, cos, sin, place)
+            held.grow()
+            return out, None
         query, key, value = clock.timed(block.qkv, x, cos, sin)
         if past is not None:
             key, value = past.update(key, value, layer)
@@ -169,26 +170,26 @@ def native_block(module: nn.Module) -> AttentionBlock | None:
     return getattr(module.forward, "native", None)
 
 
-def hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
-    """Where hooks that would be passed by are kept; they stay the same dictionaries as long as the parts live."""
-    for part in module.children():
-        yield part._forward_hooks
-        yield part._forward_pre_hooks
-    yield torch_module._global_forward_hooks
-    yield torch_module._global_forward_pre_hooks
-
-
 def is_usual(kwargs: dict[str, Any]) -> bool:
     """Whether a call asks for plain attention, without a mask, by cosines and sines."""
     turns = kwargs.get("position_embeddings")
     return isinstance(turns, tuple) and len(turns) == 2 and attention.is_plain(kwargs, _KNOWN)
 
 
-def _gives_all(past: Any, layer: int) -> bool:
+def _gives_all(past: Any, layer: int, block: AttentionBlock) -> bool:
     """Whether ``past`` gives attention what it was given before and now, and nothing else."""
     if past is None:
         return True
-    return type(past) is DynamicCache and layer < len(past.layers) and type(past.layers[layer]) in CACHES
+    if type(past) is not DynamicCache or layer >= len(past.layers) or type(past.layers[layer]) not in CACHES:
+        return False
+    held: Any = past.layers[layer]
+    return held.keys is None or held.keys.dim() < 4 or _alike(held.keys, held.values, block)
+
+
+def _alike(keys: Tensor, values: Tensor, block: AttentionBlock) -> bool:
+    form = (keys.shape[0], keys.shape[1], keys.shape[3])
+    same = keys.dtype is values.dtype is torch.bfloat16 and keys.shape == values.shape
+    return same and form == (1, block.shared, block.width)
 
 
 # Trial

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -25,6 +24,7 @@ from foregate.engine.attention_block import same
 from foregate.engine.decoder_layer import DecoderLayers, TrialExperts, agreed
 from foregate.engine.kv_room import RoomyLayer, make_room
 from foregate.engine.runtime import in_interface, standing_in
+from foregate.engine.unchanged import Unchanged
 from foregate.native.decoder_layer import turned
 
 BASE, PARTS = {"model", "lm_head"}, {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -48,9 +48,8 @@ class DecodeStep:
         ours = {layer.part.decoder: layer for layer in self.layers}
         self._decoders = [(decoder, ours.get(decoder)) for decoder in base.layers]
         self._embed, self._norm, self._rotary, self._head = base.embed_tokens, base.norm, base.rotary_emb, model.lm_head
-        around = (model, base, self._embed, self._norm, self._rotary, self._head, base.layers, *base.layers)
-        kept = [hooks for part in around for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        self._hooks = (*kept, torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+        around = [model, base, self._embed, self._norm, self._rotary, self._head, base.layers, *base.layers]
+        self._around = Unchanged(around)
         self.ready = agreed(lambda: _agrees(model, self, parts))
 
     def close(self) -> None:
@@ -59,7 +58,7 @@ class DecodeStep:
 
     def __call__(self, token: int, past: Any) -> Tensor | None:
         """Logits [V] after ``token``, which ``past`` then holds; None, and nothing done, where something is unusual."""
-        if not self.ready or not self.layers or any(self._hooks) or not attention.is_on():
+        if not self.ready or not self.layers or not self._around() or not attention.is_on():
             return None
         if type(past) is not DynamicCache or {type(held) for held in past.layers} != {RoomyLayer}:
             return None
@@ -72,11 +71,10 @@ class DecodeStep:
         given = {"position_ids": position, "position_embeddings": pair, "past_key_values": past, "use_cache": True}
         turns = turned(cos, sin) if self.layers[0].kernel.attention.takes(x, cos, sin) else None
         for decoder, layer in self._decoders:
-            if layer is None or turns is None:
-                x = decoder(x, attention_mask=None, **given)
-                continue
-            out = layer.one(x, turns, past.layers[layer.index])  # type: ignore[arg-type]  # RoomyLayer: asked before
-            x = decoder(x, attention_mask=None, **given) if out is None else out
+            held: Any = past.layers[layer.index] if layer is not None else None
+            out = None if layer is None or turns is None else layer.one(x, turns, held)
+            # A copy: what the next token overwrites is not for strangers.
+            x = decoder(x.clone(), attention_mask=None, **given) if out is None else out
         logits: Tensor = self._head(self._norm(x))
         return logits[0, -1]
 
@@ -101,11 +99,13 @@ def _agrees(model: PreTrainedModel, step: DecodeStep, parts: Sequence[MoeAnatomy
 
     with ExitStack() as stack:
         for part in parts:
-            stack.enter_context(standing_in(part.experts_module, TrialExperts()))
-        found = [_run(model, forward) for forward in (theirs, lambda past: step.logits(TOKEN, past))]
+            stack.enter_context(standing_in(part.experts_module, TrialExperts(part.router)))
+        wanted = _run(model, theirs)
+        signals = step.layers[0].signals
+        found = [_run(model, lambda past: step.logits(TOKEN, past)) for _ in signals.every_way()]
     for part in parts:
         part.pre_attention = part.residual = part.router_input = part.compiled = None
-    return all(map(same, *found))
+    return all(all(map(same, wanted, one)) for one in found)
 
 
 def _run(model: PreTrainedModel, forward: Callable[[Any], Tensor]) -> list[Tensor]:

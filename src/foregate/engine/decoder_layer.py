@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from transformers.cache_utils import DynamicCache
 
 from foregate.checkpoint.anatomy import MoeAnatomy
@@ -28,6 +27,8 @@ from foregate.engine.norms import native_norm
 from foregate.engine.router import native_router
 from foregate.engine.runtime import in_interface, standing_in
 from foregate.engine.signals import ModelSignals
+from foregate.engine.unchanged import Unchanged
+from foregate.native import kernels
 from foregate.native.decoder_layer import DecoderLayer, Turns, fits, turned
 
 Forward = Callable[..., Any]
@@ -90,12 +91,12 @@ class Layer:
         assert part.router is not None
         self.part, self.kernel, self.index = part, kernel, attention_block.layer_of(part.mixer)
         self.theirs: Forward = part.decoder.forward
-        self._number, self._after, self._signals, self._clock = number, after, signals, clock
+        self.signals = signals
+        self._number, self._after, self._clock = number, after, clock
         self._router = part.router
         self._experts: Any = part.experts_module
-        kept, own = _hooks(part.decoder), [id(hooks) for hooks in signals.hooked(number)]
-        self._own = [hooks for hooks in kept if id(hooks) in own]
-        self._others = [hooks for hooks in kept if id(hooks) not in own]
+        decoder, *inner = part.decoder.modules()
+        self._inner = Unchanged(inner, signals.hooked(number), parents=[decoder])
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own, or ours where nothing is unusual."""
@@ -104,9 +105,8 @@ class Layer:
         return self.theirs(hidden_states, *args, **kwargs) if ours is None else ours
 
     def alone(self) -> bool:
-        """Whether nobody but the signals watches the parts, and these have learned what they watch."""
-        own = sum(map(len, self._own)) == self._signals.hooks(self._number)
-        return own and not any(self._others) and self.part.norm is self._after
+        """Whether nobody but the signals watches the parts, they have learned what they watch, and all is as before."""
+        return self._inner(self.signals.hooks(self._number)) and self.part.norm is self._after
 
     def ours(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """[1, 1, D] for ``x`` [1, 1, D]; None where that or the cache is another one."""
@@ -120,7 +120,7 @@ class Layer:
     def one(self, x: Tensor, turns: Turns, held: RoomyLayer) -> Tensor | None:
         """[1, 1, D], overwritten by the next token, for ``x`` [1, 1, D] as ``AttentionBlock`` takes it; None, and
         nothing done, where ``held`` does not suit."""
-        kernel, signals, number = self.kernel, self._signals, self._number
+        kernel, signals, number = self.kernel, self.signals, self._number
         place = held.place(kernel.attention.shared, kernel.attention.width)
         if place is None:
             return None
@@ -141,16 +141,9 @@ class Layer:
             runtime.forward_one(layer, experts, kernel)
             return
         routing = self._router.forward(kernel.routed)
-        self._signals.chosen(self._number, routing)
+        self.signals.chosen(self._number, routing)
         _, weights, index = routing
         kernel.take(runtime.forward(layer, experts, kernel.routed, index, weights))
-
-
-def _hooks(decoder: nn.Module) -> list[dict[int, Any]]:
-    """Where hooks that would be passed by are kept; they stay the same dictionaries as long as the parts live."""
-    parts = [module for module in decoder.modules() if module is not decoder]
-    kept = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-    return [*kept, torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
 
 
 # Trial
@@ -166,19 +159,28 @@ def agreed(trial: Callable[[], bool]) -> bool:
 
 
 class TrialExperts:
-    """Stands in for the engine's experts: something that depends on all it is told."""
+    """Stands in for the engine's experts behind ``router``: something that depends on all it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, router: Any) -> None:
         self.told: list[Tensor] = []
+        self._router = router
 
     def forward(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        self.told += [x.clone(), index.clone(), weights.clone(), index.clone(), weights.float().clone()]
-        return (x.float() * (weights.float() * (index + 1)).sum()).to(x.dtype)
+        logits = self._router.forward(x)[0]
+        self.told += [x.clone(), index.clone(), weights.float().clone(), logits.float().clone()]
+        if len(x) > 1 or not kernels.combines(x, weights):
+            return (x.float() * (weights.float() * (index + 1)).sum(dim=1, keepdim=True)).to(x.dtype)
+        return kernels.combine(self._parts(x, index), weights)
 
     def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> None:
         choice = kernel.choice
-        kernel.take(self.forward(layer, module, kernel.routed, choice.index, choice.weights))
-        self.told[-2:] = [torch.from_numpy(choice.experts.copy()), torch.from_numpy(choice.shares.copy())]
+        choice.parts.copy_(self._parts(kernel.routed, choice.index))
+        kernel.mix()
+        self.told += [kernel.routed.clone(), torch.from_numpy(choice.experts.copy())]
+        self.told += [torch.from_numpy(part.copy()) for part in (choice.shares, choice.scores)]
+
+    def _parts(self, x: Tensor, index: Tensor) -> Tensor:
+        return (x.float() * (1 + index[0, :, None])).to(x.dtype)
 
 
 @torch.inference_mode()
@@ -188,9 +190,11 @@ def _agrees(layer: Layer, rotary: Any) -> bool:
     with attention.decoding():
         for position, size in attention_block.TRIALS:
             given = attention_block.token_at(position, size, block.inputs, rotary)
-            theirs, ours = (_run(layer, each, given, position) for each in (_theirs, _ours))
-            if len(theirs) != len(ours) or not all(map(attention_block.same, theirs, ours)):
-                return False
+            theirs = _run(layer, _theirs, given, position)
+            for _ in layer.signals.every_way():
+                ours = _run(layer, _ours, given, position)
+                if len(theirs) != len(ours) or not all(map(attention_block.same, theirs, ours)):
+                    return False
     return True
 
 
@@ -208,7 +212,7 @@ def _run(layer: Layer, forward: Callable[..., Any], given: dict[str, Any], seed:
     past = DynamicCache()
     past.update(*attention_block.cached(block.shared, block.width, seed), layer.index)
     make_room(past)
-    with standing_in(part.experts_module, TrialExperts()) as experts:
+    with standing_in(part.experts_module, TrialExperts(part.router)) as experts:
         returned = forward(layer, {**given, "past_key_values": past})
     seen = [None if x is None else x.clone() for x in (part.pre_attention, part.router_input)]
     part.pre_attention = part.residual = part.router_input = part.compiled = None

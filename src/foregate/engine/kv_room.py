@@ -6,13 +6,15 @@ Shapes: G key/value heads, S positions, W width of a head.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from foregate.native import kernels
+
+T = TypeVar("T")
 
 BLOCK = 128
 """Positions that room is made for at a time: what a cache takes more than its tokens, at most, in each layer."""
@@ -25,10 +27,10 @@ class RoomyLayer(DynamicLayer):
     """
 
     def __init__(self, layer: DynamicLayer) -> None:
-        self._rooms: list[Tensor | None] = [None, None]
-        self._lengths = [0, 0]
-        self._places: tuple[int, ...] | None = None
-        """Of both rooms as ``place`` gives them; None: to be found out."""
+        self._rooms: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._lengths = (0, 0)
+        self._places: tuple[int, ...] = (0,) * 6
+        """Of both rooms as ``place`` gives them, or of others."""
         super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it without types
         assert layer.keys is not None
         assert layer.values is not None
@@ -38,7 +40,7 @@ class RoomyLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         """[1, G, S, W]."""
-        return self._held(0)
+        return _first(self._rooms[0], self._lengths[0])
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
@@ -47,20 +49,15 @@ class RoomyLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         """[1, G, S, W]."""
-        return self._held(1)
+        return _first(self._rooms[1], self._lengths[1])
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
         self._take(1, values)
 
-    def _held(self, which: int) -> Tensor | None:
-        room, length = self._rooms[which], self._lengths[which]
-        return room if room is None or room.dim() < 4 or room.shape[2] == length else room.narrow(2, 0, length)
-
     def _take(self, which: int, states: Tensor | None) -> None:
-        self._rooms[which] = states
-        self._lengths[which] = 0 if states is None or states.dim() < 4 else states.shape[2]
-        self._places = None
+        length = 0 if states is None or states.dim() < 4 else states.shape[2]
+        self._rooms, self._lengths = _with(self._rooms, which, states), _with(self._lengths, which, length)
 
     def get_seq_length(self) -> int:
         """S."""
@@ -70,13 +67,13 @@ class RoomyLayer(DynamicLayer):
         """Keys and values of all positions, the new ones included."""
         if not self.is_initialized:
             return super().update(key_states, value_states, *args, **kwargs)
-        for which, new in enumerate((key_states, value_states)):
-            first = self._lengths[which]
-            self._widen(which, new.shape[2])
-            self._lengths[which] = last = first + new.shape[2]
-            room = self._rooms[which]
+        given = (key_states, value_states)
+        lasts = tuple(length + new.shape[2] for length, new in zip(self._lengths, given, strict=True))
+        self._widen(*lasts)
+        for room, last, new in zip(self._rooms, lasts, given, strict=True):
             assert room is not None
-            room[:, :, first:last] = new
+            room[:, :, last - new.shape[2] : last] = new
+        self._lengths = (lasts[0], lasts[1])
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
@@ -84,32 +81,49 @@ class RoomyLayer(DynamicLayer):
     def place(self, heads: int, width: int) -> tuple[int, ...] | None:
         """Where a position more is to be written: address and strides (of a head, of a row) of the keys, then of the
         values, and S + 1; None where there are not ``heads`` (G) of ``width`` (W). ``grow``, once it is written."""
-        first, last = self._lengths
-        if self._places is None or self._full():
-            if first != last or not all(_has(held, (1, heads, first, width)) for held in (self.keys, self.values)):
+        (keys, values), (first, last), places = self._rooms, self._lengths, self._places
+        if keys is None or values is None or first != last:
+            return None
+        # A copy of this layer has rooms of its own; they are known by where they lie.
+        known = places[0] == keys.data_ptr() and places[3] == values.data_ptr()
+        if not known or first >= keys.shape[2] or first >= values.shape[2]:
+            if not _has(self.keys, (1, heads, first, width)) or not _has(self.values, (1, heads, first, width)):
                 return None
-            self._places = tuple(number for which in (0, 1) for number in self._widen(which, 1))
-        return (*self._places, first + 1)
+            self._widen(first + 1, first + 1)
+            self._places = places = tuple(number for room in self._rooms for number in _place(room))
+        return (*places, first + 1)
 
     def grow(self) -> None:
         """The position that ``place`` told of counts."""
-        self._lengths[0] += 1
-        self._lengths[1] += 1
+        first, last = self._lengths
+        self._lengths = (first + 1, last + 1)
 
-    def _full(self) -> bool:
-        return any(r is None or n >= r.shape[2] for r, n in zip(self._rooms, self._lengths, strict=True))
+    def _widen(self, *lengths: int) -> None:
+        """Have room for so many positions."""
+        self._rooms = tuple(map(_wide, self._rooms, self._lengths, lengths))  # type: ignore[assignment]
 
-    def _widen(self, which: int, more: int) -> tuple[int, int, int]:
-        """Have room for ``more`` positions; where it is."""
-        room, before = self._rooms[which], self._lengths[which]
-        assert room is not None
-        after = before + more
-        if after > room.shape[2]:
-            larger = room.new_empty(*room.shape[:2], (after // BLOCK + 1) * BLOCK, room.shape[3])
-            larger[:, :, :before] = room[:, :, :before]
-            self._rooms[which] = room = larger
-            self._places = None
-        return room.data_ptr(), room.stride(1), room.stride(2)
+
+def _with(pair: tuple[T, T], which: int, value: T) -> tuple[T, T]:
+    return (pair[0], value) if which else (value, pair[1])
+
+
+def _first(room: Tensor | None, length: int) -> Tensor | None:
+    return room if room is None or room.dim() < 4 or room.shape[2] == length else room.narrow(2, 0, length)
+
+
+def _wide(room: Tensor | None, held: int, length: int) -> Tensor:
+    """``room`` with its first ``held`` positions, or a larger one with the same."""
+    assert room is not None
+    if length <= room.shape[2]:
+        return room
+    larger = room.new_empty(*room.shape[:2], (length // BLOCK + 1) * BLOCK, room.shape[3])
+    larger[:, :, :held] = room[:, :, :held]
+    return larger
+
+
+def _place(room: Tensor | None) -> tuple[int, int, int]:
+    assert room is not None
+    return room.data_ptr(), room.stride(1), room.stride(2)
 
 
 def _has(held: Tensor | None, shape: tuple[int, ...]) -> bool:

@@ -132,9 +132,9 @@ class ExpertRuntime:
     def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> None:
         """``forward`` for the one token that ``kernel`` has routed, into what it hands on."""
         choice = kernel.choice
-        experts = choice.experts.copy()
-        self._tell(layer, experts, choice.shares.copy(), choice.scores)
-        self._compute_one(layer, module, kernel.routed, experts[0].tolist(), choice.parts)
+        ranks: list[int] = choice.experts[0].tolist()
+        self._tell(layer, choice.experts.copy(), choice.shares.copy(), choice.scores)
+        self._compute_one(layer, module, kernel.routed, ranks, choice.parts)
         kernel.mix()
 
     def forward_scaled(self, layer: int, module: nn.Module, repeated: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: T tokens, E experts, k chosen, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,12 @@ class ModelSignals:
 
     # What hooks see, told by a layer that is computed without its modules
 
+    def every_way(self) -> Iterator[None]:
+        """``early`` and ``late`` as a decode step may find them, one after the other."""
+        for told in (False, True):
+            self.early = self.late = told
+            yield
+
     def hooks(self, layer: int) -> int:
         """How many hooks on parts of ``layer`` are these signals' own; -1 while they learn."""
         return -1 if self._flow.learning else self._flow.hooks(layer) + bool(self._listening)
@@ -143,7 +149,9 @@ class ModelSignals:
         """See ``interfaces.Signals``."""
         kernel = self._flow.parts[self.layer].compiled
         if kernel is not None and self.moment is not Moment.BEFORE_ATTENTION and numbers <= kernel.width:
-            return tuple([kernel.places[name] for name in names]), BF16
+            found = [kernel.places[name] for name in names if name in kernel.places]
+            if len(found) == len(names):
+                return tuple(found), BF16
         dtype, found = self._dtype, []
         for name in names:
             value = self._known(name)

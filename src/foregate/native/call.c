@@ -8,7 +8,6 @@
 
 #include <stddef.h>
 #include <stdint.h>
-#include <string.h>
 
 enum { MOST = 14 };
 
@@ -124,17 +123,15 @@ static PyObject *floats(const float *from, Py_ssize_t count) {
     return made;
 }
 
-/* A named tuple of three. */
+/* A named tuple of three, as its own type makes it from a tuple. */
 static PyObject *prediction(PyTypeObject *type, PyObject *layer, PyObject *experts, PyObject *scores) {
-    PyObject *made = experts && scores ? type->tp_alloc(type, 3) : NULL;
-    if (!made) {
-        Py_XDECREF(experts);
-        Py_XDECREF(scores);
-        return NULL;
-    }
-    PyTuple_SET_ITEM(made, 0, Py_NewRef(layer));
-    PyTuple_SET_ITEM(made, 1, experts);
-    PyTuple_SET_ITEM(made, 2, scores);
+    PyObject *made = NULL, *fields = NULL, *given = NULL;
+    if (experts && scores && (fields = PyTuple_Pack(3, layer, experts, scores)) && (given = PyTuple_Pack(1, fields)))
+        made = PyTuple_Type.tp_new(type, given, NULL);
+    Py_XDECREF(given);
+    Py_XDECREF(fields);
+    Py_XDECREF(experts);
+    Py_XDECREF(scores);
     return made;
 }
 
@@ -165,31 +162,8 @@ static PyObject *predictions(PyObject *module, PyObject *const *given, Py_ssize_
     return made;
 }
 
-/* copy_last(array, address, nbytes): the last row of a C-contiguous array; False, and nothing copied, where it is no such
- * array or the row has another size. */
-static PyObject *copy_last(PyObject *module, PyObject *const *given, Py_ssize_t count) {
-    (void)module;
-    if (count != 3)
-        return PyErr_Format(PyExc_TypeError, "takes an array, an address and a number of bytes");
-    void *to = PyLong_AsVoidPtr(given[1]);
-    const Py_ssize_t nbytes = PyLong_AsSsize_t(given[2]);
-    if (PyErr_Occurred())
-        return NULL;
-    Py_buffer view;
-    if (PyObject_GetBuffer(given[0], &view, PyBUF_ND) < 0) {
-        PyErr_Clear();
-        Py_RETURN_FALSE;
-    }
-    const int fits = view.ndim == 2 && view.shape[0] > 0 && view.shape[1] * view.itemsize == nbytes;
-    if (fits)
-        memcpy(to, (const char *)view.buf + view.len - nbytes, (size_t)nbytes);
-    PyBuffer_Release(&view);
-    return PyBool_FromLong(fits);
-}
-
 static PyMethodDef methods[] = {
     {"predictions", (PyCFunction)(void (*)(void))predictions, METH_FASTCALL, "Predictions from what a kernel wrote."},
-    {"copy_last", (PyCFunction)(void (*)(void))copy_last, METH_FASTCALL, "Copies the last row of an array."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -259,6 +259,7 @@ def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.dtype is key.dtype is value.dtype is torch.bfloat16
         and query.shape[:3:2] == (1, 1)
+        and key.shape[:3] == value.shape[:3]
         and group * key.shape[1] == heads
         and width % 16 == out_width % 16 == 0
         and max(width, out_width) <= _MOST_WIDTH

@@ -54,6 +54,7 @@ def function(found: ctypes.CDLL, name: str, count: int) -> Callable[..., int]:
 def calls() -> Any:
     """``native/call.c``, which calls sooner than ctypes; None where it was not built (it needs Python's headers)."""
     try:
-        return import_module("foregate.native._call")
+        found = import_module("foregate.native._call")
     except ImportError:
         return None
+    return found if hasattr(found, "Function") and hasattr(found, "predictions") else None

@@ -23,6 +23,11 @@ class _Router(BasePredictor):
     def __init__(self, lookahead: int = 1) -> None:
         super().__init__(lookahead)
         self._cost = PredictorCost()
+        self._named: int | None = None
+
+    def name_at_most(self, count: int) -> None:
+        """Whoever asks reads no more than the first ``count`` of a ranking: the rest need not be told."""
+        self._named = max(1, count)
 
     def cost(self) -> PredictorCost:
         """Known once it has been asked; bytes as if the routers were in float32. It has no parameters of its own."""
@@ -39,7 +44,8 @@ class _Router(BasePredictor):
 
     def _rank(self, signals: Signals, target: int) -> Prediction:
         experts, scores = signals.rank(target, self.signal)
-        return Prediction(target, tuple(experts.tolist()), tuple(scores.tolist()))
+        named = self._named
+        return Prediction(target, tuple(experts[:named].tolist()), tuple(scores[:named].tolist()))
 
 
 class StaleGate(_Router):
