@@ -54,6 +54,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return checkpoint
 
 
+def bf16_at(place: int, numbers: int) -> NDArray[np.float32]:
+    bits = np.array((ctypes.c_uint16 * numbers).from_address(place), np.uint32) << 16
+    return bits.view(np.float32)
+
+
 class Spy(BasePredictor):
     """Keeps the hidden states it is told of, and names experts at random."""
 
@@ -74,6 +79,8 @@ class Spy(BasePredictor):
             self.seen.append(signals.hidden(name))
         if not early:
             self.seen.append(signals.normed(signals.layer, self.seen[-2]))
+            places, _ = signals.addresses("residual", "pre_attention", "router_input", numbers=SIZES["hidden_size"])
+            self.seen += [bf16_at(place, SIZES["hidden_size"]) for place in places]
         layer = signals.layer if early else signals.layer + 1
         return [Prediction(layer, (0, 1), (1.0, 0.5))] if layer < signals.layers else []
 
@@ -168,6 +175,21 @@ def test_tokens_signals_and_scores_are_those_of_the_modules(family: str, moment:
 
 def test_listeners_are_told_of_every_part_and_change_nothing(made: Any) -> None:
     assert same(ran(made("mixtral"), listen=True), ran(made("mixtral")))
+
+
+def test_a_lossy_mode_computes_the_same_either_way(made: Any) -> None:
+    def lossy(*, ours: bool) -> list[int]:
+        config = RunConfig(model=made("mixtral"), memory_budget="50%", predictor="next-gate", lossy="execute-predicted")
+        with Engine(config) as engine:
+            if not ours:
+                engine.layers.close()
+            used = counted(engine)
+            found = tokens(engine)
+            assert bool(used) is ours
+            assert engine.deviation is not None
+        return found
+
+    assert lossy(ours=True) == lossy(ours=False)
 
 
 @pytest.mark.parametrize("family", LEFT)

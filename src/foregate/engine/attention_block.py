@@ -115,6 +115,7 @@ def _narrow(heads: int, shared: int, width: int) -> bool:
 
 
 def layer_of(module: nn.Module) -> int:
+    """Of a cache, which the attention ``module`` writes to."""
     index = module.layer_idx
     assert isinstance(index, int)
     return index

@@ -100,7 +100,8 @@ class RoomyLayer(DynamicLayer):
 
     def _widen(self, *lengths: int) -> None:
         """Have room for so many positions."""
-        self._rooms = tuple(map(_wide, self._rooms, self._lengths, lengths))  # type: ignore[assignment]
+        keys, values = map(_wide, self._rooms, self._lengths, lengths)
+        self._rooms = (keys, values)
 
 
 def _with(pair: tuple[T, T], which: int, value: T) -> tuple[T, T]:

@@ -99,22 +99,12 @@ static PyTypeObject Function = {
 
 /* ---- What a prediction kernel wrote ---- */
 
-static PyObject *numbers(const int32_t *from, Py_ssize_t count) {
+/* A tuple of `count` float32 numbers or, unless they are `real`, int32. */
+static PyObject *numbers(const void *from, Py_ssize_t count, int real) {
     PyObject *made = PyTuple_New(count);
     for (Py_ssize_t i = 0; made && i < count; i++) {
-        PyObject *number = PyLong_FromLong(from[i]);
-        if (!number)
-            Py_CLEAR(made);
-        else
-            PyTuple_SET_ITEM(made, i, number);
-    }
-    return made;
-}
-
-static PyObject *floats(const float *from, Py_ssize_t count) {
-    PyObject *made = PyTuple_New(count);
-    for (Py_ssize_t i = 0; made && i < count; i++) {
-        PyObject *number = PyFloat_FromDouble(from[i]);
+        PyObject *number =
+            real ? PyFloat_FromDouble(((const float *)from)[i]) : PyLong_FromLong(((const int32_t *)from)[i]);
         if (!number)
             Py_CLEAR(made);
         else
@@ -153,7 +143,8 @@ static PyObject *predictions(PyObject *module, PyObject *const *given, Py_ssize_
         Py_ssize_t first, named;
         PyObject *one = NULL;
         if (PyArg_ParseTuple(part, "Onn", &layer, &first, &named))
-            one = prediction((PyTypeObject *)given[3], layer, numbers(experts + first, named), floats(scores + first, named));
+            one = prediction((PyTypeObject *)given[3], layer, numbers(experts + first, named, 0),
+                             numbers(scores + first, named, 1));
         if (!one)
             Py_CLEAR(made);
         else

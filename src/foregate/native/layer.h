@@ -45,11 +45,13 @@ int foregate_layer(const decoder_layer *l, const uint16_t *x, int64_t how, const
     if (how & UNROUTED)
         return 0;
     code = foregate_route(&l->gate, l->routed, l->top, l->normalised, l->logits, l->ids, l->weights, l->dtype);
+    if (code)
+        return code;
     for (int e = 0; e < l->gate.rows; e++)
         l->scores[e] = from_bf16(l->logits[e]);
     for (int i = 0; i < l->top; i++)
         l->shares[i] = l->dtype == F32 ? ((const float *)l->weights)[i] : from_bf16(((const uint16_t *)l->weights)[i]);
-    return code;
+    return 0;
 }
 
 /* out [D] = the residual, and the sum of `parts` by the weights, which is rounded before. As foregate_combine. */

@@ -44,10 +44,9 @@ def _open(name: str) -> ctypes.CDLL | None:
 def function(found: ctypes.CDLL, name: str, count: int) -> Callable[..., int]:
     """``name`` of ``found``: ``count`` arguments of 64 bits each, addresses (None: NULL) and integers; returns int."""
     made, fast = getattr(found, name), calls()
-    if fast is None:
-        made.argtypes = [c_void_p] * count
-        return made  # type: ignore[no-any-return]
-    return fast.Function(ctypes.cast(made, c_void_p).value, count)  # type: ignore[no-any-return]
+    made.argtypes = [c_void_p] * count
+    callee: Callable[..., int] = made if fast is None else fast.Function(ctypes.cast(made, c_void_p).value, count)
+    return callee
 
 
 @cache

@@ -168,7 +168,8 @@ class _Told:
     def read(self) -> list[Prediction]:
         """A prediction for each of the layers."""
         if self._fast is not None:
-            return self._fast.predictions(*self.to, self._parts, Prediction)  # type: ignore[no-any-return]
+            told: list[Prediction] = self._fast.predictions(*self.to, self._parts, Prediction)
+            return told
         found = self._form.unpack(self._memory)  # one call: numpy's lists take several times as long
         scores, experts = found[: self._half], found[self._half :]
         return [Prediction(layer, experts[at : at + n], scores[at : at + n]) for layer, at, n in self._parts]
