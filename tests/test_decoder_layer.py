@@ -313,12 +313,12 @@ def test_what_stands_in_for_a_part_is_called(part: str, forward: bool, engine: E
 
 
 def test_a_trial_runs_what_a_step_runs(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[bool, bool]] = []
+    seen: list[bool] = []
     called = DecoderLayer.__call__
 
-    def spied(self: DecoderLayer, x: Any, turns: Any, place: Any, normed: bool, route: bool) -> bool:
-        seen.append((normed, route))
-        return called(self, x, turns, place, normed, route)
+    def spied(self: DecoderLayer, x: Any, turns: Any, place: Any, normed: bool) -> bool:
+        seen.append(normed)
+        return called(self, x, turns, place, normed)
 
     monkeypatch.setattr(DecoderLayer, "__call__", spied)
     mixed: list[int] = []
@@ -331,8 +331,8 @@ def test_a_trial_runs_what_a_step_runs(made: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(DecoderLayer, "mix", spied_mix)
     with Engine(RunConfig(model=made("mixtral"), memory_budget="100%", predictor="none")) as engine:
         layers = engine.spec.layers
-    assert seen.count((False, True)) == seen.count((True, False)) == 3 * layers
-    assert len(mixed) == 3 * layers
+    assert seen.count(False) == seen.count(True) == 3 * layers
+    assert len(mixed) == 6 * layers
 
 
 def test_a_window_is_left_to_the_model(made: Any, tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ def test_norms_of_another_width_are_refused() -> None:
     turns, held = rows(2, 1, 1, 16), rows(2, 1, 4, 16)
     place = (held[0].data_ptr(), 64, 16, held[1].data_ptr(), 64, 16, 1)
     with pytest.raises(IntegrityError):
-        layer(rows(1, 1, 64), turned(turns[0], turns[1]), place, False, True)
+        layer(rows(1, 1, 64), turned(turns[0], turns[1]), place, False)
 
 
 def test_a_trial_that_breaks_leaves_the_modules_as_they_are(

@@ -127,7 +127,7 @@ class Layer:
         if signals.early:
             kernel.norm(x)
             signals.before_attention(number, kernel.normed)
-        routed = self._clock.timed(kernel, x, turns, place, signals.early, not signals.late)
+        routed = self._clock.timed(kernel, x, turns, place, signals.early)
         held.grow()
         signals.after_attention(number, kernel)
         self._mix(routed)

@@ -404,6 +404,7 @@ class Engine:
             make_room(out.past_key_values)
             self.runtime.end_prefill()
             self._learned(perf_counter() - began)
+            self.step.begin()
         else:
             self.runtime.begin_decode(position, ids[-1])
             with self.dense.decode():

@@ -22,7 +22,7 @@ from foregate.engine.clock import Clock
 from foregate.engine.signals import ModelSignals
 from foregate.events import ControllerDecided, Part, TimeSpent, ns
 from foregate.experts.cache import ExpertCache
-from foregate.experts.compute import SlotViews, expert_forward, experts_forward
+from foregate.experts.compute import SlotViews, Weights, expert_forward, experts_forward, experts_of
 from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
 from foregate.native import kernels
 from foregate.native.decoder_layer import DecoderLayer
@@ -40,6 +40,8 @@ order into one fp32 sum. Chosen by T alone, never by residency: the order of acc
 log = logging.getLogger("foregate")
 T = TypeVar("T")
 Floats = NDArray[np.float32]
+Product = Callable[[Sequence[Weights], Sequence[int]], None]
+"""Writes what experts give to rows of a token's outputs."""
 
 STAGING_SHARE = 4
 """One slot in so many is set aside for reading the next layer ahead, if the pool cannot hold all experts."""
@@ -134,7 +136,11 @@ class ExpertRuntime:
         choice = kernel.choice
         ranks: list[int] = choice.experts[0].tolist()
         self._tell(layer, choice.experts.copy(), choice.shares.copy(), choice.scores)
-        self._compute_one(layer, module, kernel.routed, ranks, choice.parts)
+
+        def together(held: Sequence[Weights], rows: Sequence[int]) -> None:
+            experts_of(kernel, module, held, rows)
+
+        self._compute_one(layer, ranks, choice.parts, together)
         kernel.mix()
 
     def forward_scaled(self, layer: int, module: nn.Module, repeated: Tensor) -> Tensor:
@@ -176,7 +182,11 @@ class ExpertRuntime:
         if len(index) == 1:
             ranks = index[0].tolist()
             outs = x.new_empty((len(ranks), x.shape[-1]))
-            self._compute_one(layer, module, x, ranks, outs)
+
+            def together(held: Sequence[Weights], rows: Sequence[int]) -> None:
+                experts_forward(module, x, held, outs, rows)
+
+            self._compute_one(layer, ranks, outs, together)
             if kernels.combines(x, weights):
                 return kernels.combine(outs, weights)
             return (outs * weights[0, :, None]).sum(dim=0, keepdim=True).to(x.dtype)
@@ -190,19 +200,17 @@ class ExpertRuntime:
         self._decode(layer, self._needed(layer, index.flatten().tolist()), compute)
         return parts.sum(dim=1).to(x.dtype)
 
-    def _compute_one(self, layer: int, module: nn.Module, x: Tensor, ranks: list[int], parts: Tensor) -> None:
-        """Fill ``parts`` [k, D] with what the experts ``ranks`` [k] give for the one token ``x`` [1, D]."""
+    def _compute_one(self, layer: int, ranks: list[int], parts: Tensor, product: Product) -> None:
+        """Fill ``parts`` [k, D] with what the experts ``ranks`` [k] give for one token, by ``product``."""
         needed = self._needed(layer, ranks)
+        views, layout_of = self._views, self._layout_of
         if self._computes_less or len(needed) < len(ranks):  # what nobody computes counts as zero
             parts.zero_()
 
         def together(experts: Sequence[int], slots: Sequence[int]) -> None:
-            held = [
-                self._views.weights(slot, self._layout_of(ExpertKey(layer, expert)))
-                for expert, slot in zip(experts, slots, strict=True)
-            ]
-            rows = [ranks.index(expert) for expert in experts]
-            self._clock.timed(experts_forward, module, x, held, parts, rows)
+            pairs = zip(experts, slots, strict=True)
+            held = [views.weights(slot, layout_of(ExpertKey(layer, expert))) for expert, slot in pairs]
+            self._clock.timed(product, held, [ranks.index(expert) for expert in experts])
 
         self._decode(layer, needed, lambda expert, slot: together((expert,), (slot,)), together)
         if len(needed) < len(ranks):

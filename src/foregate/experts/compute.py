@@ -22,6 +22,7 @@ from foregate.checkpoint.quantise import SCALE
 from foregate.errors import UnsupportedModelError
 from foregate.experts.slots import SlotPool
 from foregate.native import kernels
+from foregate.native.decoder_layer import DecoderLayer
 from foregate.types import ExpertLayout
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
@@ -83,7 +84,7 @@ def check_supported(module: nn.Module, layout: ExpertLayout, family: str) -> Non
 def expert_forward(module: Any, x: Tensor, weights: Weights) -> Tensor:
     """Output [T, D] of one expert for ``x`` [T, D], with the flags and the activation of its transformers module."""
     if len(x) <= kernels.MOST_TOKENS and runs_fused(module, x, weights):
-        return weights.fused(module.down_proj.shape[-1])(x)
+        return weights.fused(_fused_width(module, weights))(x)
     return torch_forward(module, x, weights.tensors, weights.scratch)
 
 
@@ -91,8 +92,8 @@ def experts_forward(module: Any, x: Tensor, weights: Sequence[Weights], into: Te
     """Write the outputs of several experts for the one token ``x`` [1, D] to ``rows`` of ``into`` [k, D], contiguous
     and of the dtype of ``x``: bit for bit those of ``expert_forward``."""
     if runs_fused(module, x, weights[0]) and len(weights) <= kernels.MOST_EXPERTS:
-        hidden = module.down_proj.shape[-1]
-        experts = [one.fused(hidden) for one in weights]
+        width = _fused_width(module, weights[0])
+        experts = [one.fused(width) for one in weights]
         if all(one.form == experts[0].form for one in experts):
             kernels.FusedExpert.together(experts, x, into, rows)
             return
@@ -100,12 +101,25 @@ def experts_forward(module: Any, x: Tensor, weights: Sequence[Weights], into: Te
         into[row] = expert_forward(module, x, one)[0]
 
 
+def experts_of(kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int]) -> None:
+    """``experts_forward`` for the token that ``kernel`` has routed, into its choice."""
+    width = _fused_width(module, weights[0])
+    if not width or not kernel.experts([one.fused(width).at for one in weights], rows, width):
+        experts_forward(module, kernel.routed, weights, kernel.choice.parts, rows)
+
+
 def runs_fused(module: Any, x: Tensor, weights: Weights) -> bool:
     """Whether the compiled expert computes what this module does, for weights and inputs of these dtypes."""
-    known: bool | None = module.__dict__.get("_foregate_fused")
+    return x.dtype in kernels.ACTIVATIONS and _fused_width(module, weights) > 0
+
+
+def _fused_width(module: Any, weights: Weights) -> int:
+    """F where the compiled expert computes what this module does, for weights of these dtypes; else 0."""
+    known: int | None = module.__dict__.get("_foregate_fused")
     if known is None:
-        known = module.__dict__["_foregate_fused"] = _is_plain(module) and _fits(weights.tensors)
-    return known and x.dtype in kernels.ACTIVATIONS
+        fits = _is_plain(module) and _fits(weights.tensors)
+        known = module.__dict__["_foregate_fused"] = module.down_proj.shape[-1] if fits else 0
+    return known
 
 
 def _is_plain(module: Any) -> bool:

@@ -6,15 +6,17 @@ Shapes: D hidden, E experts, k chosen.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_int32, c_void_p
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from foregate.native.attention_block import AttentionBlock, HeadNorm
-from foregate.native.kernels import MOST_EXPERTS, UNDECIDED, called, check, loaded, num_threads
-from foregate.native.matrix import Matrix
+from foregate.native.kernels import MOST_EXPERTS, REFUSED, UNDECIDED, called, check, loaded, num_threads
+from foregate.native.matrix import BF16, Matrix
 from foregate.native.router import Router
 
 Norm = tuple[Tensor, float]
@@ -80,6 +82,12 @@ class DecoderLayer:
         self._layer = _Layer(attention.at, *norms, router.gate, router.top_k, router.normalised, router.kind, *at)
         self._at = ctypes.addressof(self._layer)
         self._run, self._mix = called("foregate_layer", 14), called("foregate_layer_out", 2)
+        self._experts = called("foregate_experts", 9)
+        self._expert_places: Any = (c_void_p * (2 * MOST_EXPERTS))()
+        places, width = ctypes.addressof(self._expert_places), attention.inputs
+        self._experts_at = places, places + ctypes.sizeof(self._expert_places) // 2
+        self._rows = [row.data_ptr() for row in made.parts]
+        self._routed_at = at[2], width, width, BF16
         self.hidden = torch.zeros(1, 1, attention.inputs, dtype=torch.bfloat16)
         self._hidden_at = self.hidden.data_ptr()
         self.places = dict(zip(("pre_attention", "residual", "router_input"), at[:3], strict=True))
@@ -90,6 +98,20 @@ class DecoderLayer:
         """Fill ``hidden`` with ``residual`` and ``choice.parts``, rows in the order of the chosen, by their weights."""
         check(self._mix(self._at, self._hidden_at))
 
+    def experts(self, experts: Sequence[int], rows: Sequence[int], hidden: int) -> bool:
+        """Fill ``rows`` of ``choice.parts`` with what ``experts`` (``FusedExpert.at``) of ``hidden`` numbers between
+        their matrices give for ``routed``; False, and nothing done, where they are not of one form, or too many."""
+        count, places = len(experts), self._expert_places
+        if count > MOST_EXPERTS:
+            return False
+        places[:count] = experts
+        places[MOST_EXPERTS : MOST_EXPERTS + count] = [self._rows[row] for row in rows]
+        code = self._experts(*self._experts_at, count, hidden, *self._routed_at, num_threads())
+        if code == REFUSED:
+            return False
+        check(code)
+        return True
+
     def take(self, out: Tensor) -> None:
         """Fill ``hidden`` with ``residual`` and ``out`` [1, D], what the experts have given together."""
         torch.add(self.residual, out, out=self.hidden[0])
@@ -99,14 +121,13 @@ class DecoderLayer:
         weight, small = self._before
         check(self._norm(x.data_ptr(), weight.data_ptr(), self.normed.data_ptr(), 1, len(weight), small))
 
-    def __call__(self, x: Tensor, turns: Turns, place: tuple[int, ...], normed: bool, route: bool) -> bool:
-        """Fill ``residual``, ``routed`` and, with ``route``, ``choice``: whether the last of them counts now.
+    def __call__(self, x: Tensor, turns: Turns, place: tuple[int, ...], normed: bool) -> bool:
+        """Fill ``residual``, ``routed`` and ``choice``: whether the last of them counts, or the router cannot tell.
 
         ``x`` and ``place`` as ``AttentionBlock.attention`` takes them; ``normed``: ``norm`` has been called for ``x``.
         """
-        how = normed + 2 * (not route)
-        code = self._run(self._at, x.data_ptr(), how, *turns, *place, num_threads())
+        code = self._run(self._at, x.data_ptr(), normed, *turns, *place, num_threads())
         if code == UNDECIDED:
             return False
         check(code)
-        return route
+        return True

@@ -47,8 +47,8 @@ FUNCTIONS = tuple(
 _MOST_VALUES, _MOST_WIDTH = 16384, 1024
 """Of decode.h."""
 
-MOST_RANKED, UNDECIDED = 4096, 3
-"""Experts of a router at most; the answer where they tie."""
+MOST_RANKED, REFUSED, UNDECIDED = 4096, 1, 3
+"""Experts of a router at most; the answers to what a kernel does not take, and where experts tie."""
 
 
 def num_threads() -> int:
@@ -152,7 +152,8 @@ class FusedExpert:
         scales = (None, None) if gate_up_scale is None else gate_up_scale.chunk(2)
         self._parts = tuple(matrix(*pair) for pair in ((gate, scales[0]), (up, scales[1]), (down, down_scale)))
         self._whole = _Expert(*self._parts)
-        self._at = ctypes.addressof(self._whole)
+        self.at = ctypes.addressof(self._whole)
+        """Where its matrices are told of."""
         self.form = tuple((m.dtype, m.rows, m.columns, m.group) for m in self._parts)
         """Experts of equal form can be computed ``together``."""
         self._hidden = hidden
@@ -178,7 +179,7 @@ class FusedExpert:
         first, count, kind = experts[0], len(experts), ACTIVATIONS[x.dtype]
         x = x.contiguous()
         width, base, step = x.shape[1], into.data_ptr(), into.stride(0) * into.element_size()
-        places = (c_void_p * (2 * count))(*[one._at for one in experts], *[base + row * step for row in rows])
+        places = (c_void_p * (2 * count))(*[one.at for one in experts], *[base + row * step for row in rows])
         at = ctypes.addressof(places)
         code = called("foregate_experts", 9)(
             at, at + ctypes.sizeof(places) // 2, count, first._hidden, x.data_ptr(), width, width, kind, num_threads()

@@ -21,19 +21,16 @@ static int refuse_layer(const decoder_layer *l) {
     return l->before.width != n || l->after.width != n || l->gate.columns != n || n < 16 || n % 16;
 }
 
-enum { NORMED = 1, UNROUTED = 2 };
-
-/* From x [D] to the chosen experts and all else that `l` has room for; `how`: NORMED, where l->normed is there already,
- * and UNROUTED, to leave the router out. The other arguments as for foregate_attention. Returns as foregate_route:
- * UNDECIDED leaves only the choice open. */
-int foregate_layer(const decoder_layer *l, const uint16_t *x, int64_t how, const uint16_t *cos, const uint16_t *sin,
+/* From x [D] to the chosen experts and all else that `l` has room for; `normed`: l->normed is there already. The other
+ * arguments as for foregate_attention. Returns as foregate_route: UNDECIDED leaves only the choice open. */
+int foregate_layer(const decoder_layer *l, const uint16_t *x, int64_t normed, const uint16_t *cos, const uint16_t *sin,
                    int64_t turned, uint16_t *k, int64_t k_head, int64_t k_row, uint16_t *v, int64_t v_head,
                    int64_t v_row, int64_t positions, int64_t threads) {
     choose_best();
     if (refuse_layer(l))
         return 1;
     const int n = l->after.width;
-    if (!(how & NORMED))
+    if (!normed)
         chosen.norm(x, l->before.weight, l->normed, n, l->before.epsilon);
     int code = foregate_attention(l->attention, l->normed, cos, sin, (int)turned, k, k_head, k_row, v, v_head, v_row,
                                   (int)positions, l->residual, (int)threads);
@@ -42,8 +39,6 @@ int foregate_layer(const decoder_layer *l, const uint16_t *x, int64_t how, const
     for (int i = 0; i < n; i++)
         l->residual[i] = nearest_bf16(from_bf16(x[i]) + from_bf16(l->residual[i]));
     chosen.norm(l->residual, l->after.weight, l->routed, n, l->after.epsilon);
-    if (how & UNROUTED)
-        return 0;
     code = foregate_route(&l->gate, l->routed, l->top, l->normalised, l->logits, l->ids, l->weights, l->dtype);
     if (code)
         return code;
