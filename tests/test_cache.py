@@ -48,7 +48,7 @@ def test_a_failed_load_leaves_nothing(cache: ExpertCache) -> None:
 
 def test_the_least_recently_used_goes_first_and_is_counted(cache: ExpertCache) -> None:
     load(cache, A, B, C)
-    cache.touch(A)
+    cache.hit(A)
     load(cache, D)
     assert set(cache.resident) == {A, C, D}
     assert (cache.evictions, cache.peak_resident) == (1, 3)
@@ -59,8 +59,8 @@ def test_what_left_the_cache_comes_back_without_its_frequency(leave: str) -> Non
     cache = ExpertCache(SlotPool(2, 4096), Lfu())
     if leave == "evicted":
         load(cache, A)
-        cache.touch(A)
-        cache.touch(A)
+        cache.hit(A)
+        cache.hit(A)
         cache.set_staging(1)
         load(cache, B)
         cache.set_staging(0)
@@ -69,7 +69,7 @@ def test_what_left_the_cache_comes_back_without_its_frequency(leave: str) -> Non
             cache.reserve(A)
             cache.abort(A)
         load(cache, B)
-    cache.touch(B)
+    cache.hit(B)
     load(cache, A, C)
     assert set(cache.resident) == {B, C}, "A was used once since it came back, B twice"
 
@@ -222,7 +222,6 @@ def test_operations_in_the_wrong_state_are_refused_and_change_nothing(cache: Exp
     cache.reserve(B)
     cache.stage(C)
     wrong = [
-        (cache.touch, [B, C, D]),
         (cache.reserve, [A, B, C]),
         (cache.stage, [A, B, C]),
         (cache.commit, [A, C, D]),
@@ -235,6 +234,7 @@ def test_operations_in_the_wrong_state_are_refused_and_change_nothing(cache: Exp
         for key in keys:
             with pytest.raises(IntegrityError):
                 operation(key)  # type: ignore[operator]
+    assert [cache.hit(key) for key in (A, B, C, D)] == [True, False, False, False]
     states = [cache.state(key) for key in (A, B, C, D)]
     assert states == [SlotState.RESIDENT, SlotState.LOADING, SlotState.STAGED, None]
 

@@ -133,7 +133,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def hit(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(self.keys("resident")))
-        self.cache.touch(key)
+        assert self.cache.hit(key)
         self.model.touch(key)
 
     @rule(keys=st.lists(KEYS, max_size=4))

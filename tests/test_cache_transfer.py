@@ -69,7 +69,7 @@ class Driver:
     def start(self, key: ExpertKey) -> bool:
         state = self.cache.state(key)
         if state is SlotState.RESIDENT:
-            self.cache.touch(key)
+            self.cache.hit(key)
         elif state is SlotState.STAGED:
             ticket = self.tickets.get(key) or self.dying.pop(key)
             if ticket.ok:

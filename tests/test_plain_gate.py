@@ -16,7 +16,7 @@ from foregate.engine.engine import Engine
 from foregate.engine.plain_gate import ENOUGH, PlainGate, order
 from foregate.native import kernels
 from foregate.testing.tiny import FAMILIES, build
-from foregate.types import Moment, Phase, RoutingStep
+from foregate.types import Moment, Phase, Prediction, RoutingStep
 
 PROMPT = [5 + (7 * i) % 240 for i in range(20)]
 E, D, K = 8, 16, 2
@@ -111,6 +111,11 @@ def test_one_call_ranks_as_norm_product_and_order_do(experts: int, width: int) -
             decided += 1
             np.testing.assert_array_equal(found[0], experts_there)
             np.testing.assert_array_equal(found[1].view(np.int32), scores_there.view(np.int32))
+        for most in (1, top_k, experts, experts + 3):
+            named = ranker.best(7, row.data_ptr(), most)
+            assert (named is None) == (found is None)
+            wanted = Prediction(7, tuple(experts_there[:most].tolist()), tuple(scores_there[:most].tolist()))
+            assert named is None or named == wanted
     assert decided > 50
 
 
@@ -156,6 +161,9 @@ def test_the_engine_ranks_in_one_call_as_in_four(source: str, tmp_path: Path) ->
                     signals._rankers[target, source == "residual"] = ranker
                     np.testing.assert_array_equal(fast, slow)
                     np.testing.assert_array_equal(scores, slow_scores)
+                    for most in (1, 3, None):
+                        named = signals.best(target, source, most)
+                        assert named == (target, tuple(slow[:most].tolist()), tuple(slow_scores[:most].tolist()))
                     compared += ranker(signals._known(source)) is not None
 
         engine.observers.append(Compare())

@@ -64,6 +64,10 @@ class TracedSignals:
         order = np.argsort(-scores)
         return order, scores[order]
 
+    def best(self, target: int, source: str, most: int | None) -> Prediction:
+        order, scores = self.rank(target, source)
+        return Prediction(target, tuple(order[:most].tolist()), tuple(scores[:most].tolist()))
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:

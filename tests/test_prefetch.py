@@ -200,7 +200,7 @@ def test_windows_are_measured_without_the_waits_in_them() -> None:
         b.prefetcher.consider(0, Moment.AFTER_ROUTING, [Prediction(1, (1, 2), ())])
         b.prefetcher.saw_wait(100.0)
         b.prefetcher.arrived(1)
-        assert b.controller.ledger.accounts[1].window_s < -90  # nobody waited: the clock was turned back
+        assert b.controller.account().accounts[1].window_s < -90  # nobody waited: the clock was turned back
 
 
 def test_a_prompt_keeps_what_it_used_most_not_what_it_read_last() -> None:

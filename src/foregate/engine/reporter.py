@@ -43,7 +43,7 @@ class Reporter:
         engine, report = self._engine, self.report
         controller = engine.prefetcher.controller
         report.controller = {**asdict(controller.decision), "switches": controller.switches}
-        report.ledger = controller.ledger.as_dict()
+        report.ledger = controller.account().as_dict()
         report.resident_bytes_peak = engine.pool.peak_bytes
         report.rss_peak_bytes = rss_peak()
         report.direct_io = engine.store.direct_io

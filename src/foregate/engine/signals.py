@@ -20,7 +20,7 @@ from foregate.errors import ConfigError
 from foregate.native.decoder_layer import DecoderLayer
 from foregate.native.kernels import Ranker
 from foregate.native.matrix import BF16, F32
-from foregate.types import Moment, RoutingStep
+from foregate.types import Moment, Prediction, RoutingStep
 
 Ranking = tuple[NDArray[np.int64], NDArray[np.float32]]
 
@@ -57,6 +57,7 @@ class ModelSignals:
         self._flow = FlowWatcher(model, paths, experts, self._at)
         self._plain = [PlainGate(part.router, part.experts) for part in self._flow.parts]
         self._rankers: dict[tuple[int, bool], Ranker | None] = {}
+        self._quick: dict[tuple[int, int, str], tuple[DecoderLayer, tuple[Ranker, int] | None]] = {}
         self._outputs: list[Any] = [None] * self.layers
         self._listening: list[Any] = []
         self._unexplained: set[int] = set()
@@ -106,8 +107,9 @@ class ModelSignals:
     def after_attention(self, layer: int, kernel: DecoderLayer) -> None:
         """``kernel`` has computed all before the router of ``layer``."""
         part = self._flow.parts[layer]
-        part.pre_attention, part.residual, part.router_input = kernel.normed, kernel.residual, kernel.routed
-        part.compiled = kernel
+        if part.compiled is not kernel:
+            part.pre_attention, part.residual, part.router_input = kernel.normed, kernel.residual, kernel.routed
+            part.compiled = kernel
         self.layer, self.moment = layer, Moment.AFTER_ATTENTION
         if self.late:
             self.reached(layer, Moment.AFTER_ATTENTION)
@@ -126,10 +128,10 @@ class ModelSignals:
     def routed(self, step: RoutingStep, given: NDArray[np.float32] | None = None) -> NDArray[np.float32] | None:
         """Scores [T, E] that this layer's router has just given; None where it gives none that explain its choice.
 
-        ``given``: they are at hand; they are copied.
+        ``given``: they are at hand, until the next token.
         """
         if given is not None:
-            return None if step.layer in self._unexplained else given.copy()
+            return None if step.layer in self._unexplained else given
         output, experts = self._outputs[step.layer], self.experts[step.layer]
         self._outputs[step.layer] = None
         scored = [t for t in _tensors(output) if t.is_floating_point() and t.shape[-1] >= experts]
@@ -147,11 +149,11 @@ class ModelSignals:
 
     def addresses(self, *names: str, numbers: int) -> tuple[tuple[int, ...], int] | None:
         """See ``interfaces.Signals``."""
-        kernel = self._flow.parts[self.layer].compiled
+        kernel: DecoderLayer | None = self._flow.parts[self.layer].compiled
         if kernel is not None and self.moment is not Moment.BEFORE_ATTENTION and numbers <= kernel.width:
-            found = [kernel.places[name] for name in names if name in kernel.places]
-            if len(found) == len(names):
-                return tuple(found), BF16
+            placed = kernel.placed(names)
+            if placed is not None:
+                return placed
         dtype, found = self._dtype, []
         for name in names:
             value = self._known(name)
@@ -185,6 +187,32 @@ class ModelSignals:
         self._check_trust()
         source = self.fed_with(self.layer, target, source)
         return self._rank(target, source, self._known(source))
+
+    def best(self, target: int, source: str, most: int | None) -> Prediction:
+        """See ``interfaces.Signals``."""
+        kernel: DecoderLayer | None = self._flow.parts[self.layer].compiled
+        if kernel is not None and (self.moment is not Moment.BEFORE_ATTENTION or source == "pre_attention"):
+            asked = self._asked(target, source, kernel)
+            found = None if asked is None else asked[0].best(target, asked[1], most or asked[0].rows)
+            if found is not None:
+                return found
+        experts, scores = self.rank(target, source)
+        return Prediction(target, tuple(experts[:most].tolist()), tuple(scores[:most].tolist()))
+
+    def _asked(self, target: int, source: str, kernel: DecoderLayer) -> tuple[Ranker, int] | None:
+        """Who ranks ``target`` on ``source`` in one call, and where that lies; None where nobody does."""
+        key = self.layer, target, source
+        known = self._quick.get(key)
+        if known is not None and known[0] is kernel:
+            return known[1]
+        if self._flow.learning or self.distrust or not self._plain[target].trusted:
+            return None
+        fed = self.fed_with(self.layer, target, source)
+        ranker = self._ranker(target, fed == "residual")
+        fits = ranker is not None and ranker.width == kernel.width and fed in kernel.places
+        found = (ranker, kernel.places[fed]) if ranker is not None and fits else None
+        self._quick[key] = kernel, found
+        return found
 
     def rank_row(self, target: int, source: str, row: NDArray[np.float32]) -> Ranking:
         """What ``rank`` would give if ``source`` of this layer were ``row`` [D]; see ``fed_with``."""

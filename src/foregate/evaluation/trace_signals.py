@@ -17,7 +17,7 @@ from foregate.engine.engine import Engine
 from foregate.engine.signals import FEATURES, ModelSignals, Ranking
 from foregate.errors import ConfigError, TraceError
 from foregate.evaluation.held_out import HeldPrompt
-from foregate.types import Moment
+from foregate.types import Moment, Prediction
 
 
 def open_routers(model: str, fingerprint: str, token_ids: Sequence[int]) -> ModelSignals:
@@ -105,6 +105,11 @@ class TraceSignals:
             self._ranked[key] = routers.rank_rows(target, fed, self._rows(fed))
         order, scores = self._ranked[key]
         return order[self._token], scores[self._token]
+
+    def best(self, target: int, source: str, most: int | None) -> Prediction:
+        """See ``interfaces.Signals``."""
+        experts, scores = self.rank(target, source)
+        return Prediction(target, tuple(experts[:most].tolist()), tuple(scores[:most].tolist()))
 
     def _rows(self, name: str) -> NDArray[np.float32]:
         """Signal ``name`` of this layer, [T, D]."""

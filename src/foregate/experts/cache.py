@@ -105,7 +105,7 @@ class ExpertCache:
         return self._loading.keys()
 
     def lookup(self, key: ExpertKey) -> int | None:
-        """Slot of a resident expert, else None. Does not count as an access: see ``touch``."""
+        """Slot of a resident expert, else None. Does not count as an access: see ``hit``."""
         return self._resident.get(key)
 
     def state(self, key: ExpertKey) -> SlotState | None:
@@ -133,12 +133,14 @@ class ExpertCache:
 
     # Doing
 
-    def touch(self, key: ExpertKey) -> None:
-        """A hit: tell the policy. Loads need none: reserve, adopt and promote count as the first access."""
+    def hit(self, key: ExpertKey) -> bool:
+        """Whether ``key`` is resident; if so, this was an access. Loads need none: reserve, adopt and promote count."""
         if key not in self._resident:
-            raise IntegrityError(f"{key} touched but not resident")
-        self._spent.pop(key, None)
+            return False
+        if self._spent:
+            self._spent.pop(key, None)
         self.policy.touch(key)
+        return True
 
     def pin(self, keys: Iterable[ExpertKey]) -> None:
         """Protect ``keys`` from eviction, whether they have a slot yet or not; counted."""
@@ -270,7 +272,7 @@ class ExpertCache:
 
     def _make_room(self, extra: int) -> bool:
         """Evict until ``extra`` more fit into the quota; False when there is no victim left."""
-        while self._excess(extra):
+        while len(self._resident) + len(self._loading) + extra > self.pool.slots - self._staging:
             if not self._evict():
                 return False
         return True
@@ -278,7 +280,7 @@ class ExpertCache:
     def _evict(self) -> bool:
         if not self._evictable:
             return False
-        spent = next((key for key in self._spent if key in self._evictable), None)
+        spent = next((key for key in self._spent if key in self._evictable), None) if self._spent else None
         key = self.policy.victim(self._evictable) if spent is None else spent
         self.pool.give(self._leave(key, self._resident))
         self.policy.forget(key)

@@ -92,7 +92,15 @@ class DecoderLayer:
         self._hidden_at = self.hidden.data_ptr()
         self.places = dict(zip(("pre_attention", "residual", "router_input"), at[:3], strict=True))
         """Where what signals tell of lies in memory, by its name there."""
+        self._placed: dict[tuple[str, ...], tuple[tuple[int, ...], int] | None] = {}
         self._norm = loaded().foregate_rms_norm
+
+    def placed(self, names: tuple[str, ...]) -> tuple[tuple[int, ...], int] | None:
+        """Where the signals of these names lie, and in which format; None where one does not."""
+        if names not in self._placed:
+            known = all(name in self.places for name in names)
+            self._placed[names] = (tuple(self.places[name] for name in names), BF16) if known else None
+        return self._placed[names]
 
     def mix(self) -> None:
         """Fill ``hidden`` with ``residual`` and ``choice.parts``, rows in the order of the chosen, by their weights."""

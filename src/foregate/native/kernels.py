@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foregate.errors import IntegrityError
-from foregate.native.library import function, load
+from foregate.native.library import calls, function, load
 from foregate.native.matrix import BF16, F32, INT4, INT8, threads_asked
 from foregate.native.matrix import MOST_COLUMNS as MOST_COLUMNS
 from foregate.native.matrix import Matrix as Matrix
 from foregate.native.matrix import use_threads as use_threads
+from foregate.types import Prediction
 
 MOST_TOKENS = 8
 """Tokens up to which the kernels run; more are cheaper as one product of matrices."""
@@ -232,25 +233,41 @@ class Ranker:
     def __init__(self, gate: Tensor, norm: tuple[Tensor, float] | None, top_k: int) -> None:
         weight, epsilon = norm or (None, 0.0)
         self._kept = gate, weight
-        self._scores, self._order = np.empty(len(gate), np.float32), np.empty(len(gate), np.int64)
+        self._scores, self._order = np.empty(len(gate), np.float32), np.empty(len(gate), np.int32)
+        self._to = self._scores.ctypes.data, self._order.ctypes.data
         pointer = None if weight is None else weight.data_ptr()
         self._job = _Ranking(
-            matrix(gate, None), pointer, epsilon, self._scores.ctypes.data, self._order.ctypes.data
+            matrix(gate, None), pointer, epsilon, *self._to
         )  # fmt: skip
         self._given = ctypes.addressof(self._job)
-        self._width = gate.shape[1]
+        self.rows, self.width = gate.shape
         self._top_k = top_k
-        self._run = called("foregate_rank", 3)
+        self._run, self._fast = called("foregate_rank", 4), calls()
 
     def __call__(self, x: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Rows best first and their scores for ``x`` [1, D]; None where it does not suit, or the ``top_k``-th ties."""
-        if x.dtype is not torch.bfloat16 or x.shape[-1] != self._width or not x.is_contiguous():
+        if x.dtype is not torch.bfloat16 or x.shape[-1] != self.width or not x.is_contiguous():
             return None
-        code = self._run(self._given, x.data_ptr(), self._top_k)
+        if not self._ranked(x.data_ptr(), self.rows):
+            return None
+        return self._order.astype(np.int64), self._scores.copy()
+
+    def best(self, layer: int, at: int, most: int) -> Prediction | None:
+        """The best ``most`` for a token whose [D] lie ``at`` an address, as experts of ``layer``; None as above."""
+        if not self._ranked(at, most):
+            return None
+        count = min(most, self.rows)
+        if self._fast is not None:
+            told: list[Prediction] = self._fast.predictions(*self._to, ((layer, 0, count),), Prediction)
+            return told[0]
+        return Prediction(layer, tuple(self._order[:count].tolist()), tuple(self._scores[:count].tolist()))
+
+    def _ranked(self, at: int, most: int) -> bool:
+        code = self._run(self._given, at, self._top_k, most)
         if code == UNDECIDED:
-            return None
+            return False
         check(code)
-        return self._order.copy(), self._scores.copy()
+        return True
 
 
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -45,7 +45,7 @@ typedef struct {
     const uint16_t *norm; /* weight [K] of the norm before it, or NULL */
     float epsilon;
     float *scores;  /* [N] out, best first: what bf16 keeps of the products */
-    int64_t *order; /* [N] out: rows of the gate, best first, the lower first where they tie */
+    int32_t *order; /* [N] out: rows of the gate, best first, the lower first where they tie */
 } ranking;
 
 enum { MOST_RANKED = 4096, UNDECIDED = 3 };
@@ -72,30 +72,26 @@ static size_t gate_bytes(const matrix *m) {
 
 static int refuse_gate(const matrix *m) { return refuse(m, 1) || m->dtype != BF16 || m->rows > MOST_RANKED; }
 
-/* Rank the rows of `r->gate` for x [K], bf16. Returns as foregate_linear, or UNDECIDED where the order cannot be told: a
- * NaN, or a tie at place `top`, which routers settle each in its own way. */
-int foregate_rank(const ranking *r, const uint16_t *x, int64_t top) {
+/* Rank the rows of `r->gate` for x [K], bf16: the best `most`. Returns as foregate_linear, or UNDECIDED where the order
+ * cannot be told: a NaN, or a tie at place `top`, which routers settle each in its own way. */
+int foregate_rank(const ranking *r, const uint16_t *x, int64_t top, int64_t most) {
     choose_best();
     const matrix *m = &r->gate;
     const int n = m->columns, rows = m->rows;
+    const int last = top < rows ? (int)top + 1 : rows, sorted = most < last ? last : most < rows ? (int)most : rows;
     if (refuse_gate(m) || top < 1 || (r->norm && (n < 16 || n % 16)))
         return 1;
-    if (!reserve(gate_bytes(m) + (size_t)n * 2 + (size_t)rows * 12 + 256))
+    if (!reserve(gate_bytes(m) + (size_t)n * 2 + (size_t)rows * 8 + 256))
         return 2;
     uint16_t *normed = carve((size_t)n * 2);
     uint64_t *keys = carve((size_t)rows * 8);
-    int32_t *order = carve((size_t)rows * 4);
     if (r->norm)
         chosen.norm(x, r->norm, normed, n, r->epsilon);
     const float *products = gate_products(m, r->norm ? normed : x);
     if (!products)
         return UNDECIDED;
-    sort_scores(products, rows, rows, keys, order, r->scores);
-    if (top < rows && r->scores[top - 1] == r->scores[top])
-        return UNDECIDED;
-    for (int i = 0; i < rows; i++)
-        r->order[i] = order[i];
-    return 0;
+    sort_scores(products, rows, sorted, keys, r->order, r->scores);
+    return top < rows && r->scores[top - 1] == r->scores[top] ? UNDECIDED : 0;
 }
 
 /* ---- The router of a layer ---- */

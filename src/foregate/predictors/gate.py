@@ -36,16 +36,11 @@ class _Router(BasePredictor):
     def predict(self, signals: Signals) -> Sequence[Prediction]:
         known = targets(self, signals.layer, signals.layers)
         ahead = range(known.start, min(known.stop, signals.layers))
-        predictions = [self._rank(signals, target) for target in ahead]
+        predictions = [signals.best(target, self.signal, self._named) for target in ahead]
         if ahead and not self._cost.flops:
             numbers = len(signals.hidden(self.signal)) * sum(signals.experts[target] for target in ahead)
             self._cost = PredictorCost(2 * numbers, 4 * numbers)
         return predictions
-
-    def _rank(self, signals: Signals, target: int) -> Prediction:
-        experts, scores = signals.rank(target, self.signal)
-        named = self._named
-        return Prediction(target, tuple(experts[:named].tolist()), tuple(scores[:named].tolist()))
 
 
 class StaleGate(_Router):

@@ -14,9 +14,9 @@ class Average:
         self._count = 0
 
     def add(self, value: float) -> None:
-        self._count += 1
-        before = 0.0 if self.value is None else self.value
-        self.value = before + max(self._weight, 1 / self._count) * (value - before)
+        count = self._count = self._count + 1
+        before = self.value
+        self.value = value if before is None else before + max(self._weight, 1 / count) * (value - before)
 
     def get(self, default: float = 0.0) -> float:
         """The mean, or ``default`` before the first value."""

@@ -283,10 +283,17 @@ class Controller:
     def saw_window(self, layer: int, distance: int, seconds: float) -> None:
         """``seconds``, waits for reads left out, passed between the prediction of ``layer``, ``distance`` layers before
         it, and its routing."""
-        windows = self._windows[layer]
-        for kept in (windows, self._any_window):
-            kept.setdefault(distance, Average()).add(seconds)
-        self.ledger.accounts[layer].window_s = max([window.get() for window in windows.values()])
+        for kept in (self._windows[layer], self._any_window):
+            window = kept.get(distance)
+            if window is None:
+                window = kept[distance] = Average()
+            window.add(seconds)
+
+    def account(self) -> Ledger:
+        """The ledger, with the windows as they are now."""
+        for account, windows in zip(self.ledger.accounts, self._windows, strict=True):
+            account.window_s = max([window.get() for window in windows.values()], default=0.0)
+        return self.ledger
 
     def saw_prediction(self, seconds: float) -> None:
         """Asking the predictor took ``seconds``."""

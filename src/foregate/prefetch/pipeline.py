@@ -55,7 +55,8 @@ class Pipeline:
         self._cache.pin(keys)
         try:
             ready, missing = self._classify(keys, flight)
-            self._request(missing, flight)
+            if missing:
+                self._request(missing, flight)
             # What was staged for this layer and is not needed makes room for the layers after it.
             self._prefetcher.expire(layer)
             predict()
@@ -64,7 +65,8 @@ class Pipeline:
                 self._serve_absent(flight, missing, compute, pinned)
         finally:
             self._abandon(flight)
-            self._cache.unpin(pinned)
+            if pinned:
+                self._cache.unpin(pinned)
 
     def stream(
         self,
@@ -130,19 +132,18 @@ class Pipeline:
         ready: list[ExpertKey] = []
         missing: deque[ExpertKey] = deque()
         for key in keys:
-            if self._take_present(key, flight):
-                if key not in flight:
-                    ready.append(key)
-            else:
+            if not self._take_present(key, flight):
                 missing.append(key)
+            elif key not in flight:
+                ready.append(key)
         return ready, missing
 
     def _take_present(self, key: ExpertKey, flight: dict[ExpertKey, Ticket]) -> bool:
         """True if ``key`` is resident, staged, or on its way (then its ticket is in ``flight``)."""
-        if self._cache.state(key) is SlotState.RESIDENT:
-            self._cache.touch(key)
+        if self._cache.hit(key):
             self.stats.hits += 1
-            self._tell_use(key, Use.HIT)
+            if self._events.on:
+                self._tell_use(key, Use.HIT)
             return True
         ticket = self._prefetcher.claim(key)
         if ticket is None:
@@ -239,9 +240,9 @@ class Pipeline:
             for key in keys:
                 self._serve(key, compute, pinned)
             return
-        slots = [self._slot(key) for key in keys]
+        slots, experts = [self._slot(key) for key in keys], [key.expert for key in keys]
         began = perf_counter_ns()
-        together([key.expert for key in keys], slots)
+        together(experts, slots)
         self.stats.compute_s += (perf_counter_ns() - began) * 1e-9
         pinned.difference_update(keys)
         self._cache.unpin(keys)

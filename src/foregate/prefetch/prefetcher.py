@@ -73,22 +73,27 @@ class Prefetcher:
         Layers from L on are the next token's; what has been routed already, or lies a token or more away, is dropped.
         """
         self._reap()
-        now = self._now()
+        now = perf_counter() - self._waited_s
         self._tell_predictions(layer, moment, predictions)
         limit = self.controller.fixed
         width = _width(self._top_k, limit)
         first, layers = layer + (moment is Moment.AFTER_ROUTING), len(self._experts)
         absent: dict[Guess, ExpertKey] = {}
+        holds = self._cache.holds
         for prediction in predictions if len(predictions) < 2 else sorted(predictions, key=_layer_of):
             if not first <= prediction.layer < first + layers:
                 continue
             target, distance = prediction.layer % layers, prediction.layer - layer
-            self._predicted_at.setdefault(target, {}).setdefault(distance, now)
+            made = self._predicted_at.get(target)
+            if made is None:
+                self._predicted_at[target] = {distance: now}
+            elif distance not in made:
+                made[distance] = now
             ranked = _existing(prediction.experts, self._experts[target], 2 * width)
             self._withdraw(target, ranked)
             for rank, expert in enumerate(ranked[:width]):
                 key = ExpertKey(target, expert)
-                if not self._cache.holds(key):
+                if not holds(key):
                     absent[Guess(target, distance, rank)] = key
                 elif absent:  # of two predictions for one layer, the later one counts
                     absent.pop(Guess(target, distance, rank), None)
@@ -109,24 +114,24 @@ class Prefetcher:
 
     def arrived(self, layer: int) -> None:
         """A decode step knows the routing of ``layer``: its window is over."""
-        now, last = self._now(), self._arrived_at
+        now, last = perf_counter() - self._waited_s, self._arrived_at
         self._arrived_at = now
         if last is not None and (layer or len(self._experts) == 1):  # between tokens is more than a layer
             self.controller.saw_layer(now - last)
-        for distance, predicted in self._predicted_at.pop(layer, {}).items():
-            self.controller.saw_window(layer, distance, now - predicted)
+        made = self._predicted_at.pop(layer, None)
+        if made is not None:
+            for distance, predicted in made.items():
+                self.controller.saw_window(layer, distance, now - predicted)
 
     def saw_wait(self, seconds: float) -> None:
-        """The model has waited for a read: demand has the link then, so that no window is wider for it."""
+        """The model has waited for a read: demand has the link then, so that no window is wider for it. Windows are
+        measured on a clock that stands still meanwhile."""
         self._waited_s += seconds
-
-    def _now(self) -> float:
-        """Seconds on a clock that stands still while the model waits."""
-        return perf_counter() - self._waited_s
 
     def claim(self, key: ExpertKey) -> Ticket | None:
         """The ticket of a staged expert that is needed now, or None. One that is being cancelled is revived."""
-        self._reap()
+        if self._dying or self.events.on:
+            self._reap()
         ticket = self._tickets.pop(key, None)
         if ticket is None:
             ticket = self._dying.pop(key, None)
@@ -146,7 +151,8 @@ class Prefetcher:
         if self._tickets:
             for key in [k for k in self._tickets if (layer is None or k.layer == layer) and k not in but]:
                 self._give_up(key, self._tickets.pop(key))
-        self._reap()
+        if self._dying or self.events.on:
+            self._reap()
 
     def settle(self) -> None:
         """Wait until no cancelled read writes to a slot any more; one that hangs is left to the transfer's time-out."""
