@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +85,28 @@ class States:
         return (tuple(self._at[name].data_ptr() for name in names), BF16) if self._place else None
 
 
-def step(layer: int, token: int) -> RoutingStep:
-    """Choices with sentinels, negative and too large, and now and then fewer or more than the model's top-k."""
+def step(layer: int, token: int, *, place: bool = False) -> RoutingStep:
+    """Choices with sentinels, negative and too large, and now and then fewer or more than the model's top-k; with
+    ``place`` they also lie where the step says."""
     rng = np.random.default_rng((layer, token))
     count = K + (token % 4 == 3) - (token % 4 == 2)
     ids = rng.permutation(EXPERTS[layer])[:count].astype(np.int64)
     ids[:2] = (-1, 10**6) if token % 3 == 1 else ids[:2]
-    return RoutingStep(layer, Phase.DECODE, token, ids[None], rng.random((1, count), np.float32))
+    weights = rng.random((1, count), np.float32)
+    places = (ids.ctypes.data, weights.ctypes.data) if place else None
+    return RoutingStep(layer, Phase.DECODE, token, ids[None], weights, places)
 
 
-def predictions(predictor: Any, *, place: bool = False) -> Iterator[Prediction]:
+def predictions(predictor: Any, *, place: bool = False, asked: Callable[[int], bool] = bool) -> Iterator[Prediction]:
+    """Of 8 tokens, at the layers whose turn, counted from 1, is to be ``asked``."""
+    turn = 0
     for token in range(8):
         for layer in range(len(EXPERTS)):
-            predictor.observe(step(layer, token))
-            yield from predictor.predict(States(layer, token, place=place))
+            turn += 1
+            told = step(layer, token, place=place)
+            predictor.observe(told)
+            if asked(turn):
+                yield from predictor.predict(States(layer, token, place=place))
 
 
 @needs_kernels
@@ -129,6 +138,23 @@ def test_a_shorter_ranking_is_the_beginning_of_the_whole(made: Callable[[], Any]
 @needs_kernels
 def test_states_read_where_they_lie_are_those_that_are_told() -> None:
     assert list(predictions(fusion(2), place=True)) == list(predictions(fusion(2)))
+    now_and_then = {"asked": lambda turn: turn % 3 == 1}
+    some_of_them = list(predictions(fusion(2), place=True, **now_and_then))
+    assert some_of_them == list(predictions(fusion(2), **now_and_then))
+    assert len(some_of_them) > 8
+
+
+@needs_kernels
+def test_what_a_layer_chose_is_read_where_it_lies() -> None:
+    told, elsewhere = step(1, 0, place=True), step(1, 4, place=True)
+    assert told.experts.shape == elsewhere.experts.shape
+    found = []
+    for given in (told, elsewhere, replace(told, places=elsewhere.places)):
+        predictor = fusion(2)
+        predictor.observe(given)
+        found.append(list(predictor.predict(States(1, 0, place=True))))
+    assert found[0] != found[1]
+    assert found[2] == found[1]
 
 
 class Looking(BasePredictor):

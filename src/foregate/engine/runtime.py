@@ -25,7 +25,7 @@ from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, Weights, expert_forward, experts_forward, experts_of
 from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
 from foregate.native import kernels
-from foregate.native.decoder_layer import DecoderLayer
+from foregate.native.decoder_layer import Choice, DecoderLayer
 from foregate.prefetch.pipeline import Compute, Pipeline, Together
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, RoutingStep
@@ -135,7 +135,7 @@ class ExpertRuntime:
         """``forward`` for the one token that ``kernel`` has routed, into what it hands on."""
         choice = kernel.choice
         ranks: list[int] = choice.experts[0].tolist()
-        self._tell(layer, choice.experts.copy(), choice.shares.copy(), choice.scores)
+        self._tell(layer, choice.experts.copy(), choice.shares.copy(), choice)
 
         def together(held: Sequence[Weights], rows: Sequence[int]) -> None:
             experts_of(kernel, module, held, rows)
@@ -162,12 +162,13 @@ class ExpertRuntime:
         # Copies: a stranger that changes what it is told must not change what is computed.
         self._tell(layer, np.array(index.numpy(), np.int64), np.array(weights.float().numpy()))
 
-    def _tell(self, layer: int, experts: NDArray[np.int64], weights: Floats, scores: Floats | None = None) -> None:
-        """The router of ``layer`` has chosen; ``scores`` are what it gave, where they are at hand."""
+    def _tell(self, layer: int, experts: NDArray[np.int64], weights: Floats, choice: Choice | None = None) -> None:
+        """The router of ``layer`` has chosen; ``choice`` is what it gave, where that is at hand."""
         self._tell_until_now(Part.ROUTING, layer)
         if self.phase is Phase.DECODE:
             self._prefetcher.arrived(layer)
-        step = RoutingStep(layer, self.phase, self.position, experts, weights)
+        scores, places = (None, None) if choice is None else (choice.scores, choice.places)
+        step = RoutingStep(layer, self.phase, self.position, experts, weights, places)
         self._signals.on_route(step)
         if self._informed is not None:
             self._informed.observe(layer, experts, self._signals.routed(step, scores))

@@ -55,6 +55,7 @@ class Choice:
         self.parts = torch.zeros(k, router.gate.columns, dtype=torch.bfloat16)
         self.experts = self.index.numpy()
         self.scores, self.shares = np.zeros((1, rows), np.float32), np.zeros((1, k), np.float32)
+        self.places = self.experts.ctypes.data, self.shares.ctypes.data
 
 
 def fits(attention: AttentionBlock, before: Norm, after: Norm, router: Router) -> bool:

@@ -104,8 +104,8 @@ typedef struct {
  * [L]: experts that a layer has, at most E; `named` of them are told, or all. */
 typedef struct {
     float *now, *last;
-    const int64_t *ids;
-    const float *weights;
+    int64_t *ids;
+    float *weights;
     const int32_t *counts;
     int32_t layer, layers, chosen, named;
 } fusion_state;
@@ -218,12 +218,18 @@ AVX512 static int fuse_avx512(const fusion *f, const fusion_state *s, const void
 #endif
 
 /* The best experts of the A layers after this one and their scores, both [A, named], from its residual and the input of
- * its attention [D], F32 or BF16. The residual is kept in `now`. As foregate_linear. */
+ * its attention [D], F32 or BF16. The residual is kept in `now`, and what it chose, unless NULL, in `ids` and `weights`.
+ * As foregate_linear. */
 int foregate_predict_fusion(const fusion *f, const fusion_state *s, const void *residual, const void *before,
-                            int64_t dtype, float *scores, int32_t *order, int64_t threads) {
+                            int64_t dtype, const int64_t *ids, const float *weights, float *scores, int32_t *order,
+                            int64_t threads) {
     choose_best();
     if (refuse_fusion(f, s) || (dtype != F32 && dtype != BF16))
         return 1;
+    if (ids && weights) {
+        memcpy(s->ids + (size_t)s->layer * s->chosen, ids, (size_t)s->chosen * sizeof *ids);
+        memcpy(s->weights + (size_t)s->layer * s->chosen, weights, (size_t)s->chosen * sizeof *weights);
+    }
 #ifdef X86
     if (chosen.level == WITH_AVX512)
         return fuse_avx512(f, s, residual, before, dtype, scores, order, threads);

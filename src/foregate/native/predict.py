@@ -142,13 +142,16 @@ class FusionKernel:
         jobs = zip(self._layers, self._states, strict=True)
         self._jobs = [(ctypes.addressof(layer), ctypes.addressof(state)) for layer, state in jobs]
         self._told = [_Told(asked, named, [(m, experts[m % layers]) for m in there]) for there in ahead]
-        self._run = function(_loaded(), "foregate_predict_fusion", 8)
+        self._run = function(_loaded(), "foregate_predict_fusion", 10)
 
-    def __call__(self, layer: int, places: tuple[int, ...], dtype: int) -> list[Prediction]:
+    def __call__(
+        self, layer: int, places: tuple[int, ...], dtype: int, chosen: tuple[int | None, int | None] = (None, None)
+    ) -> list[Prediction]:
         """Layers after ``layer``, experts of each, the best first, and their scores. ``places``: where the residual
-        and the pre-attention input lie, [D] numbers of ``dtype`` each."""
+        and the pre-attention input lie, [D] numbers of ``dtype`` each; ``chosen``: where what the layer chose does,
+        [K] like rows of ``ids`` and ``weights``, unless they have it."""
         (job, state), told = self._jobs[layer], self._told[layer]
-        _check(self._run(job, state, *places, dtype, *told.to, threads_asked() or 1))
+        _check(self._run(job, state, *places, dtype, *chosen, *told.to, threads_asked() or 1))
         return told.read()
 
 

@@ -23,6 +23,8 @@ from foregate.types import Prediction, PredictorCost, RoutingStep
 NOBODY = -1
 """Where no expert was chosen."""
 
+NOWHERE = (None, None)
+
 
 class Fusion(LearnedPredictor):
     """With u = r_l / rms(r_l), x the pre-attention input, g the router weights of the chosen experts, and p_h what the
@@ -73,6 +75,8 @@ class Fusion(LearnedPredictor):
         self._last = np.zeros((layers, hidden), np.float32)
         self._ids = np.full((layers, self.model.top_k), NOBODY, np.int64)
         self._weights = np.zeros((layers, self.model.top_k), np.float32)
+        self._pending: RoutingStep | None = None
+        """What was told last and is not kept yet."""
         self._copies = np.zeros((2, hidden), np.float32)
         self._copied = tuple(row.ctypes.data for row in self._copies)
         self._kernel = self._compiled() if available() else None
@@ -97,22 +101,29 @@ class Fusion(LearnedPredictor):
         return self.multiplied(numbers, nbytes)
 
     def reset(self) -> None:
+        self._pending = None
         self._now[:] = 0
         self._last[:] = 0
         self._ids[:] = NOBODY
 
     def observe(self, step: RoutingStep) -> None:
+        if self._pending is not None:
+            self._keep(self._pending)
+        self._pending = step
+        if step.layer == 0:
+            self._last[:] = self._now
+
+    def _keep(self, step: RoutingStep) -> None:
+        """Note what ``step`` has told."""
         layer, chosen, weights, most = step.layer, step.experts[-1], step.weights[-1], self._ids.shape[1]
         if len(chosen) == most:
             self._ids[layer], self._weights[layer] = chosen, weights
         else:
             self._ids[layer] = NOBODY
             self._ids[layer, : len(chosen)], self._weights[layer, : len(chosen)] = chosen[:most], weights[:most]
-        if layer == 0:
-            self._last[:] = self._now
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        layer = signals.layer
+        layer, chosen = signals.layer, self._chosen(signals.layer)
         if self._kernel is None:
             self._now[layer] = self.told(signals, "residual")
             return self.ranked(signals, self._scores(layer, self.told(signals, "pre_attention")))
@@ -120,7 +131,18 @@ class Fusion(LearnedPredictor):
         if where is None:
             self._copies[0], self._copies[1] = self.told(signals, "residual"), self.told(signals, "pre_attention")
             where = self._copied, F32
-        return self._kernel(layer, *where)
+        return self._kernel(layer, *where, chosen)
+
+    def _chosen(self, layer: int) -> tuple[int | None, int | None]:
+        """Where the kernel finds what ``layer`` has chosen: as a rule nobody needs to copy it before."""
+        step, self._pending = self._pending, None
+        if step is None:
+            return NOWHERE
+        fits = self._kernel is not None and step.layer == layer and step.experts.shape[1] == self._ids.shape[1]
+        if fits and step.places is not None:
+            return step.places
+        self._keep(step)
+        return NOWHERE
 
     def _scores(self, layer: int, before: Floats) -> Floats:
         """What the kernel computes, [A, E]."""
