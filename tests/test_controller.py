@@ -240,3 +240,19 @@ def test_a_reason_known_beforehand_is_final() -> None:
     c = controller(None, off_reason="no staging")
     c.begin_step()
     assert (c.allowance(4), c.decision.reason) == (0, "no staging")
+
+
+def test_slots_are_set_aside_for_what_the_link_can_bring_in_time() -> None:
+    c = controller()
+    assert c.staging(2, 8) == 8  # nothing is known yet
+    c.saw_io(8 * 2**20, 0.004)
+    assert c.staging(2, 8) == 8
+    c.saw_layer(0.005)
+    assert [c.staging(reach, 8) for reach in (1, 2, 6)] == [3, 4, 8]
+    for _ in range(200):
+        c.saw_io(8 * 2**20, 0.050)  # a slow link: less than a read in two layers
+    assert c.staging(2, 8) == 2
+    fixed = controller(4)
+    fixed.saw_io(8 * 2**20, 0.050)
+    fixed.saw_layer(0.005)
+    assert fixed.staging(2, 8) == 8

@@ -69,6 +69,7 @@ class ExpertRuntime:
         layout_of: Callable[[ExpertKey], ExpertLayout],
         experts: Sequence[int],
         decode_staging: int,
+        reach: int,
         clock: Clock,
     ) -> None:
         self.phase = Phase.PREFILL
@@ -84,7 +85,7 @@ class ExpertRuntime:
         self._views = views
         self._layout_of = layout_of
         self._experts = experts
-        self._decode_staging = decode_staging
+        self._decode_staging, self._reach = decode_staging, reach
         self._clock = clock
         signals.reached = self._reached
         self._informed = cache.policy if isinstance(cache.policy, RoutingAware) else None
@@ -114,7 +115,9 @@ class ExpertRuntime:
         self._signals.late = listened or moment is Moment.AFTER_ATTENTION
         controller = self._prefetcher.controller
         controller.begin_step()
-        self._cache.set_staging(self._decode_staging if controller.speculating else 0)
+        wanted = controller.staging(self._reach, self._decode_staging) if controller.speculating else 0
+        if wanted != self._cache.staging:
+            self._cache.set_staging(wanted)
         if self._events.on:
             decided, speculating = controller.decision, controller.speculating
             now = perf_counter_ns()

@@ -214,6 +214,14 @@ class Controller:
             return 0
         return width if self.fixed is None else self.fixed
 
+    def staging(self, reach: int, most: int) -> int:
+        """Slots of ``most`` to set aside for reading ``reach`` layers ahead: what the link can bring in their time, and
+        what it is bringing. More would wait for nothing, where residents would have been hits."""
+        expert_s, layer_s = self._expert_s, self._layer_s.value
+        if self.fixed is not None or not expert_s or layer_s is None:
+            return most
+        return min(most, math.ceil(reach * layer_s / expert_s) + 1)
+
     def value(self, guess: Guess, queued: int) -> float:
         """Seconds that a read for ``guess``, behind ``queued`` reads in flight, saves more than it costs. Expected."""
         exploring = guess.rank == 0 and self._issued < _EXPLORED and (self._all.cases < _WARM_UP or self._probing)
