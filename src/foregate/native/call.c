@@ -8,6 +8,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 enum { MOST = 14 };
 
@@ -44,23 +45,48 @@ static int run(void *f, int count, const a *v) {
 
 static int can_run(int count) { return (count >= 1 && count <= 10) || count == MOST; }
 
-/* Integers and None, which is NULL. Other threads of Python go on meanwhile. */
-static PyObject *call(PyObject *self, PyObject *const *given, size_t flags, PyObject *names) {
-    const function *f = (const function *)self;
-    const Py_ssize_t count = PyVectorcall_NARGS(flags);
-    if (count != f->count || (names && PyTuple_GET_SIZE(names)))
-        return PyErr_Format(PyExc_TypeError, "takes %d arguments by position, not %zd", f->count, count);
-    a values[MOST];
-    for (int i = 0; i < f->count; i++) {
+/* `given`, integers and None, which is NULL, to `values`; -1 with an error. */
+static int read_values(PyObject *const *given, int count, a *values) {
+    for (int i = 0; i < count; i++) {
         values[i] = given[i] == Py_None ? 0 : PyLong_AsLongLong(given[i]);
         if (values[i] == -1 && PyErr_Occurred())
-            return NULL;
+            return -1;
     }
+    return 0;
+}
+
+static int read_tuple(PyObject *given, a *values) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(given); i++) {
+        PyObject *one = PyTuple_GET_ITEM(given, i);
+        if (read_values(&one, 1, values + i))
+            return -1;
+    }
+    return 0;
+}
+
+static int refuse_count(size_t flags, PyObject *names, int wanted) {
+    const Py_ssize_t count = PyVectorcall_NARGS(flags);
+    if (count == wanted && !(names && PyTuple_GET_SIZE(names)))
+        return 0;
+    PyErr_Format(PyExc_TypeError, "takes %d arguments by position, not %zd", wanted, count);
+    return -1;
+}
+
+/* Other threads of Python go on meanwhile. */
+static int run_unlocked(void *f, int count, const a *values) {
     int answer;
     Py_BEGIN_ALLOW_THREADS
-    answer = run(f->run, f->count, values);
+    answer = run(f, count, values);
     Py_END_ALLOW_THREADS
-    return PyLong_FromLong(answer);
+    return answer;
+}
+
+static PyObject *call(PyObject *self, PyObject *const *given, size_t flags, PyObject *names) {
+    const function *f = (const function *)self;
+    a values[MOST];
+    if (refuse_count(flags, names, f->count) || read_values(given, f->count, values))
+        return NULL;
+    return PyLong_FromLong(run_unlocked(f->run, f->count, values));
 }
 
 static PyObject *make(PyTypeObject *type, PyObject *given, PyObject *named) {
@@ -125,26 +151,17 @@ static PyObject *prediction(PyTypeObject *type, PyObject *layer, PyObject *exper
     return made;
 }
 
-/* predictions(scores, experts, parts, Prediction): a Prediction(layer, experts, scores) for each (layer, first, count) of
- * `parts`, a tuple, of the float32 and int32 numbers that lie at the first two. */
-static PyObject *predictions(PyObject *module, PyObject *const *given, Py_ssize_t count) {
-    (void)module;
-    if (count != 4 || !PyTuple_CheckExact(given[2]) || !PyType_Check(given[3]) ||
-        !PyType_IsSubtype((PyTypeObject *)given[3], &PyTuple_Type))
-        return PyErr_Format(PyExc_TypeError, "takes two addresses, a tuple and a type of named tuples");
-    const float *scores = PyLong_AsVoidPtr(given[0]);
-    const int32_t *experts = PyLong_AsVoidPtr(given[1]);
-    if (PyErr_Occurred())
-        return NULL;
-    const Py_ssize_t parts = PyTuple_GET_SIZE(given[2]);
+/* A Prediction(layer, experts, scores), of that `type`, for each (layer, first, count) of `parts`, a tuple, of the numbers
+ * that lie at `scores` and `experts`. */
+static PyObject *told(const float *scores, const int32_t *experts, PyObject *all, PyTypeObject *type) {
+    const Py_ssize_t parts = PyTuple_GET_SIZE(all);
     PyObject *made = PyList_New(parts);
     for (Py_ssize_t i = 0; made && i < parts; i++) {
-        PyObject *layer, *part = PyTuple_GET_ITEM(given[2], i);
+        PyObject *layer, *part = PyTuple_GET_ITEM(all, i);
         Py_ssize_t first, named;
         PyObject *one = NULL;
         if (PyArg_ParseTuple(part, "Onn", &layer, &first, &named))
-            one = prediction((PyTypeObject *)given[3], layer, numbers(experts + first, named, 0),
-                             numbers(scores + first, named, 1));
+            one = prediction(type, layer, numbers(experts + first, named, 0), numbers(scores + first, named, 1));
         if (!one)
             Py_CLEAR(made);
         else
@@ -152,6 +169,99 @@ static PyObject *predictions(PyObject *module, PyObject *const *given, Py_ssize_
     }
     return made;
 }
+
+static int is_named_tuple(PyObject *type) {
+    return PyType_Check(type) && PyType_IsSubtype((PyTypeObject *)type, &PyTuple_Type);
+}
+
+/* predictions(scores, experts, parts, Prediction): see `told`. */
+static PyObject *predictions(PyObject *module, PyObject *const *given, Py_ssize_t count) {
+    (void)module;
+    if (count != 4 || !PyTuple_CheckExact(given[2]) || !is_named_tuple(given[3]))
+        return PyErr_Format(PyExc_TypeError, "takes two addresses, a tuple and a type of named tuples");
+    const float *scores = PyLong_AsVoidPtr(given[0]);
+    const int32_t *experts = PyLong_AsVoidPtr(given[1]);
+    return PyErr_Occurred() ? NULL : told(scores, experts, given[2], (PyTypeObject *)given[3]);
+}
+
+/* A prediction kernel of `count` arguments, the first `known` of them fixed, as are the two after the next `asked`. */
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc call;
+    void *run;
+    int known, asked, count;
+    a values[MOST];
+    PyObject *parts, *type;
+} asker;
+
+/* What the kernel tells, or the number that it answers where that is not 0. */
+static PyObject *ask(PyObject *self, PyObject *const *given, size_t flags, PyObject *names) {
+    const asker *f = (const asker *)self;
+    a values[MOST];
+    memcpy(values, f->values, sizeof values);
+    const int last = f->count - 1, places = f->known + f->asked; /* the last argument is given, too */
+    if (refuse_count(flags, names, f->asked + 1) || read_values(given, f->asked, values + f->known) ||
+        read_values(given + f->asked, 1, values + last))
+        return NULL;
+    const int answer = run_unlocked(f->run, f->count, values);
+    if (answer)
+        return PyLong_FromLong(answer);
+    return told((const float *)(uintptr_t)values[places], (const int32_t *)(uintptr_t)values[places + 1], f->parts,
+                (PyTypeObject *)f->type);
+}
+
+/* Asker(address, known, asked, places, parts, Prediction): calls the function at `address` with the tuple `known`, then
+ * `asked` arguments and a last one that are given, and between those the tuple `places`, where its answer will lie. */
+static PyObject *make_asker(PyTypeObject *type, PyObject *given, PyObject *named) {
+    unsigned long long address;
+    int asked;
+    PyObject *known, *places, *parts, *prediction;
+    static char *names[] = {"address", "known", "asked", "places", "parts", "prediction", NULL};
+    if (!PyArg_ParseTupleAndKeywords(given, named, "KO!iO!O!O", names, &address, &PyTuple_Type, &known, &asked,
+                                     &PyTuple_Type, &places, &PyTuple_Type, &parts, &prediction))
+        return NULL;
+    const Py_ssize_t first = PyTuple_GET_SIZE(known), count = first + asked + 3;
+    if (!address || asked < 0 || PyTuple_GET_SIZE(places) != 2 || count > MOST || !can_run((int)count) ||
+        !is_named_tuple(prediction))
+        return PyErr_Format(PyExc_ValueError, "a function at %llu of %zd arguments", address, count);
+    asker *made = (asker *)type->tp_alloc(type, 0);
+    if (!made)
+        return NULL;
+    made->call = ask;
+    made->run = (void *)(uintptr_t)address;
+    made->known = (int)first;
+    made->asked = asked;
+    made->count = (int)count;
+    made->parts = Py_NewRef(parts);
+    made->type = Py_NewRef(prediction);
+    if (read_tuple(known, made->values) || read_tuple(places, made->values + first + asked))
+        Py_CLEAR(made);
+    return (PyObject *)made;
+}
+
+static void free_asker(PyObject *self) {
+    Py_XDECREF(((asker *)self)->parts);
+    Py_XDECREF(((asker *)self)->type);
+    Py_TYPE(self)->tp_free(self);
+}
+
+static PyMemberDef asker_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(asker, call), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyTypeObject Asker = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "foregate.native._call.Asker",
+    .tp_doc = "Asker(address, known, asked, places, parts, Prediction): a kernel's predictions in one call.",
+    .tp_basicsize = sizeof(asker),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL,
+    .tp_vectorcall_offset = offsetof(asker, call),
+    .tp_call = PyVectorcall_Call,
+    .tp_members = asker_members,
+    .tp_new = make_asker,
+    .tp_dealloc = free_asker,
+};
 
 static PyMethodDef methods[] = {
     {"predictions", (PyCFunction)(void (*)(void))predictions, METH_FASTCALL, "Predictions from what a kernel wrote."},
@@ -161,10 +271,11 @@ static PyMethodDef methods[] = {
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_call", .m_size = -1, .m_methods = methods};
 
 PyMODINIT_FUNC PyInit__call(void) {
-    if (PyType_Ready(&Function) < 0)
+    if (PyType_Ready(&Function) < 0 || PyType_Ready(&Asker) < 0)
         return NULL;
     PyObject *made = PyModule_Create(&module);
-    if (made && PyModule_AddObjectRef(made, "Function", (PyObject *)&Function) < 0)
+    if (made && (PyModule_AddObjectRef(made, "Function", (PyObject *)&Function) < 0 ||
+                 PyModule_AddObjectRef(made, "Asker", (PyObject *)&Asker) < 0))
         Py_CLEAR(made);
     return made;
 }

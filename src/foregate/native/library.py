@@ -45,8 +45,13 @@ def function(found: ctypes.CDLL, name: str, count: int) -> Callable[..., int]:
     """``name`` of ``found``: ``count`` arguments of 64 bits each, addresses (None: NULL) and integers; returns int."""
     made, fast = getattr(found, name), calls()
     made.argtypes = [c_void_p] * count
-    callee: Callable[..., int] = made if fast is None else fast.Function(ctypes.cast(made, c_void_p).value, count)
+    callee: Callable[..., int] = made if fast is None else fast.Function(address(made), count)
     return callee
+
+
+def address(made: Any) -> int | None:
+    """Where a function of a library lies."""
+    return ctypes.cast(made, c_void_p).value
 
 
 @cache
@@ -56,4 +61,4 @@ def calls() -> Any:
         found = import_module("foregate.native._call")
     except ImportError:
         return None
-    return found if hasattr(found, "Function") and hasattr(found, "predictions") else None
+    return found if all(hasattr(found, part) for part in ("Function", "Asker", "predictions")) else None

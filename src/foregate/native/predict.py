@@ -6,7 +6,7 @@ Shapes: L layers, E experts, D hidden, H hops that were trained, A of them asked
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_int32, c_void_p
 from functools import cache
 from struct import Struct
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foregate.errors import IntegrityError
-from foregate.native.library import calls, function, load
+from foregate.native.library import address, calls, function, load
 from foregate.native.matrix import Matrix, RowsOf, threads_asked
 from foregate.native.products import Products, Rows
 from foregate.types import Prediction
@@ -92,14 +92,12 @@ class NetworkKernel:
         self.x = np.zeros(first.matrices[0].columns, np.float32)
         """The input: written to before a call."""
         self._told = [_Told(1, named, [(layer, there)]) for layer, there in enumerate(experts)]
-        self._from = _pointer(self.x)
-        self._run = function(_loaded(), "foregate_predict_network", 5)
+        known = [(given, _pointer(self.x)) for given in self._given]
+        self._ask = [told.asked_of("foregate_predict_network", *at) for told, at in zip(self._told, known, strict=True)]
 
     def __call__(self, layer: int) -> list[Prediction]:
         """``layer`` itself, its experts for ``x``, the best first, and their scores."""
-        told = self._told[layer]
-        _check(self._run(self._given[layer], self._from, *told.to, threads_asked() or 1))
-        return told.read()
+        return _checked(self._ask[layer](threads_asked() or 1))
 
 
 class FusionKernel:
@@ -140,9 +138,10 @@ class FusionKernel:
         at = [array.ctypes.data for array in (*state, self._counts)]
         self._states = [_State(*at, n, layers, state[2].shape[1], named) for n in range(layers)]
         jobs = zip(self._layers, self._states, strict=True)
-        self._jobs = [(ctypes.addressof(layer), ctypes.addressof(state)) for layer, state in jobs]
+        known = [(ctypes.addressof(layer), ctypes.addressof(state)) for layer, state in jobs]
         self._told = [_Told(asked, named, [(m, experts[m % layers]) for m in there]) for there in ahead]
-        self._run = function(_loaded(), "foregate_predict_fusion", 10)
+        pairs = zip(self._told, known, strict=True)
+        self._ask = [told.asked_of("foregate_predict_fusion", *at, given=5) for told, at in pairs]
 
     def __call__(
         self, layer: int, places: tuple[int, ...], dtype: int, chosen: tuple[int | None, int | None] = (None, None)
@@ -150,9 +149,7 @@ class FusionKernel:
         """Layers after ``layer``, experts of each, the best first, and their scores. ``places``: where the residual
         and the pre-attention input lie, [D] numbers of ``dtype`` each; ``chosen``: where what the layer chose does,
         [K] like rows of ``ids`` and ``weights``, unless they have it."""
-        (job, state), told = self._jobs[layer], self._told[layer]
-        _check(self._run(job, state, *places, dtype, *chosen, *told.to, threads_asked() or 1))
-        return told.read()
+        return _checked(self._ask[layer](*places, dtype, *chosen, threads_asked() or 1))
 
 
 class _Told:
@@ -163,16 +160,28 @@ class _Told:
         self._form = Struct(f"{half}f{half}i")
         self._memory = ctypes.create_string_buffer(self._form.size)
         at = ctypes.addressof(self._memory)
-        self.to = at, at + 4 * half
+        self._to = at, at + 4 * half
         self._half = half
         self._parts = tuple((layer, hop * named, min(named, there)) for hop, (layer, there) in enumerate(layers))
-        self._fast = calls()
 
-    def read(self) -> list[Prediction]:
-        """A prediction for each of the layers."""
-        if self._fast is not None:
-            told: list[Prediction] = self._fast.predictions(*self.to, self._parts, Prediction)
-            return told
+    def asked_of(self, name: str, *known: int, given: int = 0) -> Callable[..., list[Prediction] | int]:
+        """What calls the kernel ``name`` with ``known``, as many arguments as are to be ``given``, where its answer
+        goes, and a last one that is given. It returns a prediction for each of the layers, or the kernel's own answer
+        where that is not 0."""
+        fast, found = calls(), _loaded()
+        if fast is not None:
+            asker: Callable[..., list[Prediction] | int] = fast.Asker(
+                address(getattr(found, name)), known, given, self._to, self._parts, Prediction
+            )
+            return asker
+        run = function(found, name, len(known) + given + 3)
+
+        def ask(*arguments: int | None) -> list[Prediction] | int:
+            return run(*known, *arguments[:-1], *self._to, arguments[-1]) or self._read()
+
+        return ask
+
+    def _read(self) -> list[Prediction]:
         found = self._form.unpack(self._memory)  # one call: numpy's lists take several times as long
         scores, experts = found[: self._half], found[self._half :]
         return [Prediction(layer, experts[at : at + n], scores[at : at + n]) for layer, at, n in self._parts]
@@ -188,11 +197,12 @@ def _pointer(array: Floats) -> int:
     return array.ctypes.data
 
 
-def _check(code: int) -> None:
-    if code == 2:
+def _checked(told: list[Prediction] | int) -> list[Prediction]:
+    if not isinstance(told, int):
+        return told
+    if told == 2:
         raise MemoryError("no memory for a prediction")
-    if code:
-        raise IntegrityError("the kernels refused the arrays of a predictor")
+    raise IntegrityError("the kernels refused the arrays of a predictor")
 
 
 def _loaded() -> Any:
