@@ -14,6 +14,15 @@ static void apply(const matrix *m, const float *x, float *out, int threads) {
     multiply(m, &in, 1, out, F32, m->rows, row_bytes(m) * m->rows < LARGE_MATRIX ? 1 : threads);
 }
 
+enum { AHEAD_OF_TIME = 8 << 10 };
+
+/* Ask for the beginning of what is multiplied next: memory is idle while little is computed. */
+static inline void expect(const matrix *m) {
+    const char *at = m->weights;
+    for (int i = 0; i < AHEAD_OF_TIME; i += 64)
+        __builtin_prefetch(at + i, 0, 2);
+}
+
 static size_t apply_bytes(const matrix *m) { return input_bytes(m) + (size_t)round_up(m->columns, STEP) * 4 + 64; }
 
 /* `n` floats and zeros up to `columns` of a matrix, and on to a whole step. */
@@ -178,15 +187,18 @@ ALWAYS int fuse(const fusion *f, const fusion_state *s, const void *residual, co
     float *all = carve((size_t)experts * 4), *repeated = carve((size_t)experts * 4);
     uint64_t *keys = carve((size_t)experts * 8);
     picks p = {carve((size_t)s->chosen * 4), carve((size_t)s->chosen * 4)};
+    expect(&f->dense);
     const int count = pick(s, s->layer, s->weights, &p);
     known_of(f, s, residual, before, dtype, seen);
     add_rows(&f->picked, row, p.ids, p.factors, count, picked);
     for (int i = 0; i < row; i++)
         picked[i] += f->base[i];
     apply(&f->dense, seen, inner, threads);
+    expect(&f->outward);
     for (int i = 0; i < width; i++)
         opened[i] = silu_times(inner[i] + picked[i], picked[width + i]);
     apply(&f->outward, opened, out, threads);
+    expect(f->routers);
     for (int hop = 0; hop < f->asked; hop++) {
         const int target = (s->layer + hop + 1) % s->layers;
         const float *shift = out + (size_t)hop * n, *moved = picked + 2 * width + (size_t)hop * n;
