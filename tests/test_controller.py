@@ -249,9 +249,20 @@ def test_slots_are_set_aside_for_what_the_link_can_bring_in_time() -> None:
     assert c.staging(2, 8) == 8
     c.saw_layer(0.005)
     assert [c.staging(reach, 8) for reach in (1, 2, 6)] == [3, 4, 8]
+    assert c.staging(2, 3) == 3
     for _ in range(200):
         c.saw_io(8 * 2**20, 0.050)  # a slow link: less than a read in two layers
     assert c.staging(2, 8) == 2
+    c = controller()
+    c.saw_io(8 * 2**20, 0.005)
+    c.saw_layer(0.00495)
+    assert c.staging(2, 8) == 3
+    for _ in range(200):  # a little more than two reads now: no reason to evict
+        c.saw_layer(0.00505)
+    assert c.staging(2, 8) == 3
+    for _ in range(200):
+        c.saw_layer(0.006)
+    assert c.staging(2, 8) == 4
     fixed = controller(4)
     fixed.saw_io(8 * 2**20, 0.050)
     fixed.saw_layer(0.005)

@@ -234,6 +234,34 @@ def test_a_hook_of_a_stranger_around_the_layers_still_fires(part: str, engine: E
     assert tokens(engine) == wanted
 
 
+def test_a_hook_that_comes_in_the_middle_of_a_text_fires_from_then_on(engine: Engine) -> None:
+    wanted = tokens(engine)
+    fired: list[int] = []
+    found, handle = [], None
+    for step in engine.stream(PROMPT, SamplingConfig(max_new_tokens=TOKENS)):
+        found.append(step.token_id)
+        if step.index == 1:
+            part = engine.signals.parts[-1].decoder.get_submodule("self_attn.q_proj")
+            handle = part.register_forward_hook(lambda *_: fired.append(1))
+    assert found == wanted
+    assert len(fired) == TOKENS - 2
+    assert handle is not None
+    handle.remove()
+    used = counted(engine)
+    assert tokens(engine) == wanted
+    assert used
+
+
+def test_embeddings_that_are_replaced_count(engine: Engine) -> None:
+    before = tokens(engine)
+    table = engine.model.get_input_embeddings()
+    other = torch.nn.Parameter(table.weight.detach().roll(1, dims=0), requires_grad=False)
+    table.weight = other
+    changed = tokens(engine)
+    engine.step.ready = False
+    assert tokens(engine) == changed != before
+
+
 def test_hidden_states_that_a_stranger_keeps_stay_what_they_were(engine: Engine) -> None:
     kept: list[torch.Tensor] = []
     copies: list[torch.Tensor] = []

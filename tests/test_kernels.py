@@ -18,7 +18,7 @@ from foregate.checkpoint.quantise import SCALE, Scheme, dequantised, parse_schem
 from foregate.errors import ConfigError
 from foregate.experts.compute import Weights, expert_forward, experts_forward, runs_fused, torch_forward
 from foregate.experts.kernel_speed import KINDS, kernel_speed
-from foregate.native import kernels
+from foregate.native import kernels, library
 from foregate.native.library import load
 from foregate.types import ParamLayout
 
@@ -350,3 +350,12 @@ def test_a_library_of_an_older_source_is_left_alone(caplog: pytest.LogCaptureFix
     assert load("kernels", ["foregate_linear", "foregate_of_tomorrow"]) is None
     assert "older source (no foregate_of_tomorrow)" in caplog.text
     assert load("kernels", kernels.FUNCTIONS) is not None
+
+
+@needs_kernels
+def test_a_library_whose_functions_take_other_arguments_is_left_alone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "VERSION", "foregate_version_of_yesterday")
+    assert load("kernels", kernels.FUNCTIONS) is None
+    assert "older source (no foregate_version_of_yesterday)" in caplog.text

@@ -70,8 +70,8 @@ def pre_attention(hops: int) -> PreAttention:
 class States:
     """Hidden states of one token and layer, as numbers or (``place``) where they lie."""
 
-    def __init__(self, layer: int, token: int, *, place: bool = False) -> None:
-        self.layer, self.moment = layer, Moment.AFTER_ROUTING
+    def __init__(self, layer: int, token: int, *, place: bool = False, told: RoutingStep | None = None) -> None:
+        self.layer, self.moment, self._told = layer, Moment.AFTER_ROUTING, told
         self._at = {
             name: torch.from_numpy(some(1, D + 16, seed=100 * token + 10 * layer + n)).bfloat16()
             for n, name in enumerate(("residual", "pre_attention"))
@@ -84,17 +84,19 @@ class States:
     def addresses(self, *names: str, numbers: int) -> tuple[tuple[int, ...], int] | None:
         return (tuple(self._at[name].data_ptr() for name in names), BF16) if self._place else None
 
+    def choice_of(self, step: RoutingStep) -> tuple[int, int] | None:
+        if not self._place or step is not self._told:
+            return None
+        return step.experts.ctypes.data, step.weights.ctypes.data
 
-def step(layer: int, token: int, *, place: bool = False) -> RoutingStep:
-    """Choices with sentinels, negative and too large, and now and then fewer or more than the model's top-k; with
-    ``place`` they also lie where the step says."""
+
+def step(layer: int, token: int) -> RoutingStep:
+    """Choices with sentinels, negative and too large, and now and then fewer or more than the model's top-k."""
     rng = np.random.default_rng((layer, token))
     count = K + (token % 4 == 3) - (token % 4 == 2)
     ids = rng.permutation(EXPERTS[layer])[:count].astype(np.int64)
     ids[:2] = (-1, 10**6) if token % 3 == 1 else ids[:2]
-    weights = rng.random((1, count), np.float32)
-    places = (ids.ctypes.data, weights.ctypes.data) if place else None
-    return RoutingStep(layer, Phase.DECODE, token, ids[None], weights, places)
+    return RoutingStep(layer, Phase.DECODE, token, ids[None].copy(), rng.random((1, count), np.float32))
 
 
 def predictions(predictor: Any, *, place: bool = False, asked: Callable[[int], bool] = bool) -> Iterator[Prediction]:
@@ -103,10 +105,10 @@ def predictions(predictor: Any, *, place: bool = False, asked: Callable[[int], b
     for token in range(8):
         for layer in range(len(EXPERTS)):
             turn += 1
-            told = step(layer, token, place=place)
+            told = step(layer, token)
             predictor.observe(told)
             if asked(turn):
-                yield from predictor.predict(States(layer, token, place=place))
+                yield from predictor.predict(States(layer, token, place=place, told=told))
 
 
 @needs_kernels
@@ -145,16 +147,17 @@ def test_states_read_where_they_lie_are_those_that_are_told() -> None:
 
 
 @needs_kernels
-def test_what_a_layer_chose_is_read_where_it_lies() -> None:
-    told, elsewhere = step(1, 0, place=True), step(1, 4, place=True)
-    assert told.experts.shape == elsewhere.experts.shape
-    found = []
-    for given in (told, elsewhere, replace(told, places=elsewhere.places)):
+def test_what_a_layer_chose_is_read_where_it_lies_unless_something_else_was_told() -> None:
+    told, other = step(1, 0), step(1, 4)
+    assert told.experts.shape == other.experts.shape == (1, K)
+
+    def after(observed: RoutingStep, last: RoutingStep) -> list[Prediction]:
         predictor = fusion(2)
-        predictor.observe(given)
-        found.append(list(predictor.predict(States(1, 0, place=True))))
-    assert found[0] != found[1]
-    assert found[2] == found[1]
+        predictor.observe(observed)
+        return list(predictor.predict(States(1, 0, place=True, told=last)))
+
+    assert after(told, told) != after(other, other)
+    assert after(replace(told, experts=other.experts, weights=other.weights), told) == after(other, other)
 
 
 class Looking(BasePredictor):

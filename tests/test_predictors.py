@@ -64,6 +64,8 @@ class TracedSignals:
         order = np.argsort(-scores)
         return order, scores[order]
 
+    def choice_of(self, step: RoutingStep) -> None: ...
+
     def best(self, target: int, source: str, most: int | None) -> Prediction:
         order, scores = self.rank(target, source)
         return Prediction(target, tuple(order[:most].tolist()), tuple(scores[:most].tolist()))

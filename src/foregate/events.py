@@ -63,7 +63,7 @@ class Part(str, Enum):
     """What a span of the generating thread was spent on. EXPERTS contains EXPERT, WAIT and, after routing, PREDICT."""
 
     ATTENTION = "attention"
-    """Attention (or what stands in for it) and the norm before the router."""
+    """Attention (or what stands in for it), the norm after it and, where all of that is one call, the router."""
     ROUTING = "routing"
     EXPERTS = "experts"
     EXPERT = "expert"

@@ -123,7 +123,7 @@ class RoutingAware(Protocol):
         """The router of MoE layer ``layer`` chose ``experts`` [T, k] (-1: none), before any of them is touched.
 
         ``scores`` [T, E] of all its experts: logits, or what is never negative and larger for likelier experts; None
-        where the family's router gives none. They may be overwritten after the call.
+        where the family's router gives none. They may be overwritten after the call: copy what is kept.
         """
         ...
 
@@ -184,7 +184,13 @@ class Signals(Protocol):
         ...
 
     def best(self, target: int, source: str, most: int | None) -> Prediction:
-        """The first ``most`` (None: all) of ``rank`` as a prediction, which takes a third of the time."""
+        """The first ``most`` (1 or more; None: all) of ``rank`` as a prediction, which takes a third of the time."""
+        ...
+
+    def choice_of(self, step: RoutingStep) -> tuple[int, int] | None:
+        """Where experts [k] (int64) and weights [k] (float32) of ``step`` lie in memory until this layer ends; None
+        where only the step tells, or it is not the one that was told last. For compiled predictors, as above.
+        """
         ...
 
 

@@ -85,7 +85,6 @@ class RoutingStep:
     """What the router of one MoE layer chose for one forward pass.
 
     ``experts`` and ``weights`` are [T, k] in rank order; ``position`` is the sequence position of the first token.
-    ``places``: where the same numbers, of one token, lie in memory until the layer ends, if anywhere.
     """
 
     layer: int
@@ -93,7 +92,6 @@ class RoutingStep:
     position: int
     experts: NDArray[np.int64]
     weights: NDArray[np.float32]
-    places: tuple[int, int] | None = None
 
 
 class Prediction(NamedTuple):

@@ -164,7 +164,7 @@ class FlowWatcher:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             value = _first(args, kwargs)
-            part.residual = None if value is None else _rows(value)
+            part.residual, part.compiled = None if value is None else _rows(value), None
 
         self._handles.append(part.norm.register_forward_pre_hook(before, with_kwargs=True))
 

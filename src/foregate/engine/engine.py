@@ -301,7 +301,6 @@ class Engine:
             layout_of=self.checkpoint.layout_of,
             experts=spec.experts_per_layer,
             decode_staging=self.staging.slots,
-            reach=choice.reach(self.predictor),
             clock=self.dense.clock,
             **(self._extra if config.lossy else {}),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from time import perf_counter, perf_counter_ns
 from typing import Any, TypeVar
@@ -69,7 +70,6 @@ class ExpertRuntime:
         layout_of: Callable[[ExpertKey], ExpertLayout],
         experts: Sequence[int],
         decode_staging: int,
-        reach: int,
         clock: Clock,
     ) -> None:
         self.phase = Phase.PREFILL
@@ -85,7 +85,7 @@ class ExpertRuntime:
         self._views = views
         self._layout_of = layout_of
         self._experts = experts
-        self._decode_staging, self._reach = decode_staging, reach
+        self._decode_staging = decode_staging
         self._clock = clock
         signals.reached = self._reached
         self._informed = cache.policy if isinstance(cache.policy, RoutingAware) else None
@@ -115,7 +115,8 @@ class ExpertRuntime:
         self._signals.late = listened or moment is Moment.AFTER_ATTENTION
         controller = self._prefetcher.controller
         controller.begin_step()
-        wanted = controller.staging(self._reach, self._decode_staging) if controller.speculating else 0
+        reach = self.predictor.lookahead + (moment is not Moment.AFTER_ROUTING)
+        wanted = controller.staging(reach, self._decode_staging) if controller.speculating else 0
         if wanted != self._cache.staging:
             self._cache.set_staging(wanted)
         if self._events.on:
@@ -170,14 +171,18 @@ class ExpertRuntime:
         self._tell_until_now(Part.ROUTING, layer)
         if self.phase is Phase.DECODE:
             self._prefetcher.arrived(layer)
-        scores, places = (None, None) if choice is None else (choice.scores, choice.places)
-        step = RoutingStep(layer, self.phase, self.position, experts, weights, places)
+        scores = None if choice is None else choice.scores
+        step = RoutingStep(layer, self.phase, self.position, experts, weights)
+        self._signals.told = None if choice is None else (step, choice.places)
         self._signals.on_route(step)
         if self._informed is not None:
             self._informed.observe(layer, experts, self._signals.routed(step, scores))
         self._observe(step)
-        for observer in self.observers:
-            observer.on_route(step)
+        if self.observers:
+            # What they change must not reach the predictor either, which need not have looked yet.
+            seen = replace(step, experts=experts.copy(), weights=weights.copy())
+            for observer in self.observers:
+                observer.on_route(seen)
 
     def _observe(self, step: RoutingStep) -> None:
         self.predictor.observe(step)

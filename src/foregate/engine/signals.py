@@ -36,7 +36,7 @@ class ModelSignals:
     """Implements ``interfaces.Signals`` over a live model. ``close`` removes every hook.
 
     ``distrust`` is empty, or says why routers of this model cannot be asked ahead. ``reached`` is called before the
-    mixer and before the router of every MoE layer; ``layer`` and ``moment`` say then where the pass is.
+    mixer of every MoE layer and before its choice is told; ``layer`` and ``moment`` say then where the pass is.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str], experts: Sequence[int], top_k: int, family: str) -> None:
@@ -50,7 +50,9 @@ class ModelSignals:
         self.distrust = ""
         self.reached: Callable[[int, Moment], None] = lambda layer, moment: None
         self.early, self.late = True, True
-        """Whether ``reached`` must be called before the mixer, and before the router, of a decode step."""
+        """Whether ``reached`` must be called before the mixer, and before the choice, in a decode step."""
+        self.told: tuple[RoutingStep, tuple[int, int]] | None = None
+        """What was told last, and where the same numbers lie, if anywhere."""
         self.family = family
         self._dtype = next(model.parameters()).dtype
         self._format = _FORMATS.get(self._dtype)
@@ -105,7 +107,7 @@ class ModelSignals:
         self._at(layer, Moment.BEFORE_ATTENTION)
 
     def after_attention(self, layer: int, kernel: DecoderLayer) -> None:
-        """``kernel`` has computed all before the router of ``layer``."""
+        """``kernel`` has computed ``layer`` up to its experts, and nobody knows yet what its router chose."""
         part = self._flow.parts[layer]
         if part.compiled is not kernel:
             part.pre_attention, part.residual, part.router_input = kernel.normed, kernel.residual, kernel.routed
@@ -162,6 +164,10 @@ class ModelSignals:
             found.append(value.data_ptr())
         return (tuple(found), self._format) if self._format is not None else None
 
+    def choice_of(self, step: RoutingStep) -> tuple[int, int] | None:
+        """See ``interfaces.Signals``."""
+        return self.told[1] if self.told is not None and self.told[0] is step else None
+
     def normed(self, target: int, residual: NDArray[np.float32]) -> NDArray[np.float32]:
         """See ``interfaces.Signals``."""
         return _floats(self._norm(target, self._tensor(residual)))
@@ -193,9 +199,10 @@ class ModelSignals:
         kernel: DecoderLayer | None = self._flow.parts[self.layer].compiled
         if kernel is not None and (self.moment is not Moment.BEFORE_ATTENTION or source == "pre_attention"):
             asked = self._asked(target, source, kernel)
-            found = None if asked is None else asked[0].best(target, asked[1], most or asked[0].rows)
-            if found is not None:
-                return found
+            if asked is not None:
+                found = asked[0].best(target, asked[1], asked[0].rows if most is None else most)
+                if found is not None:
+                    return found
         experts, scores = self.rank(target, source)
         return Prediction(target, tuple(experts[:most].tolist()), tuple(scores[:most].tolist()))
 

@@ -19,8 +19,8 @@ BLOCK = 64
 FIXED = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary embedding whose values depend on the position alone, not on how long the text is."""
 
-TRIALS = (0, 1, 37, BLOCK - 1, 3 * BLOCK + 5, 4095)
-"""Positions at which one by one must give the bits of many at a time."""
+TRIALS = (0, 63 * BLOCK)
+"""Where blocks begin whose positions one by one must give the bits of all at a time."""
 
 
 class Positions:
@@ -28,9 +28,13 @@ class Positions:
 
     def __init__(self, rotary: Any, attention: AttentionBlock, x: Tensor) -> None:
         self._rotary, self._attention, self._x = rotary, attention, x
-        self._first, self._held = -BLOCK, (x, x)
         self._turns: Turns | None = None
+        self.forget()
         self._size = BLOCK if getattr(rotary, "rope_type", None) in FIXED and self._agrees() else 1
+
+    def forget(self) -> None:
+        """What comes next is computed anew."""
+        self._first, self._held = -BLOCK, (self._x, self._x)
 
     def at(self, position: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [1, 1, R] of ``position``."""
@@ -61,9 +65,9 @@ class Positions:
 
     def _agrees(self) -> bool:
         """Whether a block holds the bits of its positions."""
-        for position in TRIALS:
-            here = position % BLOCK
-            many, one = self._many(position - here, BLOCK), self._many(position, 1)
-            if not all(torch.equal(some[:, here : here + 1], single) for some, single in zip(many, one, strict=True)):
+        for first in TRIALS:
+            singles = zip(*(self._many(first + here, 1) for here in range(BLOCK)), strict=True)
+            ones = [torch.cat(single, dim=1) for single in singles]
+            if not all(map(torch.equal, self._many(first, BLOCK), ones)):
                 return False
         return True

@@ -17,7 +17,7 @@ from foregate.engine.engine import Engine
 from foregate.engine.signals import FEATURES, ModelSignals, Ranking
 from foregate.errors import ConfigError, TraceError
 from foregate.evaluation.held_out import HeldPrompt
-from foregate.types import Moment, Prediction
+from foregate.types import Moment, Prediction, RoutingStep
 
 
 def open_routers(model: str, fingerprint: str, token_ids: Sequence[int]) -> ModelSignals:
@@ -81,6 +81,9 @@ class TraceSignals:
 
     def addresses(self, *names: str, numbers: int) -> None:
         """See ``interfaces.Signals``: None, as what was recorded need not outlive the question."""
+
+    def choice_of(self, step: RoutingStep) -> None:
+        """See ``interfaces.Signals``: None, as above."""
 
     @torch.inference_mode()
     def normed(self, target: int, residual: NDArray[np.float32]) -> NDArray[np.float32]:

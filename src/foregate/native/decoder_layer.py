@@ -25,7 +25,8 @@ Turns = tuple[int, int, int]
 
 
 def turned(cos: Tensor, sin: Tensor) -> Turns:
-    """For ``DecoderLayer``; both [1, 1, R], as ``AttentionBlock.takes`` them, and to be kept by the caller."""
+    """For ``DecoderLayer``; both [1, 1, R], as ``AttentionBlock.takes`` them, or of more positions, of which it is the
+    first; to be kept by the caller."""
     return cos.data_ptr(), sin.data_ptr(), cos.shape[2]
 
 

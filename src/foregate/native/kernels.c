@@ -1058,3 +1058,6 @@ int foregate_expand(const matrix *m, void *out, int rows, int width, int threads
     pool_run(expand_chunk, &e, (rows + e.step - 1) / e.step, threads);
     return 0;
 }
+
+/* library.py says when this is counted up. */
+int foregate_version_2(void) { return 2; }

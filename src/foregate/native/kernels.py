@@ -236,9 +236,7 @@ class Ranker:
         self._scores, self._order = np.empty(len(gate), np.float32), np.empty(len(gate), np.int32)
         self._to = self._scores.ctypes.data, self._order.ctypes.data
         pointer = None if weight is None else weight.data_ptr()
-        self._job = _Ranking(
-            matrix(gate, None), pointer, epsilon, *self._to
-        )  # fmt: skip
+        self._job = _Ranking(matrix(gate, None), pointer, epsilon, *self._to)
         self._given = ctypes.addressof(self._job)
         self.rows, self.width = gate.shape
         self._top_k = top_k

@@ -14,14 +14,19 @@ from typing import Any
 
 log = logging.getLogger("foregate")
 
+VERSION = "foregate_version_2"
+"""Of the kernels: counted up, here and in kernels.c, where a function of an old name takes or returns another thing."""
+
 
 def load(name: str, functions: Sequence[str]) -> ctypes.CDLL | None:
     """The library built from ``native/NAME.c``, or None where it was not built, cannot be loaded or is switched off.
 
-    One that lacks any of ``functions`` was built from an older source: it is left alone, with a warning.
+    One that lacks any of ``functions``, or is of another ``VERSION``, was built from an older source: it is left alone,
+    with a warning.
     """
     found = _open(name)
-    missing = [] if found is None else [function for function in functions if not hasattr(found, function)]
+    wanted = [*functions, *([VERSION] if name == "kernels" else [])]
+    missing = [] if found is None else [function for function in wanted if not hasattr(found, function)]
     if missing:
         log.warning("native/%s was built from an older source (no %s): install Foregate again", name, missing[0])
         return None

@@ -104,7 +104,7 @@ class FusionKernel:
     """``predictors.fusion.Fusion``'s scores. Matrices L of [R, (2 + H) D] (``dense``), of [A (D + E), R] (``outward``)
     and L A of [E, D] (``routers``); rows L of [E, 2 R + A D] (``picked``) and L A of [E, E] (``repeat``); ``base``
     [L, 2 R + A D] and ``bias`` [L, A, E]. ``state``: ``now`` and ``last``, residuals [L, D] of this token and the one
-    before, ``ids`` and ``weights`` [L, K] of the chosen; their owner writes to them, but for ``now``. All numbers are
+    before, ``ids`` and ``weights`` [L, K] of the chosen; a call fills ``now``, and those if it is told. All numbers are
     float32, ids int64 (negative: none). ``experts`` [L] says how many of the E each layer has, of which ``named`` are
     told, or all; ``ahead`` [L] which layers are told at each.
     """

@@ -75,6 +75,8 @@ class Fusion(LearnedPredictor):
         self._last = np.zeros((layers, hidden), np.float32)
         self._ids = np.full((layers, self.model.top_k), NOBODY, np.int64)
         self._weights = np.zeros((layers, self.model.top_k), np.float32)
+        self._one = 1, self.model.top_k
+        """Shape of a choice that the kernel takes as it lies."""
         self._pending: RoutingStep | None = None
         """What was told last and is not kept yet."""
         self._copies = np.zeros((2, hidden), np.float32)
@@ -123,7 +125,7 @@ class Fusion(LearnedPredictor):
             self._ids[layer, : len(chosen)], self._weights[layer, : len(chosen)] = chosen[:most], weights[:most]
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        layer, chosen = signals.layer, self._chosen(signals.layer)
+        layer, chosen = signals.layer, self._chosen(signals)
         if self._kernel is None:
             self._now[layer] = self.told(signals, "residual")
             return self.ranked(signals, self._scores(layer, self.told(signals, "pre_attention")))
@@ -133,16 +135,16 @@ class Fusion(LearnedPredictor):
             where = self._copied, F32
         return self._kernel(layer, *where, chosen)
 
-    def _chosen(self, layer: int) -> tuple[int | None, int | None]:
-        """Where the kernel finds what ``layer`` has chosen: as a rule nobody needs to copy it before."""
+    def _chosen(self, signals: Signals) -> tuple[int | None, int | None]:
+        """Where the kernel finds what this layer has chosen: as a rule nobody needs to copy it before."""
         step, self._pending = self._pending, None
         if step is None:
             return NOWHERE
-        fits = self._kernel is not None and step.layer == layer and step.experts.shape[1] == self._ids.shape[1]
-        if fits and step.places is not None:
-            return step.places
-        self._keep(step)
-        return NOWHERE
+        fits = self._kernel is not None and step.layer == signals.layer and step.experts.shape == self._one
+        places = signals.choice_of(step) if fits else None
+        if places is None:
+            self._keep(step)
+        return places or NOWHERE
 
     def _scores(self, layer: int, before: Floats) -> Floats:
         """What the kernel computes, [A, E]."""

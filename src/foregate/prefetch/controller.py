@@ -49,6 +49,9 @@ _SLOW = 3
 _FAVOUR, _ERRORS = 1, 2
 """Standard errors that speculation is given on a link that brings an expert in a layer's time, where a wrong read costs
 little and the first two steps without it say little; and by which it must have paid on a slow one. Between, by line."""
+_DOUBT = 0.25
+"""Reads by which more or less than before must fit into the windows for slots to be given back or taken: each of those
+that are taken costs a resident."""
 _PRIOR = 4.0
 """Reads that the precision of all counts for, where a layer, or a distance and rank, has few of its own."""
 _EXPECTED = 0.7
@@ -161,6 +164,8 @@ class Controller:
         self._step = 0
         self._issued = 0
         """Reads of this step."""
+        self._set_aside = 0
+        """Slots, for speculation."""
         self._probe_at = PROBE_EVERY
         self._probe_every = PROBE_EVERY
 
@@ -220,7 +225,11 @@ class Controller:
         expert_s, layer_s = self._expert_s, self._layer_s.value
         if self.fixed is not None or not expert_s or layer_s is None:
             return most
-        return min(most, math.ceil(reach * layer_s / expert_s) + 1)
+        reads = reach * layer_s / expert_s
+        least, largest = (math.ceil(max(0.0, reads + by)) + 1 for by in (-_DOUBT, _DOUBT))
+        if not least <= self._set_aside <= largest:
+            self._set_aside = math.ceil(reads) + 1
+        return min(most, self._set_aside)
 
     def value(self, guess: Guess, queued: int) -> float:
         """Seconds that a read for ``guess``, behind ``queued`` reads in flight, saves more than it costs. Expected."""
