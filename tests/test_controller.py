@@ -267,3 +267,22 @@ def test_slots_are_set_aside_for_what_the_link_can_bring_in_time() -> None:
     fixed.saw_io(8 * 2**20, 0.050)
     fixed.saw_layer(0.005)
     assert fixed.staging(2, 8) == 8
+
+
+def test_a_slow_link_is_probed_with_few_reads() -> None:
+    c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=8, layers=LAYERS)
+    c.begin_step()
+    c.saw_io(8 * 2**20, 0.050)
+    c.saw_layer(0.005)
+    while not c.speculating:
+        c.begin_step()
+    assert not c.decision.enabled
+    reads = 0
+    while c.allowance(8) and c.value(Guess(0, 1, 0), 0) > 0:
+        c.issued(Guess(0, 1, 0))
+        reads += 1
+    assert reads == 4
+    assert c.value(Guess(0, 1, 0), 0) == 0
+    while c.speculating:
+        c.begin_step()
+    assert c.allowance(8) == 0

@@ -36,7 +36,7 @@ CONTROL_STEPS = 2
 
 _EXPLORED = 4
 """Reads of a probe, or of one of the first steps, up to which a layer's best guess is tried whatever it seems worth:
-nothing else would show that predictions have become better."""
+nothing else would show that predictions have become better. A slow link is probed with no more."""
 _WARM_UP = 8
 """Speculative reads judged before the first decision; twice as many steps are enough, too."""
 _LINK_BOUND, _ENOUGH_EXPERTS = 0.95, 16
@@ -215,7 +215,7 @@ class Controller:
 
     def allowance(self, width: int) -> int:
         """Speculative reads that one layer may issue now: at most ``width``, or the fixed limit."""
-        if not self.speculating:
+        if not self.speculating or self._probed_enough:
             return 0
         return width if self.fixed is None else self.fixed
 
@@ -233,6 +233,8 @@ class Controller:
 
     def value(self, guess: Guess, queued: int) -> float:
         """Seconds that a read for ``guess``, behind ``queued`` reads in flight, saves more than it costs. Expected."""
+        if self._probed_enough:
+            return 0.0
         exploring = guess.rank == 0 and self._issued < _EXPLORED and (self._all.cases < _WARM_UP or self._probing)
         p, window = 1.0 if exploring else self.precision(guess), self._window(guess)
         return p * self._saving(window, queued) - (1.0 - p) * self._waste(window, queued)
@@ -350,6 +352,11 @@ class Controller:
         """Standard errors that speculation is given, or (negative) must be better by."""
         slowness = min(1.0, max(0.0, (self._layers - 1) / (_SLOW - 1)))
         return _FAVOUR - slowness * (_FAVOUR + _ERRORS)
+
+    @property
+    def _probed_enough(self) -> bool:
+        """Whether this step probes a slow link, and has read enough for that: what nobody uses, somebody waits for."""
+        return self._issued >= _EXPLORED and self._probing and self._slow
 
     @property
     def _probing(self) -> bool:
