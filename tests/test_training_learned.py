@@ -63,6 +63,8 @@ class Replayed:
         self.layer = self.position = self.token_id = 0
         self.moment = Moment.AFTER_ROUTING
 
+    def choice_of(self, step: RoutingStep) -> None: ...
+
     def addresses(self, *names: str, numbers: int) -> None: ...
 
     def hidden(self, name: str) -> NDArray[np.float32]:
