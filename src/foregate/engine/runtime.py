@@ -27,6 +27,7 @@ from foregate.experts.compute import SlotViews, Weights, expert_forward, experts
 from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
 from foregate.native import kernels
 from foregate.native.decoder_layer import Choice, DecoderLayer
+from foregate.predictors.choice import reach
 from foregate.prefetch.pipeline import Compute, Pipeline, Together
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, RoutingStep
@@ -115,8 +116,9 @@ class ExpertRuntime:
         self._signals.late = listened or moment is Moment.AFTER_ATTENTION
         controller = self._prefetcher.controller
         controller.begin_step()
-        reach = self.predictor.lookahead + (moment is not Moment.AFTER_ROUTING)
-        wanted = controller.staging(reach, self._decode_staging) if controller.speculating else 0
+        wanted = 0
+        if controller.speculating:
+            wanted = controller.staging(reach(self.predictor), self._decode_staging)
         if wanted != self._cache.staging:
             self._cache.set_staging(wanted)
         if self._events.on:

@@ -137,8 +137,7 @@ class ExpertCache:
         """Whether ``key`` is resident; if so, this was an access. Loads need none: reserve, adopt and promote count."""
         if key not in self._resident:
             return False
-        if self._spent:
-            self._spent.pop(key, None)
+        self._spent.pop(key, None)
         self.policy.touch(key)
         return True
 
@@ -272,7 +271,7 @@ class ExpertCache:
 
     def _make_room(self, extra: int) -> bool:
         """Evict until ``extra`` more fit into the quota; False when there is no victim left."""
-        while len(self._resident) + len(self._loading) + extra > self.pool.slots - self._staging:
+        while self._excess(extra):
             if not self._evict():
                 return False
         return True
@@ -280,7 +279,7 @@ class ExpertCache:
     def _evict(self) -> bool:
         if not self._evictable:
             return False
-        spent = next((key for key in self._spent if key in self._evictable), None) if self._spent else None
+        spent = next((key for key in self._spent if key in self._evictable), None)
         key = self.policy.victim(self._evictable) if spent is None else spent
         self.pool.give(self._leave(key, self._resident))
         self.policy.forget(key)

@@ -24,6 +24,7 @@ NOBODY = -1
 """Where no expert was chosen."""
 
 NOWHERE = (None, None)
+"""Where a choice lies that has been copied already."""
 
 
 class Fusion(LearnedPredictor):
