@@ -423,7 +423,7 @@ def test_a_trial_leaves_no_trace(made: Any) -> None:
 
 def test_without_pythons_headers_ctypes_calls(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ran(made("qwen3_moe"))
-    for module in ("library", "predict"):
+    for module in ("library", "asking"):
         monkeypatch.setattr(f"foregate.native.{module}.calls", lambda: None)
     kernels.called.cache_clear()
     try:

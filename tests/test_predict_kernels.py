@@ -17,7 +17,7 @@ from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
 from foregate.interfaces import Signals
 from foregate.native import kernels
-from foregate.native.matrix import BF16, F32
+from foregate.native.matrix import BF16, F32, threads_asked, use_threads
 from foregate.native.predict import available
 from foregate.predictors.base import BasePredictor
 from foregate.predictors.file import Artifact, ModelIdentity
@@ -158,6 +158,67 @@ def test_what_a_layer_chose_is_read_where_it_lies_unless_something_else_was_told
 
     assert after(told, told) != after(other, other)
     assert after(replace(told, experts=other.experts, weights=other.weights), told) == after(other, other)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Compute threads."""
+    before = threads_asked()
+    use_threads(request.param)
+    yield request.param
+    use_threads(before)
+
+
+@needs_kernels
+def test_another_thread_predicts_the_same(threads: int) -> None:
+    alone, beside = fusion(2), fusion(2)
+    weights, x = torch.randn(300, 64).bfloat16(), torch.randn(1, 64).bfloat16()
+    product = kernels.linear(kernels.matrix(weights, None), x, 300)
+    for token in range(8):
+        for layer in range(len(EXPERTS)):
+            told = step(layer, token)
+            alone.observe(told)
+            beside.observe(told)
+            states = States(layer, token, place=True, told=told)
+            end = beside.begin(states)
+            # What else is computed meanwhile gives what it always gives.
+            assert torch.equal(kernels.linear(kernels.matrix(weights, None), x, 300), product)
+            assert end() == alone.predict(states)
+
+
+@needs_kernels
+def test_predictions_that_have_begun_at_once_keep_apart(threads: int) -> None:
+    predictors, states = [fusion(hops) for hops in (1, 2, 3)], States(1, 4)
+    ends = [predictor.begin(states) for predictor in predictors]
+    told = [end() for end in reversed(ends)][::-1]
+    assert told == [fusion(hops).predict(states) for hops in (1, 2, 3)]
+
+
+@needs_kernels
+def test_a_prediction_that_nobody_asks_for_harms_nothing(threads: int) -> None:
+    expected = fusion(2).predict(States(0, 1))
+    for _ in range(50):
+        dropped, states = fusion(2), States(0, 2)
+        dropped.begin(states)
+        del dropped
+        predictor = fusion(2)
+        predictor.begin(States(0, 3))
+        assert predictor.begin(States(0, 1))() == expected
+
+
+@needs_kernels
+@pytest.mark.parametrize("most", [1, 4, 6, 40])
+def test_a_router_asked_beside_ranks_alike(most: int, threads: int) -> None:
+    gate, x = torch.from_numpy(some(40, D)).bfloat16(), torch.from_numpy(some(1, D)).bfloat16()
+    ranker = kernels.Ranker(gate, None, K)
+    ended = ranker.begin(3, x.data_ptr(), most)()
+    assert ended is not None
+    assert ended == ranker.best(3, x.data_ptr(), most)
+    whole = ranker(x)
+    assert whole is not None
+    assert ended.experts == tuple(whole[0][:most].tolist())
+    tied = kernels.Ranker(torch.zeros_like(gate), None, K)
+    assert tied.begin(3, x.data_ptr(), most)() is None
 
 
 class Looking(BasePredictor):

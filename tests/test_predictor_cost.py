@@ -26,6 +26,9 @@ def test_every_layer_of_every_token_is_timed(tiny: Tiny) -> None:
     spent = found["predict_us"] + found["observe_us"]
     assert found["waiting_share"] == pytest.approx(spent / found["waiting_layer_us"])
     assert found["flops"] > 0
+    assert found["alone_us"] > 0
+    ran = CliRunner().invoke(app, ["predictor", "cost", "previous-token", *options[3:]], catch_exceptions=False)
+    assert json.loads(ran.stdout)["alone_us"] is None
 
 
 def test_a_predictor_that_is_never_asked_has_no_cost(tiny: Tiny) -> None:

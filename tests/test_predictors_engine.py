@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from foregate.checkpoint.opening import open_checkpoint
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
 from foregate.errors import ConfigError, PredictorError
+from foregate.interfaces import Signals
 from foregate.predictors import PREDICTORS
+from foregate.predictors.base import BasePredictor
+from foregate.predictors.choice import beginning
 from foregate.predictors.file import Artifact, ModelIdentity, save
 from foregate.testing.inflate import inflate
 from foregate.testing.tiny import REQUIRED, build
-from foregate.types import Phase, RoutingStep
+from foregate.types import Phase, Prediction, RoutingStep
 
 PROMPT = [5 + (7 * i) % 240 for i in range(20)]
 Tiny = Callable[[str], Path]
@@ -139,3 +142,80 @@ def test_a_file_of_an_unknown_method_and_one_that_reads_no_file_are_refused(tiny
         save(path, Artifact(method, identity(model), 1, {"x": np.zeros(1)}))
         with pytest.raises(ConfigError, match=words):
             Engine(RunConfig(model=model, predictor=str(path)))
+
+
+class Early(BasePredictor):
+    """Notes when it is asked what."""
+
+    def __init__(self, breaks: str = "") -> None:
+        super().__init__()
+        self.heard: list[tuple[str, int]] = []
+        self._breaks = breaks
+
+    def observe(self, step: RoutingStep) -> None:
+        if step.phase is Phase.DECODE:
+            self.hear("told", step.layer)
+
+    def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
+        layer = signals.layer
+        self.hear("begin", layer)
+
+        def end() -> Sequence[Prediction]:
+            self.hear("end", layer)
+            assert signals.layer == layer
+            return [Prediction(layer + 1, (0, 1, 2), (3.0, 2.0, 1.0))] if layer + 1 < signals.layers else []
+
+        return end
+
+    def predict(self, signals: Signals) -> Sequence[Prediction]:
+        self.hear("predict", signals.layer)
+        return []
+
+    def hear(self, what: str, layer: int) -> None:
+        self.heard.append((what, layer))
+        if what == self._breaks:
+            raise ValueError(f"broken at the {what}")
+
+
+class Changed(Early):
+    """Predicts something else than it would begin to."""
+
+    def predict(self, signals: Signals) -> Sequence[Prediction]:
+        return super().predict(signals)
+
+
+def heard(model: str, predictor: Early) -> tuple[list[int], str]:
+    settings: dict[str, Any] = {"model": model, "memory_budget": "50%", "prefetch": "2"}
+    with Engine(RunConfig(predictor="next-gate", **settings)) as engine:
+        engine.runtime.predictor = predictor
+        tokens = [step.token_id for step in engine.stream(PROMPT, SamplingConfig(max_new_tokens=6))]
+        return tokens, engine.prefetcher.controller.off_reason
+
+
+def test_a_predictor_that_can_begins_once_told_and_ends_before_the_next_layer(tiny: Tiny) -> None:
+    model, early = str(tiny("qwen3_moe")), Early()
+    tokens, reason = heard(model, early)
+    assert (tokens, reason) == (run(model, predictor="none", memory_budget="50%")[0], "")
+    layers = len(identity(model).experts)
+    in_order = [(what, layer) for layer in range(layers) for what in ("told", "begin", "end")]
+    assert early.heard == in_order * (len(early.heard) // len(in_order))
+    assert len(early.heard) == 5 * len(in_order)
+
+
+@pytest.mark.parametrize("breaks", ["begin", "end"])
+def test_one_that_breaks_on_the_way_ends_speculation_and_changes_nothing(tiny: Tiny, breaks: str) -> None:
+    model = str(tiny("qwen3_moe"))
+    tokens, reason = heard(model, Early(breaks))
+    assert tokens == run(model, predictor="none", memory_budget="50%")[0]
+    assert reason.endswith(f"ValueError: broken at the {breaks}")
+
+
+def test_a_subclass_that_predicts_something_else_is_asked_for_that(tiny: Tiny) -> None:
+    model, changed = str(tiny("qwen3_moe")), Changed()
+    heard(model, changed)
+    assert {what for what, _ in changed.heard} == {"told", "predict"}
+    on_the_object: Any = Early()
+    on_the_object.predict = lambda signals: []
+    assert beginning(on_the_object) is None
+    assert beginning(Early()) is not None
+    assert beginning(BasePredictor()) is None

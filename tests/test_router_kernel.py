@@ -104,6 +104,18 @@ def test_whatever_a_router_gives_otherwise_it_is_left_alone(change: Any) -> None
     assert not is_taken(FakeRouter(change))
 
 
+def rounded_up(logits: Tensor, best: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest logit of every eighth token one step of bf16 up, as another order of sums may give it."""
+    moved = logits.clone()
+    some, first = torch.arange(0, len(logits), 8), chosen[::8, 0]
+    moved[some, first] += moved[some, first].abs() * torch.finfo(moved.dtype).eps
+    return moved, moved.float().softmax(-1).topk(best.shape[1])[0].bfloat16(), chosen
+
+
+def test_a_logit_that_is_rounded_the_other_way_is_no_other_router() -> None:
+    assert is_taken(FakeRouter(rounded_up))
+
+
 @pytest.mark.parametrize("name", ["num_group", "n_group", "topk_group"])
 def test_groups_are_seen_though_random_tokens_may_not_show_them(name: str) -> None:
     module = FakeRouter(lambda *given: given)

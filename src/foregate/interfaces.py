@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -187,6 +187,10 @@ class Signals(Protocol):
         """The first ``most`` (1 or more; None: all) of ``rank`` as a prediction, which takes a third of the time."""
         ...
 
+    def begin_best(self, target: int, source: str, most: int | None) -> Callable[[], Prediction]:
+        """``best`` for a ``Beginner``: what is returned tells, and another thread may compute meanwhile."""
+        ...
+
     def choice_of(self, step: RoutingStep) -> tuple[int, int] | None:
         """Where experts [k] (int64) and weights [k] (float32) of ``step`` lie in memory until this layer ends; None
         where only the step tells, or it is not the one that was told last. For compiled predictors, as above.
@@ -227,4 +231,14 @@ class Predictor(Protocol):
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
         """Predictions for this layer (if not routed yet), later layers or the next token; empty where it knows none."""
+        ...
+
+
+class Beginner(Predictor, Protocol):
+    """A predictor that can compute while the engine goes on. Asked after routing, it may be told so: first ``begin``,
+    when the layer's experts are not looked up yet, then what that returned, in place of ``predict``."""
+
+    def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
+        """Start, and return what waits for the end and tells what ``predict`` would. It is called before anything that
+        ``signals`` show changes, and before the next ``observe``, ``reset`` or ``begin``; its answer may be dropped."""
         ...

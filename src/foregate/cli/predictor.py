@@ -98,8 +98,9 @@ def cost(
     if as_json:
         print_json(found)
         return
+    beside = "" if found["alone_us"] is None else f" ({found['alone_us']:.1f} µs without a second thread)"
     rows = [
-        ("prediction", f"{found['predict_us']:.1f} µs, observing {found['observe_us']:.1f} µs (medians)"),
+        ("prediction", f"{found['predict_us']:.1f} µs{beside}, observing {found['observe_us']:.1f} µs (medians)"),
         (
             "token",
             f"{found['us_per_token']:.0f} µs in {found['layers']} layers ({found['cpu_us_per_token']:.0f} µs CPU)",

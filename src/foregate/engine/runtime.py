@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from time import perf_counter, perf_counter_ns
@@ -27,10 +27,10 @@ from foregate.experts.compute import SlotViews, Weights, expert_forward, experts
 from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
 from foregate.native import kernels
 from foregate.native.decoder_layer import Choice, DecoderLayer
-from foregate.predictors.choice import reach
+from foregate.predictors.choice import beginning, reach
 from foregate.prefetch.pipeline import Compute, Pipeline, Together
 from foregate.prefetch.prefetcher import Prefetcher
-from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, RoutingStep
+from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, Prediction, RoutingStep
 
 IMPLEMENTATION = "foregate"
 """Name under which the function is registered in transformers' ExpertsInterface."""
@@ -88,6 +88,9 @@ class ExpertRuntime:
         self._experts = experts
         self._decode_staging = decode_staging
         self._clock = clock
+        self._beginning: Callable[[ModelSignals], Callable[[], Sequence[Prediction]]] | None = None
+        self._begun: Callable[[], Sequence[Prediction]] | None = None
+        """How the predictor begins, and what tells the predictions that are being computed, if any."""
         signals.reached = self._reached
         self._informed = cache.policy if isinstance(cache.policy, RoutingAware) else None
         signals.listen(on=self._informed is not None)
@@ -114,6 +117,7 @@ class ExpertRuntime:
         moment, listened = self.predictor.moment, self._events.on
         self._signals.early = listened or moment is Moment.BEFORE_ATTENTION
         self._signals.late = listened or moment is Moment.AFTER_ATTENTION
+        self._beginning = beginning(self.predictor) if moment is Moment.AFTER_ROUTING else None
         controller = self._prefetcher.controller
         controller.begin_step()
         wanted = 0
@@ -127,7 +131,8 @@ class ExpertRuntime:
             self._events.emit(ControllerDecided(now, decided.enabled, speculating, decided.reason))
 
     def finish(self) -> None:
-        """The sequence ended, or broke: nothing stays staged or in flight."""
+        """The sequence ended, or broke: nothing stays staged, in flight or being predicted."""
+        self._drop_begun()
         self._prefetcher.expire()
         self._prefetcher.settle()
 
@@ -177,9 +182,11 @@ class ExpertRuntime:
         step = RoutingStep(layer, self.phase, self.position, experts, weights)
         self._signals.told = None if choice is None else (step, choice.places)
         self._signals.on_route(step)
+        self._observe(step)
+        if self.phase is Phase.DECODE and len(experts) <= GATHER_TOKENS:
+            self._begin_predicting(layer)
         if self._informed is not None:
             self._informed.observe(layer, experts, self._signals.routed(step, scores))
-        self._observe(step)
         if self.observers:
             # What they change must not reach the predictor either, which need not have looked yet.
             seen = replace(step, experts=experts.copy(), weights=weights.copy())
@@ -284,26 +291,54 @@ class ExpertRuntime:
         if self.predictor.moment is moment:
             self._predict(layer, moment)
 
+    def _begin_predicting(self, layer: int) -> None:
+        """The sooner the better, with a predictor that computes while this layer's experts are looked up."""
+        if self._beginning is None or not self._asks():
+            return
+        began = perf_counter()
+        self._drop_begun()
+        self._begun = self._asked(layer, Moment.AFTER_ROUTING, self._beginning, self._signals)
+        self._tell_prediction(began, layer)
+
     def _predict(self, layer: int, moment: Moment) -> None:
         if self.predictor.moment is not moment or self.phase is Phase.PREFILL:
             return
-        wanted = self._prefetcher.wanted
-        if not wanted and not self._prefetcher.controller.rehearsing:
+        begun, self._begun = self._begun, None
+        if begun is None and not self._asks():
             return
         began = perf_counter()
+        ask, given = (self.predictor.predict, (self._signals,)) if begun is None else (begun, ())
+        predictions = self._asked(layer, moment, ask, *given)
+        if predictions is not None and self._prefetcher.wanted:
+            self._prefetcher.consider(layer, moment, predictions)
+        self._tell_prediction(began, layer)
+
+    def _asks(self) -> bool:
+        """Whether the predictor is to be asked."""
+        return self._prefetcher.wanted > 0 or self._prefetcher.controller.rehearsing
+
+    def _asked(self, layer: int, moment: Moment, ask: Callable[..., T], *given: ModelSignals) -> T | None:
+        """What ``ask`` tells; None if it fails, which ends speculation."""
         self._signals.layer, self._signals.moment = layer, moment
         try:
-            predictions = self.predictor.predict(self._signals)
+            return ask(*given)
         except Exception as error:  # a stranger's predictor must not decide whether the text comes out
             self.give_up_predicting(f"predictor {self.predictor.name!r} failed: {type(error).__name__}: {error}")
-            return
-        if wanted:
-            self._prefetcher.consider(layer, moment, predictions)
+            return None
+
+    def _tell_prediction(self, began: float, layer: int) -> None:
         ended = perf_counter()
         self._prefetcher.stats.predict_s += ended - began
         self._prefetcher.controller.saw_prediction(ended - began)
         if self._events.on:
             self._events.emit(TimeSpent(ns(began), ns(ended), Part.PREDICT, layer))
+
+    def _drop_begun(self) -> None:
+        """Nobody wants to know any more; what is being computed reads memory that is about to change."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            with suppress(Exception):
+                begun()
 
     def give_up_predicting(self, reason: str) -> None:
         """No speculation from now on, and say why, once."""

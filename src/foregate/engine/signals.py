@@ -6,6 +6,7 @@ Shapes: T tokens, E experts, k chosen, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -196,18 +197,27 @@ class ModelSignals:
 
     def best(self, target: int, source: str, most: int | None) -> Prediction:
         """See ``interfaces.Signals``."""
-        kernel: DecoderLayer | None = self._flow.parts[self.layer].compiled
-        if kernel is not None and (self.moment is not Moment.BEFORE_ATTENTION or source == "pre_attention"):
-            asked = self._asked(target, source, kernel)
-            if asked is not None:
-                found = asked[0].best(target, asked[1], asked[0].rows if most is None else most)
-                if found is not None:
-                    return found
+        asked = self._asked(target, source)
+        found = None if asked is None else asked[0].best(target, asked[1], asked[0].rows if most is None else most)
+        return self._first(target, source, most) if found is None else found
+
+    def begin_best(self, target: int, source: str, most: int | None) -> Callable[[], Prediction]:
+        """See ``interfaces.Signals``."""
+        asked = self._asked(target, source)
+        if asked is None:
+            return partial(self._first, target, source, most)
+        end = asked[0].begin(target, asked[1], asked[0].rows if most is None else most)
+        return lambda: end() or self._first(target, source, most)
+
+    def _first(self, target: int, source: str, most: int | None) -> Prediction:
         experts, scores = self.rank(target, source)
         return Prediction(target, tuple(experts[:most].tolist()), tuple(scores[:most].tolist()))
 
-    def _asked(self, target: int, source: str, kernel: DecoderLayer) -> tuple[Ranker, int] | None:
+    def _asked(self, target: int, source: str) -> tuple[Ranker, int] | None:
         """Who ranks ``target`` on ``source`` in one call, and where that lies; None where nobody does."""
+        kernel: DecoderLayer | None = self._flow.parts[self.layer].compiled
+        if kernel is None or (self.moment is Moment.BEFORE_ATTENTION and source != "pre_attention"):
+            return None
         key = self.layer, target, source
         known = self._quick.get(key)
         if known is not None and known[0] is kernel:

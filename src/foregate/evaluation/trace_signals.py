@@ -5,7 +5,8 @@ A predictor cannot tell it from the engine's. Shapes: T decode tokens, L MoE lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -81,6 +82,10 @@ class TraceSignals:
 
     def addresses(self, *names: str, numbers: int) -> None:
         """See ``interfaces.Signals``: None, as what was recorded need not outlive the question."""
+
+    def begin_best(self, target: int, source: str, most: int | None) -> Callable[[], Prediction]:
+        """See ``interfaces.Signals``."""
+        return partial(self.best, target, source, most)
 
     def choice_of(self, step: RoutingStep) -> None:
         """See ``interfaces.Signals``: None, as above."""

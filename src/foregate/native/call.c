@@ -174,54 +174,103 @@ static int is_named_tuple(PyObject *type) {
     return PyType_Check(type) && PyType_IsSubtype((PyTypeObject *)type, &PyTuple_Type);
 }
 
-/* predictions(scores, experts, parts, Prediction): see `told`. */
-static PyObject *predictions(PyObject *module, PyObject *const *given, Py_ssize_t count) {
-    (void)module;
-    if (count != 4 || !PyTuple_CheckExact(given[2]) || !is_named_tuple(given[3]))
-        return PyErr_Format(PyExc_TypeError, "takes two addresses, a tuple and a type of named tuples");
-    const float *scores = PyLong_AsVoidPtr(given[0]);
-    const int32_t *experts = PyLong_AsVoidPtr(given[1]);
-    return PyErr_Occurred() ? NULL : told(scores, experts, given[2], (PyTypeObject *)given[3]);
-}
+typedef void (*job)(void *context, int number);
 
-/* A prediction kernel of `count` arguments, the first `known` of them fixed, as are the two after the next `asked`. */
+/* Whether a prediction has begun, and who computes it. */
+enum { NOT_BEGUN = 0, LEFT = 1, POSTED = 2 };
+
+/* A prediction kernel of `count` arguments, the first `known` of them fixed, as are the two after the next `asked`.
+ * `post` and `join`, of the kernels, have another thread run it. */
 typedef struct {
     PyObject_HEAD
     vectorcallfunc call;
     void *run;
+    int (*post)(job fn, void *context, int64_t threads);
+    void (*join)(void);
     int known, asked, count;
+    int state, answer;
     a values[MOST];
-    PyObject *parts, *type;
+    PyObject *parts, *type, *kept;
 } asker;
 
-/* What the kernel tells, or the number that it answers where that is not 0. */
-static PyObject *ask(PyObject *self, PyObject *const *given, size_t flags, PyObject *names) {
-    const asker *f = (const asker *)self;
-    a values[MOST];
-    memcpy(values, f->values, sizeof values);
-    const int last = f->count - 1, places = f->known + f->asked; /* the last argument is given, too */
-    if (refuse_count(flags, names, f->asked + 1) || read_values(given, f->asked, values + f->known) ||
-        read_values(given + f->asked, 1, values + last))
-        return NULL;
-    const int answer = run_unlocked(f->run, f->count, values);
+static int read_question(const asker *f, PyObject *const *given, size_t flags, PyObject *names, a *values) {
+    memcpy(values, f->values, sizeof f->values);
+    /* the last argument is given, too */
+    return refuse_count(flags, names, f->asked + 1) || read_values(given, f->asked, values + f->known) ||
+           read_values(given + f->asked, 1, values + f->count - 1);
+}
+
+/* What the kernel told, or the number that it answered where that is not 0. */
+static PyObject *read_answer(const asker *f, int answer) {
     if (answer)
         return PyLong_FromLong(answer);
-    return told((const float *)(uintptr_t)values[places], (const int32_t *)(uintptr_t)values[places + 1], f->parts,
+    const a *places = f->values + f->known + f->asked;
+    return told((const float *)(uintptr_t)places[0], (const int32_t *)(uintptr_t)places[1], f->parts,
                 (PyTypeObject *)f->type);
 }
 
-/* Asker(address, known, asked, places, parts, Prediction): calls the function at `address` with the tuple `known`, then
- * `asked` arguments and a last one that are given, and between those the tuple `places`, where its answer will lie. */
+static PyObject *ask(PyObject *self, PyObject *const *given, size_t flags, PyObject *names) {
+    const asker *f = (const asker *)self;
+    a values[MOST];
+    if (read_question(f, given, flags, names, values))
+        return NULL;
+    return read_answer(f, run_unlocked(f->run, f->count, values));
+}
+
+static void compute(void *context, int number) {
+    (void)number;
+    asker *f = context;
+    f->answer = run(f->run, f->count, f->values);
+}
+
+static void end(asker *f) {
+    if (f->state == NOT_BEGUN)
+        return;
+    Py_BEGIN_ALLOW_THREADS
+    if (f->state == POSTED)
+        f->join();
+    else
+        compute(f, 0);
+    Py_END_ALLOW_THREADS
+    f->state = NOT_BEGUN;
+}
+
+/* begin(*arguments): as a call, but whoever is idle computes; `end` has the answer. */
+static PyObject *begin(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    asker *f = (asker *)self;
+    a values[MOST];
+    end(f);
+    if (read_question(f, given, (size_t)count, NULL, values))
+        return NULL;
+    const int64_t threads = values[f->count - 1];
+    values[f->count - 1] = 1;
+    memcpy(f->values, values, sizeof values);
+    f->state = f->post(compute, f, threads) ? POSTED : LEFT;
+    Py_RETURN_NONE;
+}
+
+static PyObject *end_asked(PyObject *self, PyObject *nothing) {
+    (void)nothing;
+    asker *f = (asker *)self;
+    if (f->state == NOT_BEGUN)
+        return PyErr_Format(PyExc_RuntimeError, "nothing has begun");
+    end(f);
+    return read_answer(f, f->answer);
+}
+
+/* Asker(address, known, asked, places, parts, Prediction, post, join, kept): calls the function at `address` with the tuple
+ * `known`, then `asked` arguments and a last one (threads) that are given, and between those the tuple `places`, where
+ * its answer will lie. `kept` lives as long. */
 static PyObject *make_asker(PyTypeObject *type, PyObject *given, PyObject *named) {
-    unsigned long long address;
+    unsigned long long address, post, join;
     int asked;
-    PyObject *known, *places, *parts, *prediction;
-    static char *names[] = {"address", "known", "asked", "places", "parts", "prediction", NULL};
-    if (!PyArg_ParseTupleAndKeywords(given, named, "KO!iO!O!O", names, &address, &PyTuple_Type, &known, &asked,
-                                     &PyTuple_Type, &places, &PyTuple_Type, &parts, &prediction))
+    PyObject *known, *places, *parts, *prediction, *kept;
+    static char *names[] = {"address", "known", "asked", "places", "parts", "prediction", "post", "join", "kept", NULL};
+    if (!PyArg_ParseTupleAndKeywords(given, named, "KO!iO!O!OKKO", names, &address, &PyTuple_Type, &known, &asked,
+                                     &PyTuple_Type, &places, &PyTuple_Type, &parts, &prediction, &post, &join, &kept))
         return NULL;
     const Py_ssize_t first = PyTuple_GET_SIZE(known), count = first + asked + 3;
-    if (!address || asked < 0 || PyTuple_GET_SIZE(places) != 2 || count > MOST || !can_run((int)count) ||
+    if (!address || !post || !join || asked < 0 || PyTuple_GET_SIZE(places) != 2 || count > MOST || !can_run((int)count) ||
         !is_named_tuple(prediction))
         return PyErr_Format(PyExc_ValueError, "a function at %llu of %zd arguments", address, count);
     asker *made = (asker *)type->tp_alloc(type, 0);
@@ -229,21 +278,32 @@ static PyObject *make_asker(PyTypeObject *type, PyObject *given, PyObject *named
         return NULL;
     made->call = ask;
     made->run = (void *)(uintptr_t)address;
+    made->post = (int (*)(job, void *, int64_t))(uintptr_t)post;
+    made->join = (void (*)(void))(uintptr_t)join;
     made->known = (int)first;
     made->asked = asked;
     made->count = (int)count;
     made->parts = Py_NewRef(parts);
     made->type = Py_NewRef(prediction);
+    made->kept = Py_NewRef(kept);
     if (read_tuple(known, made->values) || read_tuple(places, made->values + first + asked))
         Py_CLEAR(made);
     return (PyObject *)made;
 }
 
 static void free_asker(PyObject *self) {
+    end((asker *)self);
     Py_XDECREF(((asker *)self)->parts);
     Py_XDECREF(((asker *)self)->type);
+    Py_XDECREF(((asker *)self)->kept);
     Py_TYPE(self)->tp_free(self);
 }
+
+static PyMethodDef asker_methods[] = {
+    {"begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL, "As a call, but whoever is idle computes."},
+    {"end", end_asked, METH_NOARGS, "What has begun, answered."},
+    {NULL, NULL, 0, NULL},
+};
 
 static PyMemberDef asker_members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(asker, call), READONLY, NULL},
@@ -253,22 +313,18 @@ static PyMemberDef asker_members[] = {
 static PyTypeObject Asker = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "foregate.native._call.Asker",
-    .tp_doc = "Asker(address, known, asked, places, parts, Prediction): a kernel's predictions in one call.",
+    .tp_doc = "Asker(address, known, asked, places, parts, Prediction, post, join, kept): a kernel's predictions in one call.",
     .tp_basicsize = sizeof(asker),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL,
     .tp_vectorcall_offset = offsetof(asker, call),
     .tp_call = PyVectorcall_Call,
     .tp_members = asker_members,
+    .tp_methods = asker_methods,
     .tp_new = make_asker,
     .tp_dealloc = free_asker,
 };
 
-static PyMethodDef methods[] = {
-    {"predictions", (PyCFunction)(void (*)(void))predictions, METH_FASTCALL, "Predictions from what a kernel wrote."},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_call", .m_size = -1, .m_methods = methods};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_call", .m_size = -1};
 
 PyMODINIT_FUNC PyInit__call(void) {
     if (PyType_Ready(&Function) < 0 || PyType_Ready(&Asker) < 0)

@@ -1059,5 +1059,12 @@ int foregate_expand(const matrix *m, void *out, int rows, int width, int threads
     return 0;
 }
 
+/* ---- Beside the caller ---- */
+
+/* As pool_post and pool_join. */
+int foregate_post(chunk_fn fn, void *context, int64_t threads) { return pool_post(fn, context, (int)threads); }
+
+void foregate_join(void) { pool_join(); }
+
 /* library.py says when this is counted up. */
-int foregate_version_2(void) { return 2; }
+int foregate_version_3(void) { return 3; }

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foregate.errors import IntegrityError
-from foregate.native.library import calls, function, load
+from foregate.native.asking import Ask, Told, checked
+from foregate.native.library import function, load
 from foregate.native.matrix import BF16, F32, INT4, INT8, threads_asked
 from foregate.native.matrix import MOST_COLUMNS as MOST_COLUMNS
 from foregate.native.matrix import Matrix as Matrix
@@ -81,8 +82,6 @@ class _Ranking(ctypes.Structure):
         ("gate", Matrix),
         ("norm", c_void_p),
         ("epsilon", c_float),
-        ("scores", c_void_p),
-        ("order", c_void_p),
     ]
 
 
@@ -233,39 +232,50 @@ class Ranker:
     def __init__(self, gate: Tensor, norm: tuple[Tensor, float] | None, top_k: int) -> None:
         weight, epsilon = norm or (None, 0.0)
         self._kept = gate, weight
-        self._scores, self._order = np.empty(len(gate), np.float32), np.empty(len(gate), np.int32)
-        self._to = self._scores.ctypes.data, self._order.ctypes.data
-        pointer = None if weight is None else weight.data_ptr()
-        self._job = _Ranking(matrix(gate, None), pointer, epsilon, *self._to)
-        self._given = ctypes.addressof(self._job)
+        self._job = _Ranking(matrix(gate, None), None if weight is None else weight.data_ptr(), epsilon)
         self.rows, self.width = gate.shape
         self._top_k = top_k
-        self._run, self._fast = called("foregate_rank", 4), calls()
+        self._scores, self._order = np.empty(self.rows, np.float32), np.empty(self.rows, np.int32)
+        self._to = self._scores.ctypes.data, self._order.ctypes.data
+        self._run = called("foregate_rank", 7)
+        self._asks: dict[tuple[int, int], tuple[Ask, Callable[[], Prediction | None]]] = {}
 
     def __call__(self, x: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Rows best first and their scores for ``x`` [1, D]; None where it does not suit, or the ``top_k``-th ties."""
         if x.dtype is not torch.bfloat16 or x.shape[-1] != self.width or not x.is_contiguous():
             return None
-        if not self._ranked(x.data_ptr(), self.rows):
+        code = self._run(ctypes.addressof(self._job), self._top_k, self.rows, x.data_ptr(), *self._to, 1)
+        if code == UNDECIDED:
             return None
+        check(code)
         return self._order.astype(np.int64), self._scores.copy()
 
     def best(self, layer: int, at: int, most: int) -> Prediction | None:
         """The best ``most`` for a token whose [D] lie ``at`` an address, as experts of ``layer``; None as above."""
-        if not self._ranked(at, most):
-            return None
-        count = min(most, self.rows)
-        if self._fast is not None:
-            told: list[Prediction] = self._fast.predictions(*self._to, ((layer, 0, count),), Prediction)
-            return told[0]
-        return Prediction(layer, tuple(self._order[:count].tolist()), tuple(self._scores[:count].tolist()))
+        return _one(self._asked(layer, most)[0](at, 1))
 
-    def _ranked(self, at: int, most: int) -> bool:
-        code = self._run(self._given, at, self._top_k, most)
-        if code == UNDECIDED:
-            return False
-        check(code)
-        return True
+    def begin(self, layer: int, at: int, most: int) -> Callable[[], Prediction | None]:
+        """As ``best``, but another compute thread does it meanwhile; what this returns waits for it and tells."""
+        ask, end = self._asked(layer, most)
+        ask.begin(at, num_threads())
+        return end
+
+    def _asked(self, layer: int, most: int) -> tuple[Ask, Callable[[], Prediction | None]]:
+        """Who asks, and what ends it where it has begun."""
+        key = layer, most
+        if key not in self._asks:
+            room = min(max(most, self._top_k + 1), self.rows)
+            given = ctypes.addressof(self._job), self._top_k, most
+            told = Told(1, room, [(layer, min(most, self.rows))])
+            ask = told.asked_of(loaded(), "foregate_rank", *given, given=1, kept=(self._job, self._kept))
+            self._asks[key] = ask, lambda: _one(ask.end())
+        return self._asks[key]
+
+
+def _one(told: list[Prediction] | int) -> Prediction | None:
+    if isinstance(told, int) and told == UNDECIDED:
+        return None
+    return checked(told)[0]
 
 
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:

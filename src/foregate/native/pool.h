@@ -13,6 +13,13 @@ typedef void (*chunk_fn)(void *context, int chunk);
 /* Run fn(context, 0 ... chunks-1) on up to `threads` threads, the caller's included; returns when all have run. */
 static void pool_run(chunk_fn fn, void *context, int chunks, int threads);
 
+/* Have fn(context, 0) run by another of `threads` threads while the caller goes on; 0, and nothing done, where there is
+ * none. Whoever posts joins, on the same thread; until then jobs of others run on their callers alone. */
+static int pool_post(chunk_fn fn, void *context, int threads);
+
+/* Returns when what was posted has run: by the caller, if nobody has begun it. */
+static void pool_join(void);
+
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -138,6 +145,21 @@ static void wait_for_others(void) {
     }
 }
 
+/* Hand out `chunks` among `threads` (one alone goes to the last of them), of which `wake` are woken if they sleep. */
+static void start(chunk_fn fn, void *context, int chunks, int threads, int wake) {
+    pool.fn = fn;
+    pool.context = context;
+    atomic_store(&pool.pending, chunks);
+    atomic_store(&pool.threads, threads);
+    for (int i = 0; i < threads; i++) {
+        uint64_t begin = (uint64_t)chunks * i / threads, end = (uint64_t)chunks * (i + 1) / threads;
+        atomic_store_explicit(&pool.spans[i].range, begin << 32 | end, memory_order_release);
+    }
+    atomic_fetch_add(&pool.generation, 1);
+    if (atomic_load(&pool.sleepers))
+        syscall(SYS_futex, &pool.generation, FUTEX_WAKE_PRIVATE, wake, NULL, NULL, 0);
+}
+
 static void pool_run(chunk_fn fn, void *context, int chunks, int threads) {
     if (threads > MAX_THREADS)
         threads = MAX_THREADS;
@@ -149,18 +171,25 @@ static void pool_run(chunk_fn fn, void *context, int chunks, int threads) {
         return;
     }
     threads = hire(threads);
-    pool.fn = fn;
-    pool.context = context;
-    atomic_store(&pool.pending, chunks);
-    atomic_store(&pool.threads, threads);
-    for (int i = 0; i < threads; i++) {
-        uint64_t begin = (uint64_t)chunks * i / threads, end = (uint64_t)chunks * (i + 1) / threads;
-        atomic_store_explicit(&pool.spans[i].range, begin << 32 | end, memory_order_release);
-    }
-    atomic_fetch_add(&pool.generation, 1);
-    if (atomic_load(&pool.sleepers))
-        syscall(SYS_futex, &pool.generation, FUTEX_WAKE_PRIVATE, pool.workers, NULL, NULL, 0);
+    start(fn, context, chunks, threads, pool.workers);
     work(0, threads);
+    wait_for_others();
+    pthread_mutex_unlock(&pool.lock);
+}
+
+static int pool_post(chunk_fn fn, void *context, int threads) {
+    if (threads <= 1 || pthread_mutex_trylock(&pool.lock))
+        return 0;
+    threads = hire(threads < MAX_THREADS ? threads : MAX_THREADS);
+    if (threads > 1)
+        start(fn, context, 1, threads, 1);
+    else
+        pthread_mutex_unlock(&pool.lock);
+    return threads > 1;
+}
+
+static void pool_join(void) {
+    work(0, atomic_load(&pool.threads));
     wait_for_others();
     pthread_mutex_unlock(&pool.lock);
 }

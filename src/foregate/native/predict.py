@@ -8,15 +8,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_int32, c_void_p
-from functools import cache
-from struct import Struct
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.errors import IntegrityError
-from foregate.native.library import address, calls, function, load
+from foregate.native.asking import Ask, Told, checked
+from foregate.native.library import load
 from foregate.native.matrix import Matrix, RowsOf, threads_asked
 from foregate.native.products import Products, Rows
 from foregate.types import Prediction
@@ -91,13 +90,14 @@ class NetworkKernel:
         self._given = [ctypes.addressof(layer) for layer in self._layers]
         self.x = np.zeros(first.matrices[0].columns, np.float32)
         """The input: written to before a call."""
-        self._told = [_Told(1, named, [(layer, there)]) for layer, there in enumerate(experts)]
+        self._told = [Told(1, named, [(layer, there)]) for layer, there in enumerate(experts)]
         known = [(given, _pointer(self.x)) for given in self._given]
-        self._ask = [told.asked_of("foregate_predict_network", *at) for told, at in zip(self._told, known, strict=True)]
+        pairs = zip(self._told, known, strict=True)
+        self._ask = [told.asked_of(_loaded(), "foregate_predict_network", *at) for told, at in pairs]
 
     def __call__(self, layer: int) -> list[Prediction]:
         """``layer`` itself, its experts for ``x``, the best first, and their scores."""
-        return _checked(self._ask[layer](threads_asked() or 1))
+        return checked(self._ask[layer](threads_asked() or 1))
 
 
 class FusionKernel:
@@ -139,9 +139,11 @@ class FusionKernel:
         self._states = [_State(*at, n, layers, state[2].shape[1], named) for n in range(layers)]
         jobs = zip(self._layers, self._states, strict=True)
         known = [(ctypes.addressof(layer), ctypes.addressof(state)) for layer, state in jobs]
-        self._told = [_Told(asked, named, [(m, experts[m % layers]) for m in there]) for there in ahead]
+        self._told = [Told(asked, named, [(m, experts[m % layers]) for m in there]) for there in ahead]
         pairs = zip(self._told, known, strict=True)
-        self._ask = [told.asked_of("foregate_predict_fusion", *at, given=5) for told, at in pairs]
+        kept = self._kept, self._layers, self._states, self._routers, self._repeats, self._counts
+        self._ask = [told.asked_of(_loaded(), "foregate_predict_fusion", *at, given=5, kept=kept) for told, at in pairs]
+        self._ends = [partial(_ended, ask) for ask in self._ask]
 
     def __call__(
         self, layer: int, places: tuple[int, ...], dtype: int, chosen: tuple[int | None, int | None] = (None, None)
@@ -149,42 +151,19 @@ class FusionKernel:
         """Layers after ``layer``, experts of each, the best first, and their scores. ``places``: where the residual
         and the pre-attention input lie, [D] numbers of ``dtype`` each; ``chosen``: where what the layer chose does,
         [K] like rows of ``ids`` and ``weights``, unless they have it."""
-        return _checked(self._ask[layer](*places, dtype, *chosen, threads_asked() or 1))
+        return checked(self._ask[layer](*places, dtype, *chosen, threads_asked() or 1))
+
+    def begin(
+        self, layer: int, places: tuple[int, ...], dtype: int, chosen: tuple[int | None, int | None] = (None, None)
+    ) -> Callable[[], list[Prediction]]:
+        """As a call, but another compute thread does it meanwhile; what this returns waits for it and tells. What lies
+        at the ``places`` stays there until then."""
+        self._ask[layer].begin(*places, dtype, *chosen, threads_asked() or 1)
+        return self._ends[layer]
 
 
-class _Told:
-    """What a kernel writes: scores [A, ``named``], then experts, for ``layers`` of so many experts each."""
-
-    def __init__(self, asked: int, named: int, layers: Sequence[tuple[int, int]]) -> None:
-        half = asked * named
-        self._form = Struct(f"{half}f{half}i")
-        self._memory = ctypes.create_string_buffer(self._form.size)
-        at = ctypes.addressof(self._memory)
-        self._to = at, at + 4 * half
-        self._half = half
-        self._parts = tuple((layer, hop * named, min(named, there)) for hop, (layer, there) in enumerate(layers))
-
-    def asked_of(self, name: str, *known: int, given: int = 0) -> Callable[..., list[Prediction] | int]:
-        """What calls the kernel ``name`` with ``known``, as many arguments as are to be ``given``, where its answer
-        goes, and a last one that is given. It returns a prediction for each of the layers, or the kernel's own answer
-        where that is not 0."""
-        fast, found = calls(), _loaded()
-        if fast is not None:
-            asker: Callable[..., list[Prediction] | int] = fast.Asker(
-                address(getattr(found, name)), known, given, self._to, self._parts, Prediction
-            )
-            return asker
-        run = function(found, name, len(known) + given + 3)
-
-        def ask(*arguments: int | None) -> list[Prediction] | int:
-            return run(*known, *arguments[:-1], *self._to, arguments[-1]) or self._read()
-
-        return ask
-
-    def _read(self) -> list[Prediction]:
-        found = self._form.unpack(self._memory)  # one call: numpy's lists take several times as long
-        scores, experts = found[: self._half], found[self._half :]
-        return [Prediction(layer, experts[at : at + n], scores[at : at + n]) for layer, at, n in self._parts]
+def _ended(ask: Ask) -> list[Prediction]:
+    return checked(ask.end())
 
 
 def _part(array: ctypes.Array[Any], number: int) -> int:
@@ -195,14 +174,6 @@ def _pointer(array: Floats) -> int:
     assert array.flags.c_contiguous
     assert array.dtype == np.float32
     return array.ctypes.data
-
-
-def _checked(told: list[Prediction] | int) -> list[Prediction]:
-    if not isinstance(told, int):
-        return told
-    if told == 2:
-        raise MemoryError("no memory for a prediction")
-    raise IntegrityError("the kernels refused the arrays of a predictor")
 
 
 def _loaded() -> Any:

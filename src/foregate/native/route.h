@@ -44,8 +44,6 @@ typedef struct {
     matrix gate;          /* bf16 */
     const uint16_t *norm; /* weight [K] of the norm before it, or NULL */
     float epsilon;
-    float *scores;  /* [N] out, best first: what bf16 keeps of the products */
-    int32_t *order; /* [N] out: rows of the gate, best first, the lower first where they tie */
 } ranking;
 
 enum { MOST_RANKED = 4096, UNDECIDED = 3 };
@@ -72,9 +70,13 @@ static size_t gate_bytes(const matrix *m) {
 
 static int refuse_gate(const matrix *m) { return refuse(m, 1) || m->dtype != BF16 || m->rows > MOST_RANKED; }
 
-/* Rank the rows of `r->gate` for x [K], bf16: the best `most`. Returns as foregate_linear, or UNDECIDED where the order
- * cannot be told: a NaN, or a tie at place `top`, which routers settle each in its own way. */
-int foregate_rank(const ranking *r, const uint16_t *x, int64_t top, int64_t most) {
+/* Rank the rows of `r->gate` for x [K], bf16: the best `most`, the lower first where they tie, and what bf16 keeps of
+ * their products. Returns as foregate_linear, or
+ * UNDECIDED where the order cannot be told: a NaN, or a tie at place `top`, which routers settle each in its own way.
+ * `scores` and `order` have room for `top` + 1, or all. One thread: a router is small. */
+int foregate_rank(const ranking *r, int64_t top, int64_t most, const uint16_t *x, float *scores, int32_t *order,
+                  int64_t threads) {
+    (void)threads;
     choose_best();
     const matrix *m = &r->gate;
     const int n = m->columns, rows = m->rows;
@@ -90,8 +92,8 @@ int foregate_rank(const ranking *r, const uint16_t *x, int64_t top, int64_t most
     const float *products = gate_products(m, r->norm ? normed : x);
     if (!products)
         return UNDECIDED;
-    sort_scores(products, rows, sorted, keys, r->order, r->scores);
-    return top < rows && r->scores[top - 1] == r->scores[top] ? UNDECIDED : 0;
+    sort_scores(products, rows, sorted, keys, order, scores);
+    return top < rows && scores[top - 1] == scores[top] ? UNDECIDED : 0;
 }
 
 /* ---- The router of a layer ---- */

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from foregate.errors import ConfigError
-from foregate.interfaces import Predictor
+from foregate.interfaces import Predictor, Signals
 from foregate.predictors import PREDICTORS
 from foregate.predictors.file import ModelIdentity, load
-from foregate.types import Moment
+from foregate.types import Moment, Prediction
 
 SUFFIX = ".safetensors"
 
@@ -49,6 +49,16 @@ def make_predictor(text: str, lookahead: int | None, model: Callable[[], ModelId
 def reach(predictor: Predictor) -> int:
     """Layers that it predicts each time: the one at which it is asked counts, unless that has been routed already."""
     return predictor.lookahead + (predictor.moment is not Moment.AFTER_ROUTING)
+
+
+def beginning(predictor: Predictor) -> Callable[[Signals], Callable[[], Sequence[Prediction]]] | None:
+    """Its ``begin`` (``interfaces.Beginner``); None where it has none, or what it predicts was changed by a subclass or
+    on the object itself."""
+    for holder in (predictor, *type(predictor).__mro__):
+        own = getattr(holder, "__dict__", {})
+        if "begin" in own or "predict" in own:
+            return getattr(predictor, "begin", None) if "begin" in own else None
+    return None
 
 
 def _from_file(path: Path, lookahead: int | None, model: ModelIdentity) -> Predictor:

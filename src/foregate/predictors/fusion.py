@@ -5,7 +5,8 @@ Shapes: L MoE layers, E experts, D hidden, H hops, R width of the correction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,15 +127,26 @@ class Fusion(LearnedPredictor):
             self._ids[layer, : len(chosen)], self._weights[layer, : len(chosen)] = chosen[:most], weights[:most]
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        layer, chosen = signals.layer, self._chosen(signals)
-        if self._kernel is None:
-            self._now[layer] = self.told(signals, "residual")
-            return self.ranked(signals, self._scores(layer, self.told(signals, "pre_attention")))
+        kernel, question = self._kernel, self._question(signals)
+        return self._computed(signals) if kernel is None else kernel(*question)
+
+    def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
+        """See ``interfaces.Beginner``."""
+        kernel, question = self._kernel, self._question(signals)
+        return partial(self._computed, signals) if kernel is None else kernel.begin(*question)
+
+    def _question(self, signals: Signals) -> tuple[int, tuple[int, ...], int, tuple[int | None, int | None]]:
+        """What the kernel is asked."""
         where = signals.addresses("residual", "pre_attention", numbers=self.hidden_size)
         if where is None:
             self._copies[0], self._copies[1] = self.told(signals, "residual"), self.told(signals, "pre_attention")
             where = self._copied, F32
-        return self._kernel(layer, *where, chosen)
+        return signals.layer, *where, self._chosen(signals)
+
+    def _computed(self, signals: Signals) -> Sequence[Prediction]:
+        """What a kernel would tell."""
+        self._now[signals.layer] = self.told(signals, "residual")
+        return self.ranked(signals, self._scores(signals.layer, self.told(signals, "pre_attention")))
 
     def _chosen(self, signals: Signals) -> tuple[int | None, int | None]:
         """Where the kernel finds what this layer has chosen: as a rule nobody needs to copy it before."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from foregate.interfaces import Signals
 from foregate.predictors.base import BasePredictor
@@ -34,13 +34,21 @@ class _Router(BasePredictor):
         return self._cost
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
+        return [signals.best(target, self.signal, self._named) for target in self._ahead(signals)]
+
+    def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
+        """See ``interfaces.Beginner``."""
+        ends = [signals.begin_best(target, self.signal, self._named) for target in self._ahead(signals)]
+        # Another thread is at the first: the last is this one's.
+        return lambda: [end() for end in reversed(ends)][::-1]
+
+    def _ahead(self, signals: Signals) -> Sequence[int]:
         known = targets(self, signals.layer, signals.layers)
         ahead = range(known.start, min(known.stop, signals.layers))
-        predictions = [signals.best(target, self.signal, self._named) for target in ahead]
         if ahead and not self._cost.flops:
             numbers = len(signals.hidden(self.signal)) * sum(signals.experts[target] for target in ahead)
             self._cost = PredictorCost(2 * numbers, 4 * numbers)
-        return predictions
+        return ahead
 
 
 class StaleGate(_Router):

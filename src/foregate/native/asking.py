@@ -1,0 +1,83 @@
+"""Kernels that are asked for predictions: a call, or a beginning and an end with another thread at work in between."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from struct import Struct
+from typing import Any, Protocol
+
+from foregate.errors import IntegrityError
+from foregate.native.library import address, calls, function
+from foregate.types import Prediction
+
+_BESIDE = ("foregate_post", "foregate_join")
+"""Functions of the kernels by which another thread computes."""
+
+
+class Ask(Protocol):
+    """Asks a kernel: for each of its layers a prediction, or the kernel's own answer where that is not 0."""
+
+    def __call__(self, *given: int | None) -> list[Prediction] | int: ...
+
+    def begin(self, *given: int | None) -> None:
+        """As a call whose answer ``end`` has: another thread computes meanwhile if one is there."""
+        ...
+
+    def end(self) -> list[Prediction] | int: ...
+
+
+class _SlowAsk:
+    """Without Python's headers: all at the end."""
+
+    def __init__(self, ask: Callable[..., list[Prediction] | int], kept: object) -> None:
+        self._ask, self._kept = ask, kept
+        self._given: tuple[int | None, ...] = ()
+
+    def __call__(self, *given: int | None) -> list[Prediction] | int:
+        return self._ask(*given)
+
+    def begin(self, *given: int | None) -> None:
+        self._given = given
+
+    def end(self) -> list[Prediction] | int:
+        return self._ask(*self._given)
+
+
+class Told:
+    """What a kernel writes: scores [A, ``named``], then experts, for ``layers`` of so many experts each."""
+
+    def __init__(self, asked: int, named: int, layers: Sequence[tuple[int, int]]) -> None:
+        half = asked * named
+        self._form = Struct(f"{half}f{half}i")
+        self._memory = ctypes.create_string_buffer(self._form.size)
+        at = ctypes.addressof(self._memory)
+        self._to = at, at + 4 * half
+        self._half = half
+        self._parts = tuple((layer, hop * named, min(named, there)) for hop, (layer, there) in enumerate(layers))
+
+    def asked_of(self, found: Any, name: str, *known: int, given: int = 0, kept: object = None) -> Ask:
+        """What calls the kernel ``name`` of ``found`` with ``known``, as many arguments as are to be ``given``, where
+        its answer goes, and a last one, threads, that is given. ``kept`` lives as long: what ``known`` points to."""
+        fast = calls()
+        if fast is None:
+            run = function(found, name, len(known) + given + 3)
+            return _SlowAsk(lambda *rest: run(*known, *rest[:-1], *self._to, rest[-1]) or self._read(), kept)
+        kernel, post, join = (address(getattr(found, part)) for part in (name, *_BESIDE))
+        kept = self._memory, kept
+        ask: Ask = fast.Asker(kernel, known, given, self._to, self._parts, Prediction, post, join, kept)
+        return ask
+
+    def _read(self) -> list[Prediction]:
+        found = self._form.unpack(self._memory)  # one call: numpy's lists take several times as long
+        scores, experts = found[: self._half], found[self._half :]
+        return [Prediction(layer, experts[at : at + n], scores[at : at + n]) for layer, at, n in self._parts]
+
+
+def checked(told: list[Prediction] | int) -> list[Prediction]:
+    """``told``. Raises MemoryError or IntegrityError where the kernel could not, or would not, do it."""
+    if not isinstance(told, int):
+        return told
+    if told == 2:
+        raise MemoryError("no memory for a prediction")
+    raise IntegrityError("the kernels refused the arrays of a predictor")
