@@ -430,7 +430,7 @@ class Engine:
         step = self._meter.so_far()
         controller.saw_io(step.demand_bytes + step.prefetch_bytes, step.io_s)
         controller.saw_misses(step.misses - step.late, step.demand_stall_s)
-        controller.saw_step(step.misses - step.late + step.used, step.stall_s, step.prefetch_bytes)
+        controller.saw_step(step.misses - step.late + step.used, step.stall_s)
 
     def _learned(self, seconds: float) -> None:
         """A prompt was read in ``seconds``: what that says of the link. The first has shown whether the model's routers

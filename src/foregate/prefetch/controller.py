@@ -4,11 +4,11 @@ Two questions. *Is this read worth it?* An expert that is predicted for layer l 
 probability p (measured by layer, and by distance and rank). If it is, it saves the stall of one miss, as far as the
 window of l, waits left out, has room behind what is queued already. If not, it costs the CPU time of its bytes, and
 what readers have of it in their hands when the window ends: on a slow link a demand read waits for that.
-*Does speculation pay at all?* Steps without it (the first two, and two in 64) show how long the model waits then. So
-long, and the link's time for each expert that is needed more or less than there, less what was really waited for, is
-what it saves: waste, queues and a link that never rests are in that. It must be more than the predictor's time, the CPU
-time of reading beside computation, and the hits that the slots set aside would have been (counted: misses of experts
-that were evicted last). On a slow link, which needs many layers' time for an expert, little can be saved and much be
+*Does speculation pay at all?* Steps without it (the first two, and two in 64) show how long the model waits then for
+each expert that it needs, steps with it how long they wait: as steps need now, the difference is what it saves; waste,
+queues and a link that never rests are in that. It must be more than the predictor's time, the CPU time of what was
+read for nothing, and the hits that the slots set aside would have been (counted: misses of experts that were evicted
+last). On a slow link, which needs many layers' time for an expert, little can be saved and much be
 lost: there it is off at first, must have paid in the steps that probe, and by more than chance. On a fast one doubt is
 in its favour.
 """
@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from foregate.prefetch.average import Average, Spread
+from foregate.prefetch.average import Average
 from foregate.prefetch.ledger import Ledger
 
 CPU_SECONDS_PER_BYTE = 60e-12
@@ -98,22 +98,35 @@ class _Waits:
 
     def __init__(self, weight: float) -> None:
         self.steps = 0
-        self._needed, self._stall_s, self._beyond = Average(weight), Average(weight), Spread(weight)
+        self._weight = weight
+        self._needed, self._stall_s = Average(weight), Average(weight)
+        self._squares, self._products, self._stall_squares = Average(weight), Average(weight), Average(weight)
 
-    def add(self, needed: int, stall_s: float, expert_s: float) -> None:
+    def add(self, needed: int, stall_s: float) -> None:
         self.steps += 1
         self._needed.add(needed)
         self._stall_s.add(stall_s)
-        self._beyond.add(stall_s - needed * expert_s)
+        self._squares.add(needed * needed)
+        self._products.add(needed * stall_s)
+        self._stall_squares.add(stall_s * stall_s)
 
-    def beyond(self, expert_s: float) -> float:
-        """Mean wait beyond the link's time, ``expert_s`` each, for the experts that had to be read."""
-        return self._stall_s.get() - self._needed.get() * expert_s
+    def each(self, link_s: float, slowness: float) -> float:
+        """Seconds that one expert more adds: its share of the wait, or on a slow link the link's time for it."""
+        needed = self._needed.get()
+        share_s = self._stall_s.get() / needed if needed else link_s
+        return share_s + slowness * (link_s - share_s)
 
-    @property
-    def error(self) -> float:
-        """Standard error of ``beyond``."""
-        return self._beyond.error
+    def wait(self, needed: float, each_s: float) -> float:
+        """Mean wait of a step that needs ``needed``."""
+        return self._stall_s.get() + each_s * (needed - self._needed.get())
+
+    def error(self, each_s: float) -> float:
+        """Standard error of ``wait``; of a single step, its size."""
+        if self.steps < 2:
+            return self._stall_s.get()
+        mean = self._stall_s.get() - each_s * self._needed.get()
+        squares = self._stall_squares.get() - 2 * each_s * self._products.get() + each_s**2 * self._squares.get()
+        return math.sqrt(max(0.0, squares - mean * mean) / (min(self.steps, 2 / self._weight) - 1))
 
 
 class Controller:
@@ -153,10 +166,9 @@ class Controller:
         self._ask_s = Average()
         self._used = Average()
         self._unused = Average()
-        self._ahead_bytes = Average()
         self._ghosts = Average()
-        self._with, self._alone = _Waits(0.05), _Waits(0.1)
-        """Of steps with speculation and without."""
+        self._with, self._alone, self._needed = _Waits(0.05), _Waits(0.1), Average()
+        """Of steps with speculation and without, and what any step needs."""
         self._layer_s = Average()
         self._link_s: float | None = None
         """For one expert, where a prompt was read as fast as the link gave it."""
@@ -323,10 +335,9 @@ class Controller:
         if misses > 0:
             self._miss_s.add(stall_s / misses)
 
-    def saw_step(self, needed: int, stall_s: float, ahead_bytes: int) -> None:
-        """In this step ``needed`` experts had to be read, ahead or not; the model waited ``stall_s`` for them, and
-        ``ahead_bytes`` came by speculation."""
-        self._now.needed, self._now.stall_s, self._now.ahead_bytes = needed, stall_s, ahead_bytes
+    def saw_step(self, needed: int, stall_s: float) -> None:
+        """In this step ``needed`` experts had to be read, ahead or not, and the model waited ``stall_s`` for them."""
+        self._now.needed, self._now.stall_s = needed, stall_s
 
     def saw_ghost(self) -> None:
         """A miss would have been a hit, had its slot not been set aside for speculation."""
@@ -348,10 +359,9 @@ class Controller:
         return self._layers > _SLOW
 
     @property
-    def _favour(self) -> float:
-        """Standard errors that speculation is given, or (negative) must be better by."""
-        slowness = min(1.0, max(0.0, (self._layers - 1) / (_SLOW - 1)))
-        return _FAVOUR - slowness * (_FAVOUR + _ERRORS)
+    def _slowness(self) -> float:
+        """0 on a link that brings an expert in a layer's time, 1 on a slow one."""
+        return min(1.0, max(0.0, (self._layers - 1) / (_SLOW - 1)))
 
     @property
     def _probed_enough(self) -> bool:
@@ -366,11 +376,11 @@ class Controller:
         now, self._now = self._now, _Counts()
         if not self._step:
             return
+        self._needed.add(now.needed)
         if not self.speculating:
-            self._alone.add(now.needed, now.stall_s, self._expert_s)
+            self._alone.add(now.needed, now.stall_s)
             return
-        self._with.add(now.needed, now.stall_s, self._expert_s)
-        self._ahead_bytes.add(now.ahead_bytes)
+        self._with.add(now.needed, now.stall_s)
         self._ask_s.add(now.ask_s)
         self._used.add(now.used)
         self._unused.add(now.unused)
@@ -407,20 +417,27 @@ class Controller:
             return 0.0
         return cpu_s + min(in_hand_s, max(0.0, left_s))
 
+    def _saved(self) -> float:
+        """Seconds that a step of the usual need waits less with speculation than without, and what doubt adds."""
+        slowness, needed = self._slowness, self._needed.get()
+        alone, ahead = (waits.each(self._expert_s, slowness) for waits in (self._alone, self._with))
+        error = math.hypot(self._alone.error(alone), self._with.error(ahead))
+        favour = _FAVOUR - slowness * (_FAVOUR + _ERRORS)
+        return self._alone.wait(needed, alone) - self._with.wait(needed, ahead) + favour * error
+
     def _decide(self) -> Decision:
         precision, early = self._precision, self._all.cases < _WARM_UP and self._step <= 2 * _WARM_UP
         if early or not self._with.steps or not self._alone.steps:
             return Decision(not self._slow, "slow link: tried now and then" if self._slow else "warming up", precision)
-        expert_s = self._expert_s
-        saved_s = self._alone.beyond(expert_s) - self._with.beyond(expert_s)
-        saved_s += self._favour * math.hypot(self._alone.error, self._with.error)
-        gain = max(0.0, min(saved_s, self._used.get() * max(expert_s, self._miss_s.get())))
-        loss = self._ahead_bytes.get() * CPU_SECONDS_PER_BYTE + self._ask_s.get() + self._ghosts.get() * expert_s
+        expert_s, used = self._expert_s, self._used.get()
+        gain = max(0.0, min(self._saved(), used * max(expert_s, self._miss_s.get())))
+        cpu_s = self._unused.get() * self._expert_bytes * CPU_SECONDS_PER_BYTE
+        loss = cpu_s + self._ask_s.get() + self._ghosts.get() * expert_s
         enabled = gain > loss
         verdict = "pays" if enabled else "does not pay"
         reason = (
             f"{verdict}: saves {gain * 1e3:.2f} ms, costs {loss * 1e3:.2f} ms a token "
-            f"({self._used.get():.1f} used, {self._unused.get():.1f} unused reads, {self._ghosts.get():.1f} hits lost)"
+            f"({used:.1f} used, {self._unused.get():.1f} unused reads, {self._ghosts.get():.1f} hits lost)"
         )
         return Decision(enabled, reason, precision, gain, loss)
 
@@ -434,5 +451,4 @@ class _Counts:
     ghosts: int = 0
     needed: int = 0
     stall_s: float = 0.0
-    ahead_bytes: int = 0
     ask_s: float = 0.0
