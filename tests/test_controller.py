@@ -137,7 +137,7 @@ def test_speculation_that_wastes_is_switched_off_but_probed() -> None:
 def on_a_slow_link(alone_s: Sequence[float], with_s: Sequence[float], steps: int) -> Controller:
     """An expert takes 16 ms, a layer 2: steps need four and wait as long as the sequences say, in turn."""
     c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=8, layers=LAYERS)
-    c.saw_prompt(100 * 8 * 2**20, 1.6, 1.6)
+    c.saw_prompt(100 * 8 * 2**20, 1.6, 1.0, 1.6)
     for step in range(steps):
         c.begin_step()
         c.saw_layer(0.002)
@@ -165,11 +165,26 @@ def test_a_link_that_gives_more_after_a_rest_is_taken_for_what_it_gives_in_the_l
     # 2 ms may be saved, and 14 of 16 lost.
     bound = c.value(Guess(1, 1, 1), 0)
     assert bound < 0
-    for nothing in ((0, 0.0, 0.1), (10 * 8 * 2**20, 0.01, 0.01), (100 * 8 * 2**20, 0.8, 1.7)):
+    for nothing in ((0, 0.0, 0.0, 0.1), (10 * 8 * 2**20, 0.01, 0.01, 0.01), (100 * 8 * 2**20, 0.8, 0.5, 1.7)):
         c.saw_prompt(*nothing)
         assert c.value(Guess(1, 1, 1), 0) == bound
-    c.saw_prompt(100 * 8 * 2**20, 0.8, 1.2)  # faster, and computing was the bound
+    c.saw_prompt(100 * 8 * 2**20, 0.8, 0.1, 1.2)  # faster, and computing was the bound
     assert c.value(Guess(1, 1, 1), 0) > bound
+
+
+def test_a_prompt_that_computing_was_the_bound_of_says_nothing_of_the_link_though_reads_ran_all_the_time() -> None:
+    c, waited = controller(), controller()
+    c.saw_prompt(100 * 8 * 2**20, 1.6, 0.2, 1.6)
+    waited.saw_prompt(100 * 8 * 2**20, 1.6, 0.6, 1.6)
+    for one in (c, waited):
+        for _ in range(4):
+            one.begin_step()
+            one.saw_layer(0.002)
+            one.saw_io(4 * 8 * 2**20, 0.008)
+            one.saw_step(4, 0.006)
+        one.begin_step()
+    assert c.decision.reason == "warming up"
+    assert waited.decision.reason == "slow link: tried now and then"
 
 
 def test_probes_try_best_guesses_that_have_become_better() -> None:

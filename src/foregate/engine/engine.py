@@ -436,7 +436,8 @@ class Engine:
         """A prompt was read in ``seconds``: what that says of the link. The first has shown whether the model's routers
         can be asked ahead; if not, say so and do not."""
         step = self._meter.so_far()
-        self.prefetcher.controller.saw_prompt(step.demand_bytes + step.prefetch_bytes, step.io_s, seconds)
+        nbytes = step.demand_bytes + step.prefetch_bytes
+        self.prefetcher.controller.saw_prompt(nbytes, step.io_s, step.stall_s, seconds)
         self.signals.stop_learning()
         if self.signals.distrust and self.predictor.asks_routers:
             self.runtime.give_up_predicting(self.signals.distrust)

@@ -39,9 +39,10 @@ _EXPLORED = 4
 nothing else would show that predictions have become better. A slow link is probed with no more."""
 _WARM_UP = 8
 """Speculative reads judged before the first decision; twice as many steps are enough, too."""
-_LINK_BOUND, _ENOUGH_EXPERTS = 0.95, 16
-"""Share of a prompt's time with reads running from which on the link was its bound (1.0 under a throttle, 0.73 to 0.9
-without), and experts that it must have read: fewer say little about the long run."""
+_LINK_BOUND, _WAITED, _ENOUGH_EXPERTS = 0.95, 0.25, 16
+"""Shares of a prompt's time with reads running (1.0 under a throttle, 0.73 to 0.98 without) and of waiting for them, from
+which on the link was its bound: where computing is, reads run all the time as well, and slowly. And experts that it must
+have read: fewer say little about the long run."""
 _PROBES = 4
 """Steps with speculation that a slow link is to be judged by at least, before probes become rare."""
 _SLOW = 3
@@ -293,8 +294,9 @@ class Controller:
         if nbytes > 0 and seconds > 0:
             self._read_s.add(seconds * self._expert_bytes / nbytes)
 
-    def saw_prompt(self, nbytes: int, io_s: float, seconds: float) -> None:
-        """A prompt took ``seconds``, in ``io_s`` of which at least one read of its ``nbytes`` was running.
+    def saw_prompt(self, nbytes: int, io_s: float, stall_s: float, seconds: float) -> None:
+        """A prompt took ``seconds``; in ``io_s`` of them at least one read of its ``nbytes`` was running, for ``stall_s``
+        the model waited.
 
         Where that was the bound, it tells what the link gives in the long run: some give more after a rest. Where it
         was not, only that a link said to be slower is faster now.
@@ -302,7 +304,7 @@ class Controller:
         if nbytes < _ENOUGH_EXPERTS * self._expert_bytes:
             return
         expert_s = seconds * self._expert_bytes / nbytes
-        if io_s >= _LINK_BOUND * seconds:
+        if io_s >= _LINK_BOUND * seconds and stall_s >= _WAITED * seconds:
             self._link_s = expert_s
         elif self._link_s is not None and expert_s < self._link_s:
             self._link_s = None
