@@ -40,9 +40,9 @@ nothing else would show that predictions have become better. A slow link is prob
 _WARM_UP = 8
 """Speculative reads judged before the first decision; twice as many steps are enough, too."""
 _LINK_BOUND, _WAITED, _ENOUGH_EXPERTS = 0.95, 0.25, 16
-"""Shares of a prompt's time with reads running (1.0 under a throttle, 0.73 to 0.98 without) and of waiting for them, from
-which on the link was its bound: where computing is, reads run all the time as well, and slowly. And experts that it must
-have read: fewer say little about the long run."""
+"""Shares of a prompt's time with reads running (1.0 under a throttle, 0.73 to 0.98 without) and of waiting for them,
+from which on the link was its bound: where computing is, reads run all the time as well, and slowly. And experts that
+it must have read: fewer say little about the long run."""
 _PROBES = 4
 """Steps with speculation that a slow link is to be judged by at least, before probes become rare."""
 _SLOW = 3
@@ -295,8 +295,8 @@ class Controller:
             self._read_s.add(seconds * self._expert_bytes / nbytes)
 
     def saw_prompt(self, nbytes: int, io_s: float, stall_s: float, seconds: float) -> None:
-        """A prompt took ``seconds``; in ``io_s`` of them at least one read of its ``nbytes`` was running, for ``stall_s``
-        the model waited.
+        """A prompt took ``seconds``; in ``io_s`` of them at least one read of its ``nbytes`` was running, and for
+        ``stall_s`` the model waited.
 
         Where that was the bound, it tells what the link gives in the long run: some give more after a rest. Where it
         was not, only that a link said to be slower is faster now.
