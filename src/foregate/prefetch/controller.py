@@ -39,6 +39,9 @@ _EXPLORED = 4
 nothing else would show that predictions have become better. A slow link is probed with no more."""
 _WARM_UP = 8
 """Speculative reads judged before the first decision; twice as many steps are enough, too."""
+_PATIENCE = 8
+"""Steps with speculation before the first decision on a fast link: the first reads, of a precision not known yet, are
+in vain more often, and little is lost by them."""
 _LINK_BOUND, _WAITED, _ENOUGH_EXPERTS = 0.95, 0.25, 16
 """Shares of a prompt's time with reads running (1.0 under a throttle, 0.73 to 0.98 without) and of waiting for them,
 from which on the link was its bound: where computing is, reads run all the time as well, and slowly. And experts that
@@ -429,6 +432,7 @@ class Controller:
 
     def _decide(self) -> Decision:
         precision, early = self._precision, self._all.cases < _WARM_UP and self._step <= 2 * _WARM_UP
+        early |= self._with.steps < _PATIENCE * (1 - self._slowness)
         if early or not self._with.steps or not self._alone.steps:
             return Decision(not self._slow, "slow link: tried now and then" if self._slow else "warming up", precision)
         expert_s, used = self._expert_s, self._used.get()
