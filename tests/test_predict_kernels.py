@@ -161,9 +161,10 @@ def test_what_a_layer_chose_is_read_where_it_lies_unless_something_else_was_told
 
 
 @pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Compute threads."""
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Compute threads, another than the caller's being worth it for the smallest prediction."""
     before = threads_asked()
+    monkeypatch.setattr("foregate.native.predict.WORTH_BEGINNING", 0)
     use_threads(request.param)
     yield request.param
     use_threads(before)

@@ -16,10 +16,12 @@ from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
 from foregate.errors import ConfigError, PredictorError
 from foregate.interfaces import Signals
+from foregate.native import kernels
 from foregate.predictors import PREDICTORS
 from foregate.predictors.base import BasePredictor
 from foregate.predictors.choice import beginning
 from foregate.predictors.file import Artifact, ModelIdentity, save
+from foregate.predictors.gate import NextGate
 from foregate.testing.inflate import inflate
 from foregate.testing.tiny import REQUIRED, build
 from foregate.types import Phase, Prediction, RoutingStep
@@ -219,3 +221,42 @@ def test_a_subclass_that_predicts_something_else_is_asked_for_that(tiny: Tiny) -
     assert beginning(on_the_object) is None
     assert beginning(Early()) is not None
     assert beginning(BasePredictor()) is None
+
+
+class Twice(NextGate):
+    """Asks at once and by beginning."""
+
+    def __init__(self, lookahead: int) -> None:
+        super().__init__(lookahead)
+        self.same: list[bool] = []
+
+    def predict(self, signals: Signals) -> Sequence[Prediction]:
+        return super().predict(signals)
+
+    def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
+        expected, end = super().predict(signals), super().begin(signals)
+
+        def told() -> Sequence[Prediction]:
+            given = end()
+            self.same.append(given == expected)
+            return given
+
+        return told
+
+
+@pytest.mark.parametrize("least", [0, 1 << 30])
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_routers_asked_beside_the_engine_say_what_they_say_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lookahead: int, least: int
+) -> None:
+    monkeypatch.setattr("foregate.predictors.gate.WORTH_BEGINNING", least)
+    monkeypatch.setattr("foregate.engine.dense.SMALLEST", 1)
+    model = str(build("qwen3_moe", tmp_path / "model", dtype="bfloat16", hidden_size=128, num_hidden_layers=4))
+    settings: dict[str, Any] = {"model": model, "memory_budget": "50%", "prefetch": "2", "threads": 2}
+    with Engine(RunConfig(predictor="next-gate", **settings)) as engine:
+        twice = engine.runtime.predictor = Twice(lookahead)
+        list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=6)))
+        assert all(twice.same)
+        assert len(twice.same) == 5 * engine.spec.layers
+        if kernels.library() is not None:
+            assert all(part.compiled is not None for part in engine.signals.parts)

@@ -15,6 +15,10 @@ _BESIDE = ("foregate_post", "foregate_join")
 """Functions of the kernels by which another thread computes."""
 
 
+WORTH_BEGINNING = 300 << 10
+"""Bytes of weights from which on another thread is had to compute: waking it takes what some 200 kB take to read."""
+
+
 class Ask(Protocol):
     """Asks a kernel: for each of its layers a prediction, or the kernel's own answer where that is not 0."""
 

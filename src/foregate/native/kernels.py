@@ -255,7 +255,7 @@ class Ranker:
         return _one(self._asked(layer, most)[0](at, 1))
 
     def begin(self, layer: int, at: int, most: int) -> Callable[[], Prediction | None]:
-        """As ``best``, but another compute thread does it meanwhile; what this returns waits for it and tells."""
+        """As ``best``, but what this returns tells, and another compute thread does it meanwhile."""
         ask, end = self._asked(layer, most)
         ask.begin(at, num_threads())
         return end

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.native.asking import Ask, Told, checked
+from foregate.native.asking import WORTH_BEGINNING, Ask, Told, checked
 from foregate.native.library import load
 from foregate.native.matrix import Matrix, RowsOf, threads_asked
 from foregate.native.products import Products, Rows
@@ -128,6 +128,7 @@ class FusionKernel:
         self._repeats = (RowsOf * len(repeat.given))(*repeat.given)
         self._counts = np.array(experts, np.int32)
         self._kept = products, rows, biases, state
+        self._large = dense.nbytes + outward.nbytes + asked * routers.nbytes >= WORTH_BEGINNING
         self._layers = [
             _Fusion(
                 dense.matrices[n], outward.matrices[n], _part(self._routers, n * asked), picked.given[n],
@@ -156,9 +157,9 @@ class FusionKernel:
     def begin(
         self, layer: int, places: tuple[int, ...], dtype: int, chosen: tuple[int | None, int | None] = (None, None)
     ) -> Callable[[], list[Prediction]]:
-        """As a call, but another compute thread does it meanwhile; what this returns waits for it and tells. What lies
-        at the ``places`` stays there until then."""
-        self._ask[layer].begin(*places, dtype, *chosen, threads_asked() or 1)
+        """As a call, but what this returns tells, and another compute thread does it meanwhile if it is worth it. What
+        lies at the ``places`` stays there until then."""
+        self._ask[layer].begin(*places, dtype, *chosen, (threads_asked() or 1) if self._large else 1)
         return self._ends[layer]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from foregate.interfaces import Signals
+from foregate.native.asking import WORTH_BEGINNING
 from foregate.predictors.base import BasePredictor
 from foregate.predictors.targets import targets
 from foregate.types import Moment, Prediction, PredictorCost
@@ -38,6 +40,8 @@ class _Router(BasePredictor):
 
     def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
         """See ``interfaces.Beginner``."""
+        if self._cost.nbytes < 2 * WORTH_BEGINNING:  # of float32: routers are bf16
+            return partial(self.predict, signals)
         ends = [signals.begin_best(target, self.signal, self._named) for target in self._ahead(signals)]
         # Another thread is at the first: the last is this one's.
         return lambda: [end() for end in reversed(ends)][::-1]
