@@ -31,7 +31,7 @@ def judged(used: int, wasted: int) -> Controller:
         c.saw_io(8 * 2**20, 0.008)
         c.saw_misses(1, 0.008)
         here = outcomes[step : step + 10]
-        c.saw_step(10, 0.008 * (1 + here.count(False)) if c.speculating else 0.080)
+        c.saw_step(10, 0.008 * (1 + here.count(False)) if c.speculating else 0.080, 10 * 8 * 2**20)
         c.saw_prediction(0.0001)
         c.saw_window(1, 1, 0.010)
         for outcome in outcomes[step : step + 10]:
@@ -54,7 +54,7 @@ def test_where_the_link_never_rests_reads_that_are_used_save_nothing() -> None:
         c.saw_io(10 * 8 * 2**20, 0.080)
         c.saw_misses(5, 0.040)
         # Nine reads are needed, one was in vain: computation hides 5 ms, and the waste has taken 8.
-        c.saw_step(9, 0.075 if c.speculating else 0.072)
+        c.saw_step(9, 0.075 if c.speculating else 0.072, 5 * 8 * 2**20)
         c.saw_prediction(0.0001)
         for outcome in [True, True, True, True, False]:
             c.judge(Guess(1, 1, 0), used=outcome)
@@ -69,7 +69,7 @@ def test_a_read_that_is_cancelled_before_it_began_costs_nothing() -> None:
         c.begin_step()
         c.saw_io(4 * 8 * 2**20, 0.032)
         c.saw_misses(1, 0.008)
-        c.saw_step(4, 0.008 if c.speculating else 0.032)
+        c.saw_step(4, 0.008 if c.speculating else 0.032, 3 * 8 * 2**20)
         for outcome in [True, True, True, False, False, False]:
             c.judge(Guess(1, 1, 0), used=outcome)
     assert c.decision.enabled
@@ -82,7 +82,7 @@ def test_what_is_not_waited_for_without_speculation_is_not_its_merit() -> None:
             c.begin_step()
             c.saw_io(4 * 8 * 2**20, 0.032)
             c.saw_misses(1, 0.008)
-            c.saw_step(4, 0.002 if c.speculating else without)
+            c.saw_step(4, 0.002 if c.speculating else without, 4 * 8 * 2**20)
             for outcome in [True, True, True, False]:
                 c.judge(Guess(1, 1, 0), used=outcome)
         assert c.decision.enabled is (without == 0.032)
@@ -97,7 +97,7 @@ def test_two_chance_steps_without_speculation_do_not_end_it_and_enough_of_them_d
             c.saw_layer(0.008)
             c.saw_io(4 * 8 * 2**20, 0.032)
             c.saw_misses(1, 0.008)
-            c.saw_step(4, 0.016 if c.speculating else alone[step % 2])
+            c.saw_step(4, 0.016 if c.speculating else alone[step % 2], 4 * 8 * 2**20)
             for outcome in [True, True, True, False]:
                 c.judge(Guess(1, 1, 0), used=outcome)
         assert c.decision.enabled is enabled
@@ -143,7 +143,7 @@ def on_a_slow_link(alone_s: Sequence[float], with_s: Sequence[float], steps: int
         c.saw_layer(0.002)
         c.saw_io(4 * 8 * 2**20, 0.064)
         waits = with_s if c.speculating else alone_s
-        c.saw_step(4, waits[step % len(waits)])
+        c.saw_step(4, waits[step % len(waits)], 4 * 8 * 2**20 if c.speculating else 0)
         if c.speculating:
             for outcome in [True, True, True, False]:
                 c.judge(Guess(1, 1, 0), used=outcome)
@@ -181,7 +181,7 @@ def test_a_prompt_that_computing_was_the_bound_of_says_nothing_of_the_link_thoug
             one.begin_step()
             one.saw_layer(0.002)
             one.saw_io(4 * 8 * 2**20, 0.008)
-            one.saw_step(4, 0.006)
+            one.saw_step(4, 0.006, 0)
         one.begin_step()
     assert c.decision.reason == "warming up"
     assert waited.decision.reason == "slow link: tried now and then"
@@ -200,7 +200,7 @@ def test_probes_try_best_guesses_that_have_become_better() -> None:
             c.judge(best, used=step > 50)
             here += 1
         c.saw_prediction(0.0005)
-        c.saw_step(4, 0.032 - 0.003 * here * (step > 50))
+        c.saw_step(4, 0.032 - 0.003 * here * (step > 50), here * 8 * 2**20)
         reads.append(here)
     assert sum(reads[20:50]) <= 8
     assert min(reads[-10:]) > 0
@@ -223,7 +223,7 @@ def test_where_nothing_is_read_predictions_are_not_asked_for_ever() -> None:
     c = controller()
     for _ in range(40):
         c.begin_step()
-        c.saw_step(0, 0.0)
+        c.saw_step(0, 0.0, 0)
         c.saw_prediction(0.004)
     assert not c.decision.enabled
 

@@ -45,15 +45,26 @@ def test_a_plain_router_is_trusted_after_enough_tokens_and_not_before() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("second", "trusted"), [(1, True), (2, True), (3, False), (-1, False), (E, False)])
-def test_what_rounding_decides_is_no_contradiction(second: int, trusted: bool) -> None:
+@pytest.mark.parametrize(
+    ("choice", "trusted"),
+    [
+        ((0, 1), True),
+        ((0, 2), True),
+        ((0, 3), False),
+        ((1, 2), False),
+        ((0, 0), False),
+        ((0, -1), False),
+        ((0, E), False),
+    ],
+)
+def test_what_rounding_decides_is_no_contradiction(choice: tuple[int, int], trusted: bool) -> None:
     router = nn.Linear(D, E, bias=False, dtype=torch.bfloat16)
     router.weight[:, 0] = torch.tensor([4, 3, 3 - 1 / 64, 2.8, 0, 0, 0, 0])  # steps of 1/64 from 2 to 4
     x = torch.zeros(ENOUGH, D, dtype=torch.bfloat16)
     x[:, 0] = 1
     gate = PlainGate(router, E)
-    gate.see(x, np.tile(np.array([[0, second]]), (ENOUGH, 1)))
-    assert gate.trusted == trusted
+    gate.see(x, np.tile(np.array([choice]), (ENOUGH, 1)))
+    assert gate.trusted == (choice in ((0, 1), (0, 2)))
 
 
 @torch.no_grad()

@@ -218,6 +218,10 @@ def test_a_router_asked_beside_ranks_alike(most: int, threads: int) -> None:
     whole = ranker(x)
     assert whole is not None
     assert ended.experts == tuple(whole[0][:most].tolist())
+    other = torch.from_numpy(some(1, D, seed=9)).bfloat16()
+    ends = [ranker.begin(3, row.data_ptr(), most) for row in (x, other, x)]
+    between = ranker.best(3, other.data_ptr(), most)
+    assert [end() for end in ends] == [ended, between, ended]
     tied = kernels.Ranker(torch.zeros_like(gate), None, K)
     assert tied.begin(3, x.data_ptr(), most)() is None
 

@@ -212,6 +212,25 @@ def test_one_that_breaks_on_the_way_ends_speculation_and_changes_nothing(tiny: T
     assert reason.endswith(f"ValueError: broken at the {breaks}")
 
 
+class Breaking:
+    """An observer that breaks in a decode step."""
+
+    def on_route(self, step: RoutingStep) -> None:
+        if step.phase is Phase.DECODE and step.layer == 1:
+            raise RuntimeError("an observer broke")
+
+
+@pytest.mark.parametrize("text_is_given", [False, True])
+def test_a_pass_that_breaks_off_ends_what_has_begun(tiny: Tiny, text_is_given: bool) -> None:
+    early, settings = Early(), {"memory_budget": "50%", "prefetch": "2"}
+    with Engine(RunConfig(model=str(tiny("qwen3_moe")), predictor="next-gate", **settings)) as engine:
+        engine.runtime.predictor = early
+        engine.observers.append(Breaking())
+        with pytest.raises(RuntimeError, match="an observer broke"):
+            _ = engine.follow(PROMPT, 3) if text_is_given else list(engine.stream(PROMPT, SamplingConfig()))
+        assert early.heard[-2:] == [("begin", 1), ("end", 1)]
+
+
 def test_a_subclass_that_predicts_something_else_is_asked_for_that(tiny: Tiny) -> None:
     model, changed = str(tiny("qwen3_moe")), Changed()
     heard(model, changed)

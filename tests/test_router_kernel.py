@@ -116,6 +116,15 @@ def test_a_logit_that_is_rounded_the_other_way_is_no_other_router() -> None:
     assert is_taken(FakeRouter(rounded_up))
 
 
+def test_weights_that_are_wrong_only_where_logits_are_rounded_the_other_way_are_another_router() -> None:
+    def wrong(logits: Tensor, best: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        moved, weights, chosen = rounded_up(logits, best, chosen)
+        weights[::8] *= 1.5
+        return moved, weights, chosen
+
+    assert not is_taken(FakeRouter(wrong))
+
+
 @pytest.mark.parametrize("name", ["num_group", "n_group", "topk_group"])
 def test_groups_are_seen_though_random_tokens_may_not_show_them(name: str) -> None:
     module = FakeRouter(lambda *given: given)

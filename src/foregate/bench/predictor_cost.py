@@ -91,15 +91,15 @@ def measure(config: RunConfig, tokens: int, seed: int = 0) -> dict[str, Any]:
         rng = np.random.default_rng(seed)
         ids = rng.integers(0, engine.spec.vocab_size, PROMPT_TOKENS).tolist()
         steps = list(engine.stream(ids, SamplingConfig(max_new_tokens=tokens + 1)))[1:]
-        if not timed.asked:
+        if not (timed.asked or timed.alone):
             reason = engine.prefetcher.controller.decision.reason
             raise ConfigError(f"predictor {timed.name!r} was never asked: {reason or 'the budget holds every expert'}")
         layers = engine.spec.layers
         cost = engine.predictor.cost()
     busy = [(step.stats.wall_s - step.stats.stall_s) / layers for step in steps]
     waiting = median(step.stats.wall_s for step in steps) / layers
-    predict, observe = (median(wall for wall, _ in calls) for calls in (timed.asked, timed.told))
-    cpu = median(cpu for _, cpu in timed.asked) + median(cpu for _, cpu in timed.told)
+    predict, observe = (median(wall for wall, _ in calls) for calls in (timed.asked or timed.alone, timed.told))
+    cpu = median(cpu for _, cpu in timed.asked or timed.alone) + median(cpu for _, cpu in timed.told)
     return {
         "predictor": config.predictor,
         "model": config.model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from time import perf_counter, perf_counter_ns
 from types import TracebackType
@@ -171,7 +171,8 @@ class Engine:
             raise PromptError(f"{given} given tokens of {len(ids)}: at least 1, and fewer than there are")
         if isinstance(self.predictor, Oracle):
             raise ConfigError("predictor 'oracle' knows what it has seen generated, not a text that is given")
-        with self._guarded():
+        with self._guarded(), ExitStack() as at_last:
+            at_last.callback(self.runtime.drop_begun)
             self._meter.lap()
             logits, past = self._forward(ids[:given], None, given - 1, Phase.PREFILL)
             rows = [logits]
@@ -190,6 +191,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the readers, close the files, take the hooks off, let go of the pool."""
+        self.runtime.drop_begun()
         self.transfer.close()
         self.store.close()
         self.step.close()
@@ -430,7 +432,7 @@ class Engine:
         step = self._meter.so_far()
         controller.saw_io(step.demand_bytes + step.prefetch_bytes, step.io_s)
         controller.saw_misses(step.misses - step.late, step.demand_stall_s)
-        controller.saw_step(step.misses - step.late + step.used, step.stall_s)
+        controller.saw_step(step.misses - step.late + step.used, step.stall_s, step.prefetch_bytes)
 
     def _learned(self, seconds: float) -> None:
         """A prompt was read in ``seconds``: what that says of the link. The first has shown whether the model's routers

@@ -66,9 +66,12 @@ def _explains(products: Tensor, chosen: Tensor) -> bool:
     once are not summed up as one is, which decides about every thousandth close choice."""
     if chosen.min() < 0 or chosen.max() >= products.shape[1]:
         return False
-    last = products.topk(chosen.shape[1]).values[:, -1].float()
+    taken = torch.zeros(products.shape, dtype=torch.bool).scatter_(1, chosen, True)
+    last = products.topk(chosen.shape[1]).values[:, -1:].float()
     room = 2 * torch.finfo(products.dtype).eps * last.abs()
-    return bool((products.gather(1, chosen).float() >= (last - room)[:, None]).all())
+    better, worse = products.float() > last + room, products.float() < last - room
+    distinct = (taken.sum(dim=1) == chosen.shape[1]).all()
+    return bool(distinct) and not bool((better & ~taken | worse & taken).any())
 
 
 def _native(weight: Tensor | None, bias: Tensor | None) -> kernels.Matrix | None:

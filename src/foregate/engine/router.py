@@ -25,6 +25,9 @@ is rounded the other way may change a close choice."""
 SAME = 0.99
 """Share of the weights of the same choice that must have the same bits, once rounded to bf16."""
 
+COMPARED = 0.5
+"""Share of the tokens whose logits must all be the same: of those the weights are compared to the bit."""
+
 Forward = Callable[..., Any]
 
 
@@ -87,10 +90,12 @@ def _agrees(theirs: Routing, ours: list[Routing | None]) -> bool:
     if not torch.allclose(known[0], found[0], rtol=0.02, atol=0.02) or same.float().mean() < ALIKE:
         return False
     # A logit that is rounded the other way moves the weights of its token by some per cent.
+    weights = [part[1].gather(1, at) for part, at in zip((known, found), places, strict=True)]
     compared = same & (known[0] == found[0]).all(dim=1)
-    if not compared.any():
+    some, others = (w[same].float() for w in weights)
+    if compared.float().mean() < COMPARED or not torch.allclose(some, others, rtol=0.05):
         return False
-    one, other = (part[1].gather(1, at)[compared] for part, at in zip((known, found), places, strict=True))
+    one, other = (w[compared] for w in weights)
     alike = (one.bfloat16() == other.bfloat16()).float().mean() >= SAME
     return bool(alike) and torch.allclose(one.float(), other.float(), rtol=0.01)
 

@@ -132,7 +132,7 @@ class ExpertRuntime:
 
     def finish(self) -> None:
         """The sequence ended, or broke: nothing stays staged, in flight or being predicted."""
-        self._drop_begun()
+        self.drop_begun()
         self._prefetcher.expire()
         self._prefetcher.settle()
 
@@ -182,11 +182,12 @@ class ExpertRuntime:
         step = RoutingStep(layer, self.phase, self.position, experts, weights)
         self._signals.told = None if choice is None else (step, choice.places)
         self._signals.on_route(step)
+        if self._informed is not None:  # before strangers are told
+            self._informed.observe(layer, experts, self._signals.routed(step, scores))
+        self.drop_begun()
         self._observe(step)
         if self.phase is Phase.DECODE and len(experts) <= GATHER_TOKENS:
             self._begin_predicting(layer)
-        if self._informed is not None:
-            self._informed.observe(layer, experts, self._signals.routed(step, scores))
         if self.observers:
             # What they change must not reach the predictor either, which need not have looked yet.
             seen = replace(step, experts=experts.copy(), weights=weights.copy())
@@ -296,7 +297,6 @@ class ExpertRuntime:
         if self._beginning is None or not self._asks():
             return
         began = perf_counter()
-        self._drop_begun()
         self._begun = self._asked(layer, Moment.AFTER_ROUTING, self._beginning, self._signals)
         self._tell_prediction(began, layer)
 
@@ -333,7 +333,7 @@ class ExpertRuntime:
         if self._events.on:
             self._events.emit(TimeSpent(ns(began), ns(ended), Part.PREDICT, layer))
 
-    def _drop_begun(self) -> None:
+    def drop_begun(self) -> None:
         """Nobody wants to know any more; what is being computed reads memory that is about to change."""
         begun, self._begun = self._begun, None
         if begun is not None:

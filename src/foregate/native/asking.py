@@ -22,6 +22,11 @@ WORTH_BEGINNING = 300 << 10
 class Ask(Protocol):
     """Asks a kernel: for each of its layers a prediction, or the kernel's own answer where that is not 0."""
 
+    @property
+    def open(self) -> bool | int:
+        """Whether it has begun and not ended: then its answer's place is taken."""
+        ...
+
     def __call__(self, *given: int | None) -> list[Prediction] | int: ...
 
     def begin(self, *given: int | None) -> None:
@@ -37,14 +42,16 @@ class _SlowAsk:
     def __init__(self, ask: Callable[..., list[Prediction] | int], kept: object) -> None:
         self._ask, self._kept = ask, kept
         self._given: tuple[int | None, ...] = ()
+        self.open = False
 
     def __call__(self, *given: int | None) -> list[Prediction] | int:
         return self._ask(*given)
 
     def begin(self, *given: int | None) -> None:
-        self._given = given
+        self._given, self.open = given, True
 
     def end(self) -> list[Prediction] | int:
+        self.open = False
         return self._ask(*self._given)
 
 

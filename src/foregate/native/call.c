@@ -209,37 +209,34 @@ static PyObject *read_answer(const asker *f, int answer) {
                 (PyTypeObject *)f->type);
 }
 
-static PyObject *ask(PyObject *self, PyObject *const *given, size_t flags, PyObject *names) {
-    const asker *f = (const asker *)self;
-    a values[MOST];
-    if (read_question(f, given, flags, names, values))
-        return NULL;
-    return read_answer(f, run_unlocked(f->run, f->count, values));
-}
-
 static void compute(void *context, int number) {
     (void)number;
     asker *f = context;
     f->answer = run(f->run, f->count, f->values);
 }
 
-static void end(asker *f) {
-    if (f->state == NOT_BEGUN)
-        return;
-    Py_BEGIN_ALLOW_THREADS
+/* Nobody wants the answer any more. */
+static void drop(asker *f) {
     if (f->state == POSTED)
         f->join();
-    else
-        compute(f, 0);
-    Py_END_ALLOW_THREADS
     f->state = NOT_BEGUN;
 }
+
+static PyObject *ask(PyObject *self, PyObject *const *given, size_t flags, PyObject *names) {
+    asker *f = (asker *)self;
+    a values[MOST];
+    drop(f);
+    if (read_question(f, given, flags, names, values))
+        return NULL;
+    return read_answer(f, run_unlocked(f->run, f->count, values));
+}
+
 
 /* begin(*arguments): as a call, but whoever is idle computes; `end` has the answer. */
 static PyObject *begin(PyObject *self, PyObject *const *given, Py_ssize_t count) {
     asker *f = (asker *)self;
     a values[MOST];
-    end(f);
+    drop(f);
     if (read_question(f, given, (size_t)count, NULL, values))
         return NULL;
     const int64_t threads = values[f->count - 1];
@@ -252,9 +249,16 @@ static PyObject *begin(PyObject *self, PyObject *const *given, Py_ssize_t count)
 static PyObject *end_asked(PyObject *self, PyObject *nothing) {
     (void)nothing;
     asker *f = (asker *)self;
-    if (f->state == NOT_BEGUN)
+    const int state = f->state;
+    if (state == NOT_BEGUN)
         return PyErr_Format(PyExc_RuntimeError, "nothing has begun");
-    end(f);
+    f->state = NOT_BEGUN;
+    Py_BEGIN_ALLOW_THREADS
+    if (state == POSTED)
+        f->join();
+    else
+        compute(f, 0);
+    Py_END_ALLOW_THREADS
     return read_answer(f, f->answer);
 }
 
@@ -292,7 +296,7 @@ static PyObject *make_asker(PyTypeObject *type, PyObject *given, PyObject *named
 }
 
 static void free_asker(PyObject *self) {
-    end((asker *)self);
+    drop((asker *)self);
     Py_XDECREF(((asker *)self)->parts);
     Py_XDECREF(((asker *)self)->type);
     Py_XDECREF(((asker *)self)->kept);
@@ -307,6 +311,7 @@ static PyMethodDef asker_methods[] = {
 
 static PyMemberDef asker_members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(asker, call), READONLY, NULL},
+    {"open", T_INT, offsetof(asker, state), READONLY, "Whether something has begun and not ended."},
     {NULL, 0, 0, 0, NULL},
 };
 

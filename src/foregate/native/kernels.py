@@ -238,7 +238,7 @@ class Ranker:
         self._scores, self._order = np.empty(self.rows, np.float32), np.empty(self.rows, np.int32)
         self._to = self._scores.ctypes.data, self._order.ctypes.data
         self._run = called("foregate_rank", 7)
-        self._asks: dict[tuple[int, int], tuple[Ask, Callable[[], Prediction | None]]] = {}
+        self._asks: dict[tuple[int, int], Ask] = {}
 
     def __call__(self, x: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Rows best first and their scores for ``x`` [1, D]; None where it does not suit, or the ``top_k``-th ties."""
@@ -252,24 +252,24 @@ class Ranker:
 
     def best(self, layer: int, at: int, most: int) -> Prediction | None:
         """The best ``most`` for a token whose [D] lie ``at`` an address, as experts of ``layer``; None as above."""
-        return _one(self._asked(layer, most)[0](at, 1))
+        return _one(self._asked(layer, most)(at, 1))
 
     def begin(self, layer: int, at: int, most: int) -> Callable[[], Prediction | None]:
         """As ``best``, but what this returns tells, and another compute thread does it meanwhile."""
-        ask, end = self._asked(layer, most)
+        ask = self._asked(layer, most)
         ask.begin(at, num_threads())
-        return end
+        return lambda: _one(ask.end())
 
-    def _asked(self, layer: int, most: int) -> tuple[Ask, Callable[[], Prediction | None]]:
-        """Who asks, and what ends it where it has begun."""
-        key = layer, most
-        if key not in self._asks:
+    def _asked(self, layer: int, most: int) -> Ask:
+        """Who asks: another where a question is open."""
+        ask = self._asks.get((layer, most))
+        if ask is None or ask.open:
             room = min(max(most, self._top_k + 1), self.rows)
             given = ctypes.addressof(self._job), self._top_k, most
             told = Told(1, room, [(layer, min(most, self.rows))])
             ask = told.asked_of(loaded(), "foregate_rank", *given, given=1, kept=(self._job, self._kept))
-            self._asks[key] = ask, lambda: _one(ask.end())
-        return self._asks[key]
+            self._asks.setdefault((layer, most), ask)
+        return ask
 
 
 def _one(told: list[Prediction] | int) -> Prediction | None:

@@ -14,7 +14,7 @@ typedef void (*chunk_fn)(void *context, int chunk);
 static void pool_run(chunk_fn fn, void *context, int chunks, int threads);
 
 /* Have fn(context, 0) run by another of `threads` threads while the caller goes on; 0, and nothing done, where there is
- * none. Whoever posts joins, on the same thread; until then jobs of others run on their callers alone. */
+ * none. Whoever posts joins; until then jobs of others run on their callers alone. */
 static int pool_post(chunk_fn fn, void *context, int threads);
 
 /* Returns when what was posted has run: by the caller, if nobody has begun it. */
@@ -36,7 +36,7 @@ typedef struct {
 } span;
 
 static struct {
-    pthread_mutex_t lock; /* held by the caller of the running job */
+    _Atomic int in_use; /* by the caller of the running job */
     int workers;
     chunk_fn fn;
     void *context;
@@ -45,7 +45,7 @@ static struct {
     _Atomic int sleepers;
     _Alignas(64) _Atomic int pending; /* chunks that have not ended */
     span spans[MAX_THREADS];
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER};
+} pool;
 
 static inline void pause_cpu(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -104,7 +104,7 @@ static void *worker(void *argument) {
 }
 
 static void in_forked_child(void) { /* no worker came along, and nobody holds the lock */
-    pthread_mutex_init(&pool.lock, NULL);
+    atomic_store(&pool.in_use, 0);
     pool.workers = 0;
     atomic_store(&pool.sleepers, 0);
     atomic_store(&pool.pending, 0);
@@ -165,7 +165,7 @@ static void pool_run(chunk_fn fn, void *context, int chunks, int threads) {
         threads = MAX_THREADS;
     if (threads > chunks)
         threads = chunks;
-    if (threads <= 1 || pthread_mutex_trylock(&pool.lock)) { /* in use by another thread: alone, same result */
+    if (threads <= 1 || atomic_exchange(&pool.in_use, 1)) { /* in use by another thread: alone, same result */
         for (int chunk = 0; chunk < chunks; chunk++)
             fn(context, chunk);
         return;
@@ -174,24 +174,24 @@ static void pool_run(chunk_fn fn, void *context, int chunks, int threads) {
     start(fn, context, chunks, threads, pool.workers);
     work(0, threads);
     wait_for_others();
-    pthread_mutex_unlock(&pool.lock);
+    atomic_store(&pool.in_use, 0);
 }
 
 static int pool_post(chunk_fn fn, void *context, int threads) {
-    if (threads <= 1 || pthread_mutex_trylock(&pool.lock))
+    if (threads <= 1 || atomic_exchange(&pool.in_use, 1))
         return 0;
     threads = hire(threads < MAX_THREADS ? threads : MAX_THREADS);
     if (threads > 1)
-        start(fn, context, 1, threads, 1);
+        start(fn, context, 1, pool.workers + 1, 1); /* whoever wakes takes it */
     else
-        pthread_mutex_unlock(&pool.lock);
+        atomic_store(&pool.in_use, 0);
     return threads > 1;
 }
 
 static void pool_join(void) {
     work(0, atomic_load(&pool.threads));
     wait_for_others();
-    pthread_mutex_unlock(&pool.lock);
+    atomic_store(&pool.in_use, 0);
 }
 
 #endif

@@ -104,9 +104,9 @@ class FusionKernel:
     """``predictors.fusion.Fusion``'s scores. Matrices L of [R, (2 + H) D] (``dense``), of [A (D + E), R] (``outward``)
     and L A of [E, D] (``routers``); rows L of [E, 2 R + A D] (``picked``) and L A of [E, E] (``repeat``); ``base``
     [L, 2 R + A D] and ``bias`` [L, A, E]. ``state``: ``now`` and ``last``, residuals [L, D] of this token and the one
-    before, ``ids`` and ``weights`` [L, K] of the chosen; a call fills ``now``, and those if it is told. All numbers are
-    float32, ids int64 (negative: none). ``experts`` [L] says how many of the E each layer has, of which ``named`` are
-    told, or all; ``ahead`` [L] which layers are told at each.
+    before, ``ids`` and ``weights`` [L, K] of the chosen, and what else must outlive a question; a call fills ``now``,
+    and those if it is told. All numbers are float32, ids int64 (negative: none). ``experts`` [L] says how many of the E
+    each layer has, of which ``named`` are told, or all; ``ahead`` [L] which layers are told at each.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class FusionKernel:
         products: tuple[Products, Products, Products],
         rows: tuple[Rows, Rows],
         biases: tuple[Floats, Floats],
-        state: tuple[Floats, Floats, NDArray[np.int64], Floats],
+        state: tuple[Floats, Floats, NDArray[np.int64], Floats, Floats],
         experts: Sequence[int],
         ahead: Sequence[Sequence[int]],
         hops: int,
@@ -136,7 +136,7 @@ class FusionKernel:
             )
             for n in range(layers)
         ]  # fmt: skip
-        at = [array.ctypes.data for array in (*state, self._counts)]
+        at = [array.ctypes.data for array in (*state[:4], self._counts)]
         self._states = [_State(*at, n, layers, state[2].shape[1], named) for n in range(layers)]
         jobs = zip(self._layers, self._states, strict=True)
         known = [(ctypes.addressof(layer), ctypes.addressof(state)) for layer, state in jobs]

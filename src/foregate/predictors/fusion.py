@@ -89,7 +89,7 @@ class Fusion(LearnedPredictor):
         products, rows = (self._dense, self._outward, self._router), (self._picked, self._repeat)
         if not all(part.matrices for part in products) or not all(part.given for part in rows):
             return None
-        biases, state = (self._picked_bias, self._bias), (self._now, self._last, self._ids, self._weights)
+        biases, state = (self._picked_bias, self._bias), (self._now, self._last, self._ids, self._weights, self._copies)
         ahead = [list(targets(self, layer, self.layers)) for layer in range(self.layers)]
         return FusionKernel(products, rows, biases, state, self.model.experts, ahead, self.hops, self.named)
 
@@ -127,13 +127,13 @@ class Fusion(LearnedPredictor):
             self._ids[layer, : len(chosen)], self._weights[layer, : len(chosen)] = chosen[:most], weights[:most]
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        kernel, question = self._kernel, self._question(signals)
-        return self._computed(signals) if kernel is None else kernel(*question)
+        kernel = self._kernel
+        return self._computed(signals) if kernel is None else kernel(*self._question(signals))
 
     def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
         """See ``interfaces.Beginner``."""
-        kernel, question = self._kernel, self._question(signals)
-        return partial(self._computed, signals) if kernel is None else kernel.begin(*question)
+        kernel = self._kernel
+        return partial(self._computed, signals) if kernel is None else kernel.begin(*self._question(signals))
 
     def _question(self, signals: Signals) -> tuple[int, tuple[int, ...], int, tuple[int | None, int | None]]:
         """What the kernel is asked."""
@@ -145,6 +145,7 @@ class Fusion(LearnedPredictor):
 
     def _computed(self, signals: Signals) -> Sequence[Prediction]:
         """What a kernel would tell."""
+        self._chosen(signals)
         self._now[signals.layer] = self.told(signals, "residual")
         return self.ranked(signals, self._scores(signals.layer, self.told(signals, "pre_attention")))
 

@@ -39,12 +39,22 @@ class _Router(BasePredictor):
         return [signals.best(target, self.signal, self._named) for target in self._ahead(signals)]
 
     def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
-        """See ``interfaces.Beginner``."""
-        if self._cost.nbytes < 2 * WORTH_BEGINNING:  # of float32: routers are bf16
+        """See ``interfaces.Beginner``: of the first layer, while this thread is to see to the others."""
+        ahead = self._ahead(signals)
+        first, others = ahead[:1], ahead[1:]
+        # Bytes are of float32, routers are bf16.
+        if not first or self._cost.nbytes < 2 * (1 + len(others)) * WORTH_BEGINNING:
             return partial(self.predict, signals)
-        ends = [signals.begin_best(target, self.signal, self._named) for target in self._ahead(signals)]
-        # Another thread is at the first: the last is this one's.
-        return lambda: [end() for end in reversed(ends)][::-1]
+        end = signals.begin_best(first[0], self.signal, self._named)
+
+        def told() -> Sequence[Prediction]:
+            try:
+                rest = [signals.best(target, self.signal, self._named) for target in others]
+            finally:
+                nearest = end()
+            return [nearest, *rest]
+
+        return told
 
     def _ahead(self, signals: Signals) -> Sequence[int]:
         known = targets(self, signals.layer, signals.layers)

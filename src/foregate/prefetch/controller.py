@@ -114,10 +114,11 @@ class _Waits:
         self._products.add(needed * stall_s)
         self._stall_squares.add(stall_s * stall_s)
 
-    def each(self, link_s: float, slowness: float) -> float:
-        """Seconds that one expert more adds: its share of the wait, or on a slow link the link's time for it."""
+    def each(self, miss_s: float, link_s: float, slowness: float) -> float:
+        """Seconds that one expert more adds: its share of the wait (``miss_s`` where none was needed), or on a slow
+        link the link's time for it."""
         needed = self._needed.get()
-        share_s = self._stall_s.get() / needed if needed else link_s
+        share_s = self._stall_s.get() / needed if needed else miss_s
         return share_s + slowness * (link_s - share_s)
 
     def wait(self, needed: float, each_s: float) -> float:
@@ -170,6 +171,7 @@ class Controller:
         self._ask_s = Average()
         self._used = Average()
         self._unused = Average()
+        self._ahead_bytes = Average()
         self._ghosts = Average()
         self._with, self._alone, self._needed = _Waits(0.05), _Waits(0.1), Average()
         """Of steps with speculation and without, and what any step needs."""
@@ -314,7 +316,8 @@ class Controller:
 
     def saw_layer(self, seconds: float) -> None:
         """``seconds`` passed from one routing to the next, waits left out."""
-        self._layer_s.add(seconds)
+        if seconds > 0:
+            self._layer_s.add(seconds)
 
     def saw_window(self, layer: int, distance: int, seconds: float) -> None:
         """``seconds``, waits for reads left out, passed between the prediction of ``layer``, ``distance`` layers before
@@ -340,9 +343,10 @@ class Controller:
         if misses > 0:
             self._miss_s.add(stall_s / misses)
 
-    def saw_step(self, needed: int, stall_s: float) -> None:
-        """In this step ``needed`` experts had to be read, ahead or not, and the model waited ``stall_s`` for them."""
-        self._now.needed, self._now.stall_s = needed, stall_s
+    def saw_step(self, needed: int, stall_s: float, ahead_bytes: int) -> None:
+        """In this step ``needed`` experts had to be read, ahead or not; the model waited ``stall_s`` for them, and
+        ``ahead_bytes`` came by speculation."""
+        self._now.needed, self._now.stall_s, self._now.ahead_bytes = needed, stall_s, ahead_bytes
 
     def saw_ghost(self) -> None:
         """A miss would have been a hit, had its slot not been set aside for speculation."""
@@ -389,6 +393,7 @@ class Controller:
         self._ask_s.add(now.ask_s)
         self._used.add(now.used)
         self._unused.add(now.unused)
+        self._ahead_bytes.add(now.ahead_bytes)
         self._ghosts.add(now.ghosts)
 
     @property
@@ -425,7 +430,8 @@ class Controller:
     def _saved(self) -> float:
         """Seconds that a step of the usual need waits less with speculation than without, and what doubt adds."""
         slowness, needed = self._slowness, self._needed.get()
-        alone, ahead = (waits.each(self._expert_s, slowness) for waits in (self._alone, self._with))
+        miss_s = self._miss_s.get(self._expert_s)
+        alone, ahead = (waits.each(miss_s, self._expert_s, slowness) for waits in (self._alone, self._with))
         error = math.hypot(self._alone.error(alone), self._with.error(ahead))
         favour = _FAVOUR - slowness * (_FAVOUR + _ERRORS)
         return self._alone.wait(needed, alone) - self._with.wait(needed, ahead) + favour * error
@@ -437,7 +443,8 @@ class Controller:
             return Decision(not self._slow, "slow link: tried now and then" if self._slow else "warming up", precision)
         expert_s, used = self._expert_s, self._used.get()
         gain = max(0.0, min(self._saved(), used * max(expert_s, self._miss_s.get())))
-        cpu_s = self._unused.get() * self._expert_bytes * CPU_SECONDS_PER_BYTE
+        in_vain = max(0.0, self._ahead_bytes.get() - used * self._expert_bytes)  # of what is cancelled little was read
+        cpu_s = in_vain * CPU_SECONDS_PER_BYTE
         loss = cpu_s + self._ask_s.get() + self._ghosts.get() * expert_s
         enabled = gain > loss
         verdict = "pays" if enabled else "does not pay"
@@ -457,4 +464,5 @@ class _Counts:
     ghosts: int = 0
     needed: int = 0
     stall_s: float = 0.0
+    ahead_bytes: int = 0
     ask_s: float = 0.0
