@@ -208,6 +208,27 @@ def test_a_prediction_that_nobody_asks_for_harms_nothing(threads: int) -> None:
 
 
 @needs_kernels
+def test_a_second_question_leaves_the_first_one_open(threads: int) -> None:
+    predictor, first, second = fusion(2), States(0, 1, place=True), States(0, 2, place=True)
+    expected = [fusion(2).predict(states) for states in (first, second)]
+    ends = [predictor.begin(states) for states in (first, second)]
+    assert predictor.predict(second) == expected[1]
+    assert [end() for end in ends] == expected
+    dropped = predictor.begin(first)
+    end = predictor.begin(second)
+    del dropped
+    assert end() == expected[1]
+
+
+@needs_kernels
+def test_what_was_told_is_not_told_again(threads: int) -> None:
+    end = fusion(2).begin(States(0, 1))
+    end()
+    with pytest.raises(RuntimeError, match="told before"):
+        end()
+
+
+@needs_kernels
 @pytest.mark.parametrize("most", [1, 4, 6, 40])
 def test_a_router_asked_beside_ranks_alike(most: int, threads: int) -> None:
     gate, x = torch.from_numpy(some(40, D)).bfloat16(), torch.from_numpy(some(1, D)).bfloat16()

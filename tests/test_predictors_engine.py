@@ -15,6 +15,7 @@ from foregate.checkpoint.opening import open_checkpoint
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
 from foregate.errors import ConfigError, PredictorError
+from foregate.experts.echo import Echo
 from foregate.interfaces import Signals
 from foregate.native import kernels
 from foregate.predictors import PREDICTORS
@@ -218,6 +219,70 @@ class Breaking:
     def on_route(self, step: RoutingStep) -> None:
         if step.phase is Phase.DECODE and step.layer == 1:
             raise RuntimeError("an observer broke")
+
+
+class Brittle(NextGate):
+    """Breaks in what it need not return from, or once another thread computes for it."""
+
+    def __init__(self, breaks: str) -> None:
+        super().__init__(1)
+        self._breaks = breaks
+
+    def reset(self) -> None:
+        self.come_to("reset")
+
+    def observe(self, step: RoutingStep) -> None:
+        self.come_to("observe")
+
+    def predict(self, signals: Signals) -> Sequence[Prediction]:
+        return super().predict(signals)
+
+    def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
+        end = signals.begin_best(signals.layer + 1, self.signal, None)
+        self.come_to("begin")
+        return lambda: [end()]
+
+    def come_to(self, what: str) -> None:
+        if what == self._breaks:
+            raise ValueError(f"broken at the {what}")
+
+
+@pytest.mark.parametrize("breaks", ["reset", "observe", "begin"])
+def test_a_predictor_that_breaks_anywhere_ends_speculation_and_changes_nothing(tiny: Tiny, breaks: str) -> None:
+    model = str(tiny("qwen3_moe"))
+    tokens, reason = heard(model, Brittle(breaks))
+    assert tokens == run(model, predictor="none", memory_budget="50%")[0]
+    assert reason.endswith(f"ValueError: broken at the {breaks}")
+
+
+class Liar(BasePredictor):
+    """Changes what it is told as soon as it is."""
+
+    def observe(self, step: RoutingStep) -> None:
+        step.experts[:] = 0
+        step.weights[:] = 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_predictor_changes_does_not_reach_the_eviction_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    told: list[tuple[int, list[list[int]]]] = []
+    observe = Echo.observe
+
+    def noted(policy: Echo, layer: int, experts: NDArray[np.int64], scores: Any = None) -> None:
+        told.append((layer, experts.tolist()))
+        observe(policy, layer, experts, scores)
+
+    monkeypatch.setattr(Echo, "observe", noted)
+    model = str(build("qwen3_moe", tmp_path, dtype=dtype))
+    with Engine(RunConfig(model=model, memory_budget="50%", prefetch="2", cache_policy="echo")) as engine:
+        for predictor in (BasePredictor(), Liar()):
+            engine.runtime.predictor = predictor
+            list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=6)))
+    half = len(told) // 2
+    assert told[:half] == told[half:]
+    assert len({str(experts) for _, experts in told}) > half // 2
 
 
 @pytest.mark.parametrize("text_is_given", [False, True])

@@ -99,7 +99,7 @@ class ExpertRuntime:
         """A prompt starts: staging will hold whole layers."""
         self.phase, self.position = Phase.PREFILL, 0
         self._prefetcher.begin()
-        self.predictor.reset()
+        self._tried(self.predictor.reset)
 
     def begin_chunk(self, position: int) -> None:
         """The prompt's tokens from ``position`` on come next."""
@@ -146,7 +146,7 @@ class ExpertRuntime:
         """``forward`` for the one token that ``kernel`` has routed, into what it hands on."""
         choice = kernel.choice
         ranks: list[int] = choice.experts[0].tolist()
-        self._tell(layer, choice.experts.copy(), choice.shares.copy(), choice)
+        self._tell(layer, choice.experts, choice.shares, choice)
 
         def together(held: Sequence[Weights], rows: Sequence[int]) -> None:
             experts_of(kernel, module, held, rows)
@@ -170,24 +170,29 @@ class ExpertRuntime:
         return out.view_as(repeated)
 
     def _route(self, layer: int, index: Tensor, weights: Tensor) -> None:
-        # Copies: a stranger that changes what it is told must not change what is computed.
-        self._tell(layer, np.array(index.numpy(), np.int64), np.array(weights.float().numpy()))
+        self._tell(layer, index.numpy().astype(np.int64, copy=False), weights.float().numpy())
 
     def _tell(self, layer: int, experts: NDArray[np.int64], weights: Floats, choice: Choice | None = None) -> None:
-        """The router of ``layer`` has chosen; ``choice`` is what it gave, where that is at hand."""
+        """The router of ``layer`` has chosen; ``choice`` is what it gave, where that is at hand.
+
+        Strangers get copies: what they change must reach neither what is computed nor what the policy is told. It is
+        told last, for a predictor that has begun computes meanwhile.
+        """
         self._tell_until_now(Part.ROUTING, layer)
         if self.phase is Phase.DECODE:
             self._prefetcher.arrived(layer)
-        scores = None if choice is None else choice.scores
-        step = RoutingStep(layer, self.phase, self.position, experts, weights)
+        step = RoutingStep(layer, self.phase, self.position, experts.copy(), weights.copy())
         self._signals.told = None if choice is None else (step, choice.places)
         self._signals.on_route(step)
-        if self._informed is not None:  # before strangers are told
-            self._informed.observe(layer, experts, self._signals.routed(step, scores))
+        informed, scores = self._informed, None
+        if informed is not None:
+            scores = self._signals.routed(step, None if choice is None else choice.scores)
         self.drop_begun()
         self._observe(step)
         if self.phase is Phase.DECODE and len(experts) <= GATHER_TOKENS:
             self._begin_predicting(layer)
+        if informed is not None:
+            informed.observe(layer, experts, scores)
         if self.observers:
             # What they change must not reach the predictor either, which need not have looked yet.
             seen = replace(step, experts=experts.copy(), weights=weights.copy())
@@ -195,7 +200,7 @@ class ExpertRuntime:
                 observer.on_route(seen)
 
     def _observe(self, step: RoutingStep) -> None:
-        self.predictor.observe(step)
+        self._tried(self.predictor.observe, step)
 
     def _gather(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if len(index) == 1:
@@ -318,10 +323,14 @@ class ExpertRuntime:
         return self._prefetcher.wanted > 0 or self._prefetcher.controller.rehearsing
 
     def _asked(self, layer: int, moment: Moment, ask: Callable[..., T], *given: ModelSignals) -> T | None:
-        """What ``ask`` tells; None if it fails, which ends speculation."""
+        """What ``ask`` tells there; None if it fails."""
         self._signals.layer, self._signals.moment = layer, moment
+        return self._tried(ask, *given)
+
+    def _tried(self, call: Callable[..., T], *given: Any) -> T | None:
+        """What a predictor's ``call`` gives; None if it fails, which ends speculation."""
         try:
-            return ask(*given)
+            return call(*given)
         except Exception as error:  # a stranger's predictor must not decide whether the text comes out
             self.give_up_predicting(f"predictor {self.predictor.name!r} failed: {type(error).__name__}: {error}")
             return None

@@ -15,8 +15,9 @@ _BESIDE = ("foregate_post", "foregate_join")
 """Functions of the kernels by which another thread computes."""
 
 
-WORTH_BEGINNING = 300 << 10
-"""Bytes of weights from which on another thread is had to compute: waking it takes what some 200 kB take to read."""
+WORTH_BEGINNING = 200 << 10
+"""Bytes of weights from which on another thread is had to compute: to tell it, and to ask it again, takes what half of
+that takes to read."""
 
 
 class Ask(Protocol):
@@ -34,6 +35,26 @@ class Ask(Protocol):
         ...
 
     def end(self) -> list[Prediction] | int: ...
+
+
+class Begun:
+    """Tells, once, what ``ask`` has begun. Thrown away instead, it ends that: the other thread is free again."""
+
+    __slots__ = ("_ask",)
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask: Ask | None = ask
+
+    def __call__(self) -> list[Prediction] | int:
+        """The kernel's answer. Raises RuntimeError the second time."""
+        ask, self._ask = self._ask, None
+        if ask is None:
+            raise RuntimeError("what had begun was told before")
+        return ask.end()
+
+    def __del__(self) -> None:
+        if self._ask is not None and self._ask.open:
+            self._ask.end()
 
 
 class _SlowAsk:

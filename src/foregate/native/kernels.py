@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foregate.errors import IntegrityError
-from foregate.native.asking import Ask, Told, checked
+from foregate.native.asking import Ask, Begun, Told, checked
 from foregate.native.library import function, load
 from foregate.native.matrix import BF16, F32, INT4, INT8, threads_asked
 from foregate.native.matrix import MOST_COLUMNS as MOST_COLUMNS
@@ -258,7 +258,8 @@ class Ranker:
         """As ``best``, but what this returns tells, and another compute thread does it meanwhile."""
         ask = self._asked(layer, most)
         ask.begin(at, num_threads())
-        return lambda: _one(ask.end())
+        begun = Begun(ask)
+        return lambda: _one(begun())
 
     def _asked(self, layer: int, most: int) -> Ask:
         """Who asks: another where a question is open."""

@@ -29,7 +29,7 @@ static void pool_join(void);
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define SPINS 1500 /* about 40 us: longer than the gap between two experts of a layer, shorter than an attention */
+#define SPINS 4000 /* about 110 us: the engine asks again within that while a layer runs */
 
 typedef struct {
     _Alignas(64) _Atomic uint64_t range; /* next << 32 | end */

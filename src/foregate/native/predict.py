@@ -8,13 +8,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_int32, c_void_p
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.native.asking import WORTH_BEGINNING, Ask, Told, checked
+from foregate.native.asking import WORTH_BEGINNING, Ask, Begun, Told, checked
 from foregate.native.library import load
 from foregate.native.matrix import Matrix, RowsOf, threads_asked
 from foregate.native.products import Products, Rows
@@ -140,11 +140,14 @@ class FusionKernel:
         self._states = [_State(*at, n, layers, state[2].shape[1], named) for n in range(layers)]
         jobs = zip(self._layers, self._states, strict=True)
         known = [(ctypes.addressof(layer), ctypes.addressof(state)) for layer, state in jobs]
-        self._told = [Told(asked, named, [(m, experts[m % layers]) for m in there]) for there in ahead]
-        pairs = zip(self._told, known, strict=True)
         kept = self._kept, self._layers, self._states, self._routers, self._repeats, self._counts
-        self._ask = [told.asked_of(_loaded(), "foregate_predict_fusion", *at, given=5, kept=kept) for told, at in pairs]
-        self._ends = [partial(_ended, ask) for ask in self._ask]
+
+        def asker(layer: int) -> Ask:
+            told = Told(asked, named, [(m, experts[m % layers]) for m in ahead[layer]])
+            return told.asked_of(_loaded(), "foregate_predict_fusion", *known[layer], given=5, kept=kept)
+
+        self._asker = asker
+        self._ask = [asker(layer) for layer in range(layers)]
 
     def __call__(
         self, layer: int, places: tuple[int, ...], dtype: int, chosen: tuple[int | None, int | None] = (None, None)
@@ -152,19 +155,22 @@ class FusionKernel:
         """Layers after ``layer``, experts of each, the best first, and their scores. ``places``: where the residual
         and the pre-attention input lie, [D] numbers of ``dtype`` each; ``chosen``: where what the layer chose does,
         [K] like rows of ``ids`` and ``weights``, unless they have it."""
-        return checked(self._ask[layer](*places, dtype, *chosen, threads_asked() or 1))
+        return checked(self._free(layer)(*places, dtype, *chosen, threads_asked() or 1))
 
     def begin(
         self, layer: int, places: tuple[int, ...], dtype: int, chosen: tuple[int | None, int | None] = (None, None)
     ) -> Callable[[], list[Prediction]]:
         """As a call, but what this returns tells, and another compute thread does it meanwhile if it is worth it. What
         lies at the ``places`` stays there until then."""
-        self._ask[layer].begin(*places, dtype, *chosen, (threads_asked() or 1) if self._large else 1)
-        return self._ends[layer]
+        ask = self._free(layer)
+        ask.begin(*places, dtype, *chosen, (threads_asked() or 1) if self._large else 1)
+        begun = Begun(ask)
+        return lambda: checked(begun())
 
-
-def _ended(ask: Ask) -> list[Prediction]:
-    return checked(ask.end())
+    def _free(self, layer: int) -> Ask:
+        """Who asks: another where a question is open."""
+        ask = self._ask[layer]
+        return self._asker(layer) if ask.open else ask
 
 
 def _part(array: ctypes.Array[Any], number: int) -> int:
