@@ -12,7 +12,7 @@ Both together never exceed N: the pool has no other slots.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping
+from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, Set
 from enum import Enum
 from time import perf_counter_ns
 
@@ -65,6 +65,8 @@ class ExpertCache:
         self._pins: dict[ExpertKey, int] = {}
         self._spent: dict[ExpertKey, None] = {}
         self._ghosts: dict[ExpertKey, None] = {}
+        self._by_layer: dict[int, set[int]] = {}
+        """Of all three states, experts by layer."""
         self._evictable = _Evictable(self._resident, self._pins)
         self._staging = self._checked(staging)
 
@@ -119,6 +121,10 @@ class ExpertCache:
     def holds(self, key: ExpertKey) -> bool:
         """Whether ``key`` has a slot, in any state."""
         return key in self._resident or key in self._staged or key in self._loading
+
+    def held(self, layer: int) -> Set[int]:
+        """Experts of ``layer`` that have a slot, in any state; a live view."""
+        return self._by_layer.setdefault(layer, set())
 
     def slot(self, key: ExpertKey) -> int | None:
         """Slot of ``key`` in any state."""
@@ -179,7 +185,7 @@ class ExpertCache:
 
     def abort(self, key: ExpertKey) -> None:
         """The demand load of ``key`` failed and nobody writes to its slot any more: the slot is free."""
-        self.pool.give(self._leave(key, self._loading))
+        self._free(key, self._loading)
         self.policy.forget(key)
         self._tell(key, Move.ABORTED)
 
@@ -208,7 +214,7 @@ class ExpertCache:
 
     def drop(self, key: ExpertKey) -> None:
         """A staged expert expired and nobody writes to its slot any more: the slot is free."""
-        self.pool.give(self._leave(key, self._staged))
+        self._free(key, self._staged)
         self._tell(key, Move.DROPPED)
 
     def release(self, key: ExpertKey) -> None:
@@ -216,7 +222,7 @@ class ExpertCache:
         if key in self._pins:
             raise IntegrityError(f"{key} released but pinned")
         if key in self._resident:
-            self.pool.give(self._leave(key, self._resident))
+            self._free(key, self._resident)
             self.policy.forget(key)
             self._tell(key, Move.EVICTED)
 
@@ -238,7 +244,7 @@ class ExpertCache:
         if self._staged:
             raise IntegrityError(f"cleared with experts staged: {sorted(self._staged)}")
         for key in list(self._resident):
-            self.pool.give(self._leave(key, self._resident))
+            self._free(key, self._resident)
             self.policy.forget(key)
             self._tell(key, Move.EVICTED)
 
@@ -250,6 +256,10 @@ class ExpertCache:
             raise IntegrityError(f"a key or a slot is held twice: {sorted(held)}")
         if len(held) != self.pool.used:
             raise IntegrityError(f"{len(held)} slots held by keys, {self.pool.used} taken from the pool")
+        if {ExpertKey(layer, expert) for layer, there in self._by_layer.items() for expert in there} != dict(
+            held
+        ).keys():
+            raise IntegrityError(f"experts by layer are not those that have a slot: {self._by_layer}")
         if any(count < 1 for count in self._pins.values()):
             raise IntegrityError(f"pins do not balance: {self._pins}")
         if idle and (self._pins or self._loading):
@@ -281,7 +291,7 @@ class ExpertCache:
             return False
         spent = next((key for key in self._spent if key in self._evictable), None)
         key = self.policy.victim(self._evictable) if spent is None else spent
-        self.pool.give(self._leave(key, self._resident))
+        self._free(key, self._resident)
         self.policy.forget(key)
         self.evictions += 1
         self._remember(key)
@@ -314,7 +324,12 @@ class ExpertCache:
         slot = self.pool.take()
         assert slot is not None, "the pool is empty although the quotas have room"
         held[key] = slot
+        self._by_layer.setdefault(key.layer, set()).add(key.expert)
         return slot
+
+    def _free(self, key: ExpertKey, held: dict[ExpertKey, int]) -> None:
+        self.pool.give(self._leave(key, held))
+        self._by_layer[key.layer].discard(key.expert)
 
     def _leave(self, key: ExpertKey, held: dict[ExpertKey, int]) -> int:
         if key not in held:

@@ -52,8 +52,7 @@ class _Past:
         self._native = self._bound()
 
     def _bound(self) -> EchoPast | None:
-        weights = CHOICE_WEIGHTS, SCORE_WEIGHTS
-        return EchoPast(_RULES, self._shares, self._keys, self._after, weights) if available() else None
+        return EchoPast(_RULES, self._shares, self._keys, self._after, _WEIGHED) if available() else None
 
     def widen(self, experts: int) -> None:
         """There are more experts than were known."""
@@ -98,9 +97,9 @@ class _Past:
 
     def worth(self) -> Floats:
         """log of the expected exp(-(tokens to the next use - 1) / PATIENCE), [E]: overwritten by the next call."""
-        weights, bias = (SCORE_WEIGHTS, SCORE_BIAS) if self.scored else (CHOICE_WEIGHTS, CHOICE_BIAS)
         if self._native is not None:
-            return self._native.worth(self._rows, int(self.scored), bias)
+            return self._native.worth(self._rows, int(self.scored))
+        weights, bias = (SCORE_WEIGHTS, SCORE_BIAS) if self.scored else (CHOICE_WEIGHTS, CHOICE_BIAS)
         worth: Floats = weights @ self.features()
         worth += bias
         np.exp(np.negative(worth, out=worth), out=worth)
@@ -319,6 +318,7 @@ _FADES = np.array([[FADE**ago] for ago in range(REACH - 1, -1, -1)], np.float32)
 _KEPT = 1 - _RATES
 _SHARE_RATES, _CHOICE_RATE = _RATES[:-1], _RATES[-1]
 _FADES_TOTAL = _FADES.sum()
+_WEIGHED = [np.append(CHOICE_WEIGHTS, np.float32(CHOICE_BIAS)), np.append(SCORE_WEIGHTS, np.float32(SCORE_BIAS))]
 _LEAST, _NEVER = np.float32(1e-9), np.float32(np.inf)
 _RULES = EchoRules(
     tuple(_RATES[:, 0].tolist()), tuple(_FADES[:, 0].tolist()), _FADES_TOTAL, SHARPNESS, FLOOR, float(_LEAST)

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from foregate.checkpoint.readplan import CHUNK_BYTES
 from foregate.errors import ConfigError, ForegateError, TransferError
@@ -20,7 +20,8 @@ from foregate.experts.counters import TransferStats
 from foregate.experts.native_ticket import NativeTicket, explained, own
 from foregate.experts.slots import SlotPool
 from foregate.interfaces import Ticket
-from foregate.native.reads import COUNTS, SOURCE, TIMES, ReadCounts, ReadError, Source, Span, Status, library
+from foregate.native.library import function
+from foregate.native.reads import CALLED, COUNTS, SOURCE, TIMES, ReadCounts, ReadError, Source, Span, Status, library
 from foregate.types import ALIGNMENT, ExpertKey
 
 SLICE_S = 0.1
@@ -40,6 +41,15 @@ class Place:
     offset: int
     nbytes: int
     checksum: str | None
+
+
+class _Known(NamedTuple):
+    """What the reader is told of an expert."""
+
+    offset: int
+    nbytes: int
+    digest_at: int | None
+    digest: object
 
 
 class ExpertFile(Protocol):
@@ -99,13 +109,14 @@ class NativeTransfer:
         numbers = (ctypes.c_int32 * pool.slots)()
         self._states = memoryview(numbers).cast("B").cast("i")
         self._tickets: list[NativeTicket | None] = [None] * pool.slots
-        self._places: dict[ExpertKey, tuple[Place, ctypes.Array[ctypes.c_uint64] | None]] = {}
+        self._known: dict[ExpertKey, _Known] = {}
         first = ctypes.c_char.from_buffer(pool.view(0))
         self._memory, self._slot_bytes = ctypes.addressof(first), pool.slot_bytes
         callback = SOURCE(source) if source else SOURCE()
         files = _open(store) if source is None else (-1, -1)
         self._pool = found.reads_open(threads, pool.slots, numbers, retries, *files, callback)
         self._finalizer = weakref.finalize(self, _release, found, self._pool, files, (numbers, pool, first, callback))
+        self._submit, self._promote, self._cancel, self._status = (function(found, *call) for call in CALLED.items())
         if not self._pool or not found.reads_threads(self._pool):
             self._finalizer()
             raise ConfigError(f"no reader thread could be started (of {threads})")
@@ -122,18 +133,10 @@ class NativeTransfer:
             raise TransferError(f"expert {key.layer}.{key.expert} submitted to a closed transfer")
         last = self._tickets[slot]
         assert last is None or last.done, f"slot {slot} is still being written: {last}"
-        place, digest = self._places.get(key) or self._find(key)
+        offset, nbytes, digest_at, _ = self._known.get(key) or self._find(key)
         ticket = NativeTicket(key, slot, speculative=speculative, states=self._states, owner=self)
-        if not self._lib.reads_submit(
-            self._pool,
-            slot,
-            place.offset,
-            place.nbytes,
-            self._chunk_bytes,
-            self._memory + slot * self._slot_bytes,
-            speculative,
-            digest,
-        ):
+        memory = self._memory + slot * self._slot_bytes
+        if not self._submit(self._pool, slot, offset, nbytes, self._chunk_bytes, memory, speculative, digest_at):
             raise MemoryError(f"no memory to read expert {key.layer}.{key.expert}")
         self._tickets[slot] = ticket
         return ticket
@@ -149,7 +152,7 @@ class NativeTransfer:
             return
         ticket.urgent, ticket.cancelled = True, False
         ticket.end, ticket.error = Status.RUNNING, None
-        self._lib.reads_promote(self._pool, ticket.slot)
+        self._promote(self._pool, ticket.slot)
 
     def wait(self, ticket: Ticket) -> None:
         """Block until the expert is in its slot, promoting it first. Raises TransferError when it failed, was
@@ -171,7 +174,7 @@ class NativeTransfer:
         ticket = own(ticket)
         if not ticket.done:
             ticket.urgent, ticket.cancelled = False, True
-            self._lib.reads_cancel(self._pool, ticket.slot)
+            self._cancel(self._pool, ticket.slot)
         return ticket.done
 
     def stats(self) -> TransferStats:
@@ -188,11 +191,11 @@ class NativeTransfer:
 
     def observe(self, ticket: NativeTicket) -> int:
         """Note how far ``ticket`` has come, for good if it has ended, and see what was written to its slot."""
-        ticket.end = self._lib.reads_status(self._pool, ticket.slot)
+        ticket.end = self._status(self._pool, ticket.slot)
         if ticket.end in (Status.FAILED, Status.STALLED) and ticket.error is None:
             found = ReadError()
             self._lib.reads_error(self._pool, ticket.slot, found)
-            place = self._store.where(ticket.key, found.offset - self._places[ticket.key][0].offset)
+            place = self._store.where(ticket.key, found.offset - self._known[ticket.key].offset)
             ticket.error = explained(found, place, self._timeout_s)
         return ticket.end
 
@@ -205,7 +208,7 @@ class NativeTransfer:
         count = min(room, self._lib.reads_spans(self._pool, ticket.slot, found, room))
         return tuple(ReadSpan(s.reader, ns(s.began), ns(s.ended), s.nbytes) for s in found[:count])
 
-    def _find(self, key: ExpertKey) -> tuple[Place, ctypes.Array[ctypes.c_uint64] | None]:
+    def _find(self, key: ExpertKey) -> _Known:
         try:
             place = self._store.place(key)
         except (LookupError, ForegateError) as error:
@@ -215,8 +218,9 @@ class NativeTransfer:
         if place.checksum is not None:
             value = int(place.checksum, 16)
             digest = (ctypes.c_uint64 * 2)(value & (2**64 - 1), value >> 64)
-        self._places[key] = place, digest
-        return place, digest
+        at = None if digest is None else ctypes.addressof(digest)
+        known = self._known[key] = _Known(place.offset, place.nbytes, at, digest)
+        return known
 
     def _await(self, tickets: Sequence[NativeTicket]) -> NativeTicket:
         slots = (ctypes.c_int32 * len(tickets))(*(ticket.slot for ticket in tickets))

@@ -121,25 +121,26 @@ AVX2 static void votes_avx2(const echo_rules *rules, const echo_past *p, int row
 AVX512 static void votes_avx512(const echo_rules *rules, const echo_past *p, int rows) { echo_votes(rules, p, rows); }
 #endif
 
-/* `worth` [E] after `rows` rows of the window: a logistic regression on the logs of the means and the votes. */
-void foregate_echo_worth(const echo_rules *rules, const echo_past *p, int rows, const float *weights, float bias,
-                         float *worth) {
+/* `worth` [E] after `rows` rows of the window: a logistic regression on the logs of the means and the votes, of so many
+ * weights and a bias. */
+int foregate_echo_judge(const echo_rules *rules, const echo_past *p, int64_t rows, const float *weights, float *worth) {
     const int n = p->experts;
     choose_best();
 #ifdef X86
     if (chosen.level == WITH_AVX512)
-        votes_avx512(rules, p, rows);
+        votes_avx512(rules, p, (int)rows);
     else if (chosen.level == WITH_AVX2)
-        votes_avx2(rules, p, rows);
+        votes_avx2(rules, p, (int)rows);
     else
 #endif
-        echo_votes(rules, p, rows);
+        echo_votes(rules, p, (int)rows);
     for (int e = 0; e < n; e++) {
-        float sum = bias;
+        float sum = weights[ECHO_MEANS + 1];
         for (int m = 0; m <= ECHO_MEANS; m++)
             sum += weights[m] * logf((float)n * p->shares[(size_t)m * n + e] + rules->floor);
         worth[e] = -log1pf(expf(-sum));
     }
+    return 0;
 }
 
 /* The lowest of `worth` [L, E] less `away` [L], of what is held; -1 if nothing is. `left` [L, E] is what was compared. */

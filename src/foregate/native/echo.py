@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import addressof, c_float, c_int, c_int32, c_void_p
+from ctypes import addressof, c_float, c_int32, c_void_p
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,7 @@ SEEN, INFINITE, NEGATIVE = 0, 3, 4
 """What ``EchoPast.see`` answers: done; scores that are not finite; scores that are logits and not said to be."""
 MOST_CHOSEN = 64
 _MEANS, _REACH = 4, 8
-_FUNCTIONS = ("foregate_echo_see", "foregate_echo_worth", "foregate_echo_lowest")
+_FUNCTIONS = ("foregate_echo_see", "foregate_echo_judge", "foregate_echo_lowest")
 
 
 class EchoRules(ctypes.Structure):
@@ -48,7 +48,8 @@ def available() -> bool:
 
 class EchoPast:
     """Works on arrays of its caller: ``shares`` [5, E] (four means, room for votes), ``keys`` and ``after`` [2 n, E],
-    the window with room to grow, of which the newest n + 1 rows count."""
+    the window with room to grow, of which the newest n + 1 rows count. ``weights``: of the logs of the five and a
+    bias, [6] each."""
 
     def __init__(
         self, rules: EchoRules, shares: Floats, keys: Floats, after: Floats, weights: Sequence[Floats]
@@ -63,7 +64,7 @@ class EchoPast:
         self._from, self._named, self._to = (a.ctypes.data for a in (self._scores, self._ids, self._worth))
         self._weights = [array.ctypes.data for array in weights]
         found = _library()
-        self._see, self._judge = function(found, "foregate_echo_see", 7), found.foregate_echo_worth
+        self._see, self._judge = function(found, "foregate_echo_see", 7), function(found, "foregate_echo_judge", 5)
 
     def see(self, row: int, chosen: NDArray[np.int64], scores: Floats | None, *, logits: bool) -> int:
         """One more token of [k] experts, at most ``MOST_CHOSEN``, as ``row`` of the window, with the ``scores`` [E] of
@@ -77,9 +78,9 @@ class EchoPast:
             raise MemoryError("no memory to keep a routing")
         return code
 
-    def worth(self, rows: int, kind: int, bias: float) -> Floats:
+    def worth(self, rows: int, kind: int) -> Floats:
         """By the ``kind``-th of the weights, after ``rows`` rows of the window, [E]: overwritten by the next call."""
-        self._judge(*self._given, rows, self._weights[kind], bias, self._to)
+        self._judge(*self._given, rows, self._weights[kind], self._to)
         return self._worth
 
 
@@ -103,9 +104,4 @@ class Lowest:
 
 @cache
 def _library() -> Any:
-    found = load("kernels", _FUNCTIONS)
-    if found is None:
-        return None
-    found.foregate_echo_worth.argtypes = [c_void_p, c_void_p, c_int, c_void_p, c_float, c_void_p]
-    found.foregate_echo_worth.restype = None
-    return found
+    return load("kernels", _FUNCTIONS)

@@ -97,6 +97,12 @@ static void unlink_request(pool *p, request *r) {
     r->queued = 0;
 }
 
+/* One reader, who wakes the next when it has taken a chunk and there is another: to wake takes microseconds, which are
+ * not to be spent by whoever submits. */
+static void wake(pool *p) {
+    if (p->idle && (p->first[0] || p->first[1])) pthread_cond_signal(&p->work);
+}
+
 /* At the end of the queue of its class, if there is a chunk left to take. */
 static void enqueue(pool *p, request *r) {
     if (r->queued || r->next == r->chunks) return;
@@ -106,7 +112,7 @@ static void enqueue(pool *p, request *r) {
     else p->first[r->urgent] = r;
     p->last[r->urgent] = r;
     r->queued = 1;
-    for (int i = r->next; i < r->chunks && i - r->next < p->idle; i++) pthread_cond_signal(&p->work);
+    wake(p);
 }
 
 /* State changes; the lock is held */
@@ -338,6 +344,7 @@ static void serve(pool *p, request *first, int32_t reader) {
         group[i]->progress_at = began;
     }
     if (p->reading++ == 0) p->since = began;
+    wake(p);
     pthread_mutex_unlock(&p->lock);
 
     if (merged) merged = read_merged(p, group, count);
@@ -456,8 +463,8 @@ int32_t reads_threads(pool *p) {
 
 /* Read `nbytes` from `offset` into `memory`. `digest` (low, high) may be NULL: then nothing is verified.
    False when there is no memory for it. The slot's last request must be done. */
-int reads_submit(pool *p, int32_t slot, int64_t offset, int64_t nbytes, int64_t chunk_bytes, uint8_t *memory,
-                 int speculative, const uint64_t *digest) {
+int reads_submit(pool *p, int64_t slot, int64_t offset, int64_t nbytes, int64_t chunk_bytes, uint8_t *memory,
+                 int64_t speculative, const uint64_t *digest) {
     request *r = &p->requests[slot];
     pthread_mutex_lock(&p->lock);
     int32_t chunks = (int32_t)((nbytes + chunk_bytes - 1) / chunk_bytes);
@@ -475,7 +482,7 @@ int reads_submit(pool *p, int32_t slot, int64_t offset, int64_t nbytes, int64_t 
     r->nbytes = nbytes;
     r->chunk_bytes = chunk_bytes;
     r->chunks = chunks;
-    r->speculative = speculative;
+    r->speculative = (int)speculative;
     r->urgent = !speculative;
     r->cancelled = 0;
     r->rereads = r->span_count = 0;
@@ -489,7 +496,7 @@ int reads_submit(pool *p, int32_t slot, int64_t offset, int64_t nbytes, int64_t 
 }
 
 /* Continue at demand priority; revive what was cancelled, begin again what failed before it was needed. */
-int32_t reads_promote(pool *p, int32_t slot) {
+int32_t reads_promote(pool *p, int64_t slot) {
     request *r = &p->requests[slot];
     pthread_mutex_lock(&p->lock);
     if (!r->urgent) {
@@ -513,7 +520,7 @@ int32_t reads_promote(pool *p, int32_t slot) {
     return status;
 }
 
-int32_t reads_cancel(pool *p, int32_t slot) {
+int32_t reads_cancel(pool *p, int64_t slot) {
     request *r = &p->requests[slot];
     pthread_mutex_lock(&p->lock);
     if (p->status[slot] < DONE && !r->cancelled && !r->error.failure) {
@@ -529,7 +536,7 @@ int32_t reads_cancel(pool *p, int32_t slot) {
 }
 
 /* The status, and with it everything that was written to the slot before. */
-int32_t reads_status(pool *p, int32_t slot) { return __atomic_load_n(&p->status[slot], __ATOMIC_ACQUIRE); }
+int32_t reads_status(pool *p, int64_t slot) { return __atomic_load_n(&p->status[slot], __ATOMIC_ACQUIRE); }
 
 /* Of the last sign of life: its own while a chunk is being read, any while it queues behind others. */
 static double alive_at(const pool *p, const request *r, double began) {

@@ -58,19 +58,16 @@ class ReadCounts(ctypes.Structure):
     _fields_ = (*((name, c_int64) for name in COUNTS), *((name, c_double) for name in TIMES))
 
 
+CALLED = {"reads_submit": 8, "reads_promote": 2, "reads_cancel": 2, "reads_status": 2}
+"""Functions that every expert needs, for ``library.function``, and how many arguments they have."""
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """``reads.c`` with its signatures declared, or None where it is not to be had."""
+    """``reads.c`` with its other signatures declared, or None where it is not to be had."""
     signatures = {
         "reads_open": (c_void_p, [c_int32, c_int32, POINTER(c_int32), c_int32, c_int, c_int, SOURCE]),
         "reads_threads": (c_int32, [c_void_p]),
-        "reads_submit": (
-            c_int,
-            [c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int, POINTER(c_uint64)],
-        ),
-        "reads_promote": (c_int32, [c_void_p, c_int32]),
-        "reads_cancel": (c_int32, [c_void_p, c_int32]),
-        "reads_status": (c_int32, [c_void_p, c_int32]),
         "reads_wait": (c_int32, [c_void_p, POINTER(c_int32), c_int32, c_double, c_double, c_double]),
         "reads_error": (None, [c_void_p, c_int32, POINTER(ReadError)]),
         "reads_stats": (c_int, [c_void_p, POINTER(ReadCounts)]),
@@ -79,7 +76,7 @@ def library() -> ctypes.CDLL | None:
         "reads_close": (c_int32, [c_void_p, c_double]),
         "reads_free": (None, [c_void_p]),
     }
-    found = load("reads", list(signatures))
+    found = load("reads", [*signatures, *CALLED])
     if found is None:
         return None
     for name, (result, arguments) in signatures.items():

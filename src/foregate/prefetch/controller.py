@@ -16,11 +16,14 @@ in its favour.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from foregate.prefetch.average import Average
 from foregate.prefetch.ledger import Ledger
+from foregate.prefetch.odds import Costs, Odds
+from foregate.prefetch.waits import Waits
 
 CPU_SECONDS_PER_BYTE = 60e-12
 """60 ms per GB: what O_DIRECT reads cost in CPU time on a virtual disk (25 to 90 measured, checksums included)."""
@@ -97,43 +100,6 @@ class _Share:
         return ((self.recent.value or 0.0) * self.cases + prior * _PRIOR) / (self.cases + _PRIOR)
 
 
-class _Waits:
-    """What steps of one kind needed and waited for; the last ones count most, each with ``weight``."""
-
-    def __init__(self, weight: float) -> None:
-        self.steps = 0
-        self._weight = weight
-        self._needed, self._stall_s = Average(weight), Average(weight)
-        self._squares, self._products, self._stall_squares = Average(weight), Average(weight), Average(weight)
-
-    def add(self, needed: int, stall_s: float) -> None:
-        self.steps += 1
-        self._needed.add(needed)
-        self._stall_s.add(stall_s)
-        self._squares.add(needed * needed)
-        self._products.add(needed * stall_s)
-        self._stall_squares.add(stall_s * stall_s)
-
-    def each(self, miss_s: float, link_s: float, slowness: float) -> float:
-        """Seconds that one expert more adds: its share of the wait (``miss_s`` where none was needed), or on a slow
-        link the link's time for it."""
-        needed = self._needed.get()
-        share_s = self._stall_s.get() / needed if needed else miss_s
-        return share_s + slowness * (link_s - share_s)
-
-    def wait(self, needed: float, each_s: float) -> float:
-        """Mean wait of a step that needs ``needed``."""
-        return self._stall_s.get() + each_s * (needed - self._needed.get())
-
-    def error(self, each_s: float) -> float:
-        """Standard error of ``wait``; of a single step, its size."""
-        if self.steps < 2:
-            return self._stall_s.get()
-        mean = self._stall_s.get() - each_s * self._needed.get()
-        squares = self._stall_squares.get() - 2 * each_s * self._products.get() + each_s**2 * self._squares.get()
-        return math.sqrt(max(0.0, squares - mean * mean) / (min(self.steps, 2 / self._weight) - 1))
-
-
 class Controller:
     """``limit`` None decides by the cost model; a number is taken as it is (0: never). ``readers`` read chunks at once.
 
@@ -173,7 +139,7 @@ class Controller:
         self._unused = Average()
         self._ahead_bytes = Average()
         self._ghosts = Average()
-        self._with, self._alone, self._needed = _Waits(0.05), _Waits(0.1), Average()
+        self._with, self._alone, self._needed = Waits(0.05), Waits(0.1), Average()
         """Of steps with speculation and without, and what any step needs."""
         self._layer_s = Average()
         self._link_s: float | None = None
@@ -233,7 +199,7 @@ class Controller:
 
     def allowance(self, width: int) -> int:
         """Speculative reads that one layer may issue now: at most ``width``, or the fixed limit."""
-        if not self.speculating or self._probed_enough:
+        if not self.speculating or self.sated:
             return 0
         return width if self.fixed is None else self.fixed
 
@@ -251,11 +217,27 @@ class Controller:
 
     def value(self, guess: Guess, queued: int) -> float:
         """Seconds that a read for ``guess``, behind ``queued`` reads in flight, saves more than it costs. Expected."""
-        if self._probed_enough:
-            return 0.0
-        exploring = guess.rank == 0 and self._issued < _EXPLORED and (self._all.cases < _WARM_UP or self._probing)
-        p, window = 1.0 if exploring else self.precision(guess), self._window(guess)
-        return p * self._saving(window, queued) - (1.0 - p) * self._waste(window, queued)
+        return 0.0 if self.sated else self.costs().worth(self.odds((guess,))[0], queued)
+
+    def costs(self) -> Costs:
+        """What any read costs and saves now."""
+        read_s = self._expert_s
+        cpu_s = self._expert_bytes * CPU_SECONDS_PER_BYTE
+        return Costs(read_s, self._miss_s.get(read_s), cpu_s, self._in_hand * read_s)
+
+    def odds(self, guesses: Iterable[Guess]) -> list[Odds]:
+        """Of each of ``guesses``. What is explored counts as sure."""
+        overall = self._precision
+        exploring = self._issued < _EXPLORED and (self._all.cases < _WARM_UP or self._probing)
+        return [
+            Odds(1.0 if exploring and guess.rank == 0 else self._share(guess, overall), self._window(guess))
+            for guess in guesses
+        ]
+
+    @property
+    def sated(self) -> bool:
+        """Whether this step probes a slow link, and has read enough for that: what nobody uses, somebody waits for."""
+        return self._issued >= _EXPLORED and self._probing and self._slow
 
     @property
     def trusting(self) -> bool:
@@ -264,7 +246,10 @@ class Controller:
 
     def precision(self, guess: Guess) -> float:
         """Probability that what ``guess`` reads is used."""
-        overall = self._precision
+        return self._share(guess, self._precision)
+
+    def _share(self, guess: Guess, overall: float) -> float:
+        """How many reads like that of ``guess`` are used, where ``overall`` of all are."""
         shared = self._by_guess.get((guess.distance, guess.rank))
         general = shared.blended(overall) if shared else overall
         layer = self._by_layer[guess.layer].blended(overall)
@@ -373,11 +358,6 @@ class Controller:
         return min(1.0, max(0.0, (self._layers - 1) / (_SLOW - 1)))
 
     @property
-    def _probed_enough(self) -> bool:
-        """Whether this step probes a slow link, and has read enough for that: what nobody uses, somebody waits for."""
-        return self._issued >= _EXPLORED and self._probing and self._slow
-
-    @property
     def _probing(self) -> bool:
         return not self.decision.enabled and self._step >= self._probe_at
 
@@ -409,23 +389,6 @@ class Controller:
         """Seconds that pass until the routing of the layer; where it has not been seen yet, of others."""
         window = self._windows[guess.layer].get(guess.distance) or self._any_window.get(guess.distance)
         return self._layer_s.value if window is None else window.value
-
-    def _saving(self, window: float | None, queued: int) -> float:
-        """Seconds of stall that a read saves if it is used: one miss's, as far as its window has room for it."""
-        read_s = self._expert_s
-        miss_s = self._miss_s.get(read_s)
-        return miss_s if window is None else min(miss_s, max(0.0, window - queued * read_s))
-
-    def _waste(self, window: float | None, queued: int) -> float:
-        """Seconds that a read costs which nobody uses."""
-        read_s, cpu_s = self._expert_s, self._expert_bytes * CPU_SECONDS_PER_BYTE
-        in_hand_s = self._in_hand * read_s
-        if window is None:
-            return cpu_s + 0.5 * in_hand_s
-        left_s = (queued + 1) * read_s - window
-        if left_s >= read_s:  # not begun by then
-            return 0.0
-        return cpu_s + min(in_hand_s, max(0.0, left_s))
 
     def _saved(self) -> float:
         """Seconds that a step of the usual need waits less with speculation than without, and what doubt adds."""

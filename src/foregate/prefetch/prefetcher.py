@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from time import perf_counter, perf_counter_ns, sleep
 
@@ -13,6 +13,9 @@ from foregate.experts.cache import ExpertCache
 from foregate.interfaces import Ticket, Transfer
 from foregate.prefetch.controller import Controller, Guess
 from foregate.types import ExpertKey, Moment, Prediction, StepStats
+
+Absent = tuple[Guess, ExpertKey]
+"""What is predicted and has no slot."""
 
 SETTLE_S = 1.0
 """Seconds to wait for chunks that were being read when their transfer was cancelled."""
@@ -78,8 +81,7 @@ class Prefetcher:
         limit = self.controller.fixed
         width = _width(self._top_k, limit)
         first, layers = layer + (moment is Moment.AFTER_ROUTING), len(self._experts)
-        absent: dict[Guess, ExpertKey] = {}
-        holds = self._cache.holds
+        absent: dict[int, list[Absent]] = {}
         for prediction in predictions if len(predictions) < 2 else sorted(predictions, key=_layer_of):
             if not first <= prediction.layer < first + layers:
                 continue
@@ -91,18 +93,20 @@ class Prefetcher:
                 made[distance] = now
             ranked = _existing(prediction.experts, self._experts[target], 2 * width)
             self._withdraw(target, ranked)
-            for rank, expert in enumerate(ranked[:width]):
-                key = ExpertKey(target, expert)
-                if not holds(key):
-                    absent[Guess(target, distance, rank)] = key
-                elif absent:  # of two predictions for one layer, the later one counts
-                    absent.pop(Guess(target, distance, rank), None)
-        if not absent:
+            held = self._cache.held(target)
+            # Of two predictions for one layer, the later one counts.
+            absent[distance] = [
+                (Guess(target, distance, rank), ExpertKey(target, expert))
+                for rank, expert in enumerate(ranked[:width])
+                if expert not in held
+            ]
+        found = [one for there in absent.values() for one in there]
+        if not found:
             return
         if limit is not None:
-            self._submit_limited(absent, limit)
+            self._submit_limited(found, limit)
         else:
-            self._submit_valued(absent)
+            self._submit_valued(found)
 
     def stream_ahead(self, layer: int) -> None:
         """Prefill: read the whole of ``layer`` ahead, as far as staging has room."""
@@ -162,30 +166,32 @@ class Prefetcher:
             sleep(1e-4)
         self._reap()
 
-    def _submit_limited(self, absent: Mapping[Guess, ExpertKey], limit: int) -> None:
+    def _submit_limited(self, absent: Sequence[Absent], limit: int) -> None:
         """At most ``limit`` reads a target layer, in the order of ``absent``."""
-        left = dict.fromkeys((guess.layer for guess in absent), limit)
-        for guess, key in absent.items():
+        left = dict.fromkeys((guess.layer for guess, _ in absent), limit)
+        for guess, key in absent:
             if left[guess.layer] and not self._cache.holds(key):
                 if not self._submit(key, guess):
                     return
                 left[guess.layer] -= 1
 
-    def _submit_valued(self, absent: Mapping[Guess, ExpertKey]) -> None:
+    def _submit_valued(self, absent: Sequence[Absent]) -> None:
         """What is expected to save more than it costs, the most valuable first; experts weigh the same bytes."""
         controller = self.controller
         if controller.trusting:
-            for guess, key in absent.items():
+            for guess, key in absent:
                 if guess.rank < self._top_k and not self._submit(key, guess):
                     return
             return
         queued = before = sum([not ticket.done for ticket in self._tickets.values()])
-        values = {guess: controller.value(guess, queued) for guess in absent}
-        for guess in sorted(values, key=values.__getitem__, reverse=True):
-            value = values[guess] if queued == before else controller.value(guess, queued)
-            if value <= 0:
+        costs, odds = controller.costs(), controller.odds([guess for guess, _ in absent])
+        values = [costs.worth(one, queued) for one in odds]
+        for at in sorted(range(len(values)), key=values.__getitem__, reverse=True):
+            guess, key = absent[at]
+            value = values[at] if queued == before else costs.worth(odds[at], queued)
+            if value <= 0 or controller.sated:
                 controller.declined(guess)
-            elif self._submit(absent[guess], guess):
+            elif self._submit(key, guess):
                 queued += 1
             else:
                 return
