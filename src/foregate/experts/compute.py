@@ -52,20 +52,30 @@ class SlotViews:
 
     def __init__(self, pool: SlotPool) -> None:
         self._pool = pool
-        self._views: dict[tuple[int, int], Weights] = {}
+        self._views: dict[int, list[Weights | None]] = {}
+        """By slot, of a layout that is known by its place in memory; equal ones share them."""
+        self._layouts: list[ExpertLayout] = []
         self._scratch = Scratch()
 
     def weights(self, slot: int, layout: ExpertLayout) -> Weights:
         """The parameters of ``layout``, over the bytes of ``slot``."""
-        key = (slot, id(layout))
-        found = self._views.get(key)
+        views = self._views.get(id(layout)) or self._views_of(layout)
+        found = views[slot]
         if found is None:
-            found = self._views[key] = Weights(self._build(slot, layout), self._scratch)
+            found = views[slot] = Weights(self._build(slot, layout), self._scratch)
         return found
 
     def clear(self) -> None:
         """Drop every view, and with them the hold on the pool's memory."""
         self._views.clear()
+        self._layouts.clear()
+
+    def _views_of(self, layout: ExpertLayout) -> list[Weights | None]:
+        equal = next((known for known in self._layouts if known == layout), None)
+        views: list[Weights | None] = [None] * self._pool.slots if equal is None else self._views[id(equal)]
+        self._views[id(layout)] = views
+        self._layouts.append(layout)  # alive, so that no other takes its place
+        return views
 
     def _build(self, slot: int, layout: ExpertLayout) -> dict[str, Tensor]:
         raw = torch.frombuffer(self._pool.view(slot), dtype=torch.uint8)
