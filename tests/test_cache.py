@@ -38,6 +38,18 @@ def test_a_demand_load_goes_through_loading_to_resident(cache: ExpertCache) -> N
     assert (cache.state(B), cache.lookup(B), cache.slot(B)) == (None, None, None)
 
 
+def test_what_a_layer_holds_counts_every_state(cache: ExpertCache) -> None:
+    other, held = ExpertKey(1, 0), cache.held(0)
+    load(cache, A, other)
+    cache.stage(B)
+    cache.reserve(C)
+    assert (set(held), set(cache.held(1)), set(cache.held(2))) == ({0, 1, 2}, {0}, set())
+    cache.drop(B)
+    cache.abort(C)
+    cache.release(A)
+    assert (set(held), set(cache.held(1))) == (set(), {0})
+
+
 def test_a_failed_load_leaves_nothing(cache: ExpertCache) -> None:
     cache.reserve(A)
     cache.abort(A)

@@ -2,8 +2,9 @@
 
 Two questions. *Is this read worth it?* An expert that is predicted for layer l at distance d and rank r is used with
 probability p (measured by layer, and by distance and rank). If it is, it saves the stall of one miss, as far as the
-window of l, waits left out, has room behind what is queued already. If not, it costs the CPU time of its bytes, and
-what readers have of it in their hands when the window ends: on a slow link a demand read waits for that.
+window of l, waits left out, has room behind what is queued already. If not, it costs the CPU time of its bytes, what
+readers have of it in their hands when the window ends, which a demand read waits for, and of the rest of its time the
+share by which it delays other reads.
 *Does speculation pay at all?* Steps without it (the first two, and two in 64) show how long the model waits then for
 each expert that it needs, steps with it how long they wait: as steps need now, the difference is what it saves; waste,
 queues and a link that never rests are in that. It must be more than the predictor's time, the CPU time of what was
@@ -51,14 +52,18 @@ from which on the link was its bound: where computing is, reads run all the time
 it must have read: fewer say little about the long run."""
 _PROBES = 4
 """Steps with speculation that a slow link is to be judged by at least, before probes become rare."""
-_SLOW = 3
-"""A link that needs so many layers' time for an expert is slow: 1.2 without a throttle here, 3.4 at 700 MB/s."""
+_SLOW = 2.5
+"""A link that needs so many layers' time for an expert is slow: 1.0 to 1.2 without a throttle here, 2.9 to 3.4 at 700
+MB/s."""
 _FAVOUR, _ERRORS = 1, 2
 """Standard errors that speculation is given on a link that brings an expert in a layer's time, where a wrong read costs
 little and the first two steps without it say little; and by which it must have paid on a slow one. Between, by line."""
 _DOUBT = 0.25
 """Reads by which more or less than before must fit into the windows for slots to be given back or taken: each of those
 that are taken costs a resident."""
+_CROWDING = 0.4
+"""Share of its time by which a read in vain delays others, on a link that brings an expert in a layer's time; on a slow
+one, which never rests, all of it. Without it as fast here, for 6 % more bytes."""
 _PRIOR = 4.0
 """Reads that the precision of all counts for, where a layer, or a distance and rank, has few of its own."""
 _EXPECTED = 0.7
@@ -223,7 +228,8 @@ class Controller:
         """What any read costs and saves now."""
         read_s = self._expert_s
         cpu_s = self._expert_bytes * CPU_SECONDS_PER_BYTE
-        return Costs(read_s, self._miss_s.get(read_s), cpu_s, self._in_hand * read_s)
+        crowding = _CROWDING + (1 - _CROWDING) * self._slowness
+        return Costs(read_s, self._miss_s.get(read_s), cpu_s, self._in_hand * read_s, crowding)
 
     def odds(self, guesses: Iterable[Guess]) -> list[Odds]:
         """Of each of ``guesses``. What is explored counts as sure."""
