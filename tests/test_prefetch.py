@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from time import sleep
 
 import numpy as np
@@ -74,6 +74,33 @@ def bench(slots: int, staging: int = 0, limit: int | None = 4, faults: Sequence[
 
 def predicted(layer: int, *experts: int) -> Prediction:
     return Prediction(layer, experts, (1.0,) * len(experts))
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_what_is_predicted_is_read_ahead_while_residents_are_computed(breaks: bool) -> None:
+    heard: list[str] = []
+
+    def together(experts: Sequence[int], slots: Sequence[int]) -> Callable[[], None]:
+        heard.append(f"begin {list(experts)}")
+        return lambda: heard.append("end")
+
+    def meanwhile() -> None:
+        heard.append("meanwhile")
+        if breaks:
+            raise RuntimeError("broken in between")
+
+    def predict() -> Callable[[], None]:
+        heard.append("predict")
+        return meanwhile
+
+    with bench(slots=4) as b:
+        b.decode(0, [1, 2])
+        b.served.clear()
+        with pytest.raises(RuntimeError, match="broken in between") if breaks else nullcontext():
+            b.pipeline.decode(0, [1, 2, 3], lambda e, s: b.compute(0, e, s), predict, together)
+        assert heard == ["predict", "begin [1, 2]", "meanwhile", "end"]
+        assert b.served == ([] if breaks else [3])
+        b.cache.check_integrity(idle=True)
 
 
 def test_every_needed_expert_is_served_once_even_from_a_single_slot() -> None:

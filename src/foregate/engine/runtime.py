@@ -23,7 +23,7 @@ from foregate.engine.clock import Clock
 from foregate.engine.signals import ModelSignals
 from foregate.events import ControllerDecided, Part, TimeSpent, ns
 from foregate.experts.cache import ExpertCache
-from foregate.experts.compute import SlotViews, Weights, expert_forward, experts_forward, experts_of
+from foregate.experts.compute import SlotViews, Weights, begun_experts_of, expert_forward, experts_forward, experts_of
 from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
 from foregate.native import kernels
 from foregate.native.decoder_layer import Choice, DecoderLayer
@@ -44,6 +44,8 @@ T = TypeVar("T")
 Floats = NDArray[np.float32]
 Product = Callable[[Sequence[Weights], Sequence[int]], None]
 """Writes what experts give to rows of a token's outputs."""
+Begin = Callable[[Sequence[Weights], Sequence[int]], Callable[[], None]]
+"""Has other threads begin a ``Product``; what it returns ends it."""
 
 STAGING_SHARE = 4
 """One slot in so many is set aside for reading the next layer ahead, if the pool cannot hold all experts."""
@@ -147,11 +149,8 @@ class ExpertRuntime:
         choice = kernel.choice
         ranks: list[int] = choice.experts[0].tolist()
         self._tell(layer, choice.experts, choice.shares, choice)
-
-        def together(held: Sequence[Weights], rows: Sequence[int]) -> None:
-            experts_of(kernel, module, held, rows)
-
-        self._compute_one(layer, ranks, choice.parts, together)
+        product, begin = partial(experts_of, kernel, module), partial(begun_experts_of, kernel, module)
+        self._compute_one(layer, ranks, choice.parts, product, begin)
         kernel.mix()
 
     def forward_scaled(self, layer: int, module: nn.Module, repeated: Tensor) -> Tensor:
@@ -207,10 +206,10 @@ class ExpertRuntime:
             ranks = index[0].tolist()
             outs = x.new_empty((len(ranks), x.shape[-1]))
 
-            def together(held: Sequence[Weights], rows: Sequence[int]) -> None:
+            def product(held: Sequence[Weights], rows: Sequence[int]) -> None:
                 experts_forward(module, x, held, outs, rows)
 
-            self._compute_one(layer, ranks, outs, together)
+            self._compute_one(layer, ranks, outs, product, lambda held, rows: partial(product, held, rows))
             if kernels.combines(x, weights):
                 return kernels.combine(outs, weights)
             return (outs * weights[0, :, None]).sum(dim=0, keepdim=True).to(x.dtype)
@@ -224,19 +223,22 @@ class ExpertRuntime:
         self._decode(layer, self._needed(layer, index.flatten().tolist()), compute)
         return parts.sum(dim=1).to(x.dtype)
 
-    def _compute_one(self, layer: int, ranks: list[int], parts: Tensor, product: Product) -> None:
+    def _compute_one(self, layer: int, ranks: list[int], parts: Tensor, product: Product, begin: Begin) -> None:
         """Fill ``parts`` [k, D] with what the experts ``ranks`` [k] give for one token, by ``product``."""
         needed = self._needed(layer, ranks)
-        views, layout_of = self._views, self._layout_of
+        views, layout_of, timed = self._views, self._layout_of, self._clock.timed
         if self._computes_less or len(needed) < len(ranks):  # what nobody computes counts as zero
             parts.zero_()
 
-        def together(experts: Sequence[int], slots: Sequence[int]) -> None:
+        def compute(expert: int, slot: int) -> None:
+            timed(product, [views.weights(slot, layout_of(ExpertKey(layer, expert)))], [ranks.index(expert)])
+
+        def together(experts: Sequence[int], slots: Sequence[int]) -> Callable[[], None]:
             pairs = zip(experts, slots, strict=True)
             held = [views.weights(slot, layout_of(ExpertKey(layer, expert))) for expert, slot in pairs]
-            self._clock.timed(product, held, [ranks.index(expert) for expert in experts])
+            return partial(timed, timed(begin, held, [ranks.index(expert) for expert in experts]))
 
-        self._decode(layer, needed, lambda expert, slot: together((expert,), (slot,)), together)
+        self._decode(layer, needed, compute, together)
         if len(needed) < len(ranks):
             for rank, expert in enumerate(ranks):
                 parts[rank] = parts[ranks.index(expert)]
@@ -295,7 +297,9 @@ class ExpertRuntime:
 
     def _ask_at(self, layer: int, moment: Moment) -> None:
         if self.predictor.moment is moment:
-            self._predict(layer, moment)
+            consider = self._predict(layer, moment)
+            if consider is not None:
+                consider()
 
     def _begin_predicting(self, layer: int) -> None:
         """The sooner the better, with a predictor that computes while this layer's experts are looked up."""
@@ -305,17 +309,24 @@ class ExpertRuntime:
         self._begun = self._asked(layer, Moment.AFTER_ROUTING, self._beginning, self._signals)
         self._tell_prediction(began, layer)
 
-    def _predict(self, layer: int, moment: Moment) -> None:
+    def _predict(self, layer: int, moment: Moment) -> Callable[[], None] | None:
+        """The predictor is asked at ``moment`` of ``layer``; what this returns, if anything, reads ahead."""
         if self.predictor.moment is not moment or self.phase is Phase.PREFILL:
-            return
+            return None
         begun, self._begun = self._begun, None
         if begun is None and not self._asks():
-            return
+            return None
         began = perf_counter()
         ask, given = (self.predictor.predict, (self._signals,)) if begun is None else (begun, ())
         predictions = self._asked(layer, moment, ask, *given)
-        if predictions is not None and self._prefetcher.wanted:
-            self._prefetcher.consider(layer, moment, predictions)
+        self._tell_prediction(began, layer)
+        if predictions is None or not self._prefetcher.wanted:
+            return None
+        return partial(self._consider, layer, moment, predictions)
+
+    def _consider(self, layer: int, moment: Moment, predictions: Sequence[Prediction]) -> None:
+        began = perf_counter()
+        self._prefetcher.consider(layer, moment, predictions)
         self._tell_prediction(began, layer)
 
     def _asks(self) -> bool:

@@ -8,7 +8,8 @@ Shapes: T tokens, D hidden, F expert hidden, S slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,6 +117,16 @@ def experts_of(kernel: DecoderLayer, module: Any, weights: Sequence[Weights], ro
     width = _fused_width(module, weights[0])
     if not width or not kernel.experts([one.fused(width).at for one in weights], rows, width):
         experts_forward(module, kernel.routed, weights, kernel.choice.parts, rows)
+
+
+def begun_experts_of(
+    kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int]
+) -> Callable[[], None]:
+    """``experts_of``, begun by other threads where there are any; what this returns ends it, and must be called."""
+    width = _fused_width(module, weights[0])
+    if width and kernel.begin_experts([one.fused(width).at for one in weights], rows, width):
+        return kernel.end_experts
+    return partial(experts_of, kernel, module, weights, rows)
 
 
 def runs_fused(module: Any, x: Tensor, weights: Weights) -> bool:

@@ -6,7 +6,7 @@ Shapes: D hidden, E experts, k chosen.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_int32, c_void_p
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foregate.native.attention_block import AttentionBlock, HeadNorm
-from foregate.native.kernels import MOST_EXPERTS, REFUSED, UNDECIDED, called, check, loaded, num_threads
+from foregate.native.kernels import MOST_EXPERTS, NOBODY, REFUSED, UNDECIDED, called, check, loaded, num_threads
 from foregate.native.matrix import BF16, Matrix
 from foregate.native.router import Router
 
@@ -84,7 +84,8 @@ class DecoderLayer:
         self._layer = _Layer(attention.at, *norms, router.gate, router.top_k, router.normalised, router.kind, *at)
         self._at = ctypes.addressof(self._layer)
         self._run, self._mix = called("foregate_layer", 14), called("foregate_layer_out", 2)
-        self._experts = called("foregate_experts", 9)
+        self._experts, self._begin = called("foregate_experts", 9), called("foregate_experts_begin", 9)
+        self._end = called("foregate_experts_end", 1)
         self._expert_places: Any = (c_void_p * (2 * MOST_EXPERTS))()
         places, width = ctypes.addressof(self._expert_places), attention.inputs
         self._experts_at = places, places + ctypes.sizeof(self._expert_places) // 2
@@ -111,13 +112,25 @@ class DecoderLayer:
     def experts(self, experts: Sequence[int], rows: Sequence[int], hidden: int) -> bool:
         """Fill ``rows`` of ``choice.parts`` with what ``experts`` (``FusedExpert.at``) of ``hidden`` numbers between
         their matrices give for ``routed``; False, and nothing done, where they are not of one form, or too many."""
+        return self._ask(self._experts, experts, rows, hidden)
+
+    def begin_experts(self, experts: Sequence[int], rows: Sequence[int], hidden: int) -> bool:
+        """As ``experts``, which other threads compute until ``end_experts``; False, too, where there is none. What
+        has begun must be ended; until then ``routed``, the experts and ``choice.parts`` stay as they are."""
+        return self._ask(self._begin, experts, rows, hidden)
+
+    def end_experts(self) -> None:
+        """Compute with the others what is left of what has begun."""
+        self._end(0)
+
+    def _ask(self, run: Callable[..., int], experts: Sequence[int], rows: Sequence[int], hidden: int) -> bool:
         count, places = len(experts), self._expert_places
         if count > MOST_EXPERTS:
             return False
         places[:count] = experts
         places[MOST_EXPERTS : MOST_EXPERTS + count] = [self._rows[row] for row in rows]
-        code = self._experts(*self._experts_at, count, hidden, *self._routed_at, num_threads())
-        if code == REFUSED:
+        code = run(*self._experts_at, count, hidden, *self._routed_at, num_threads())
+        if code in (REFUSED, NOBODY):
             return False
         check(code)
         return True

@@ -798,10 +798,19 @@ static int same_form(const matrix *a, const matrix *b) {
     return a->dtype == b->dtype && a->rows == b->rows && a->columns == b->columns && a->group == b->group;
 }
 
-/* outs[i] [width] is what foregate_expert gives for experts[i], which all have one form, and x [1, inputs]; all of
- * `dtype`. */
-int foregate_experts(const expert *const *experts, void *const *outs, int64_t count, int64_t hidden, const void *x,
-                     int64_t inputs, int64_t width, int64_t dtype, int64_t threads) {
+/* The experts of one token, in two parts: between them every result of the first is needed. */
+typedef struct {
+    input in, between[MOST_EXPERTS];
+    gated parts[MOST_EXPERTS];
+    product last[MOST_EXPERTS];
+    gated_all first;
+    product_all second;
+    int count;
+} token_experts;
+
+/* What foregate_experts is given, looked at and laid out in the memory of this call. 0, or its answer. */
+static int prepare_experts(token_experts *t, const expert *const *experts, void *const *outs, int64_t count,
+                           int64_t hidden, const void *x, int64_t inputs, int64_t width, int64_t dtype) {
     choose_best();
     if (count < 1 || count > MOST_EXPERTS)
         return 1;
@@ -816,25 +825,86 @@ int foregate_experts(const expert *const *experts, void *const *outs, int64_t co
     int wide = round_up(gate->columns, STEP), padded = round_up(down->columns, STEP);
     if (!reserve(input_bytes(gate) + (size_t)wide * 4 + 256 + count * (input_bytes(down) + (size_t)padded * 4 + 64)))
         return 2;
-    input in, between[MOST_EXPERTS];
-    gated parts[MOST_EXPERTS];
-    product last[MOST_EXPERTS];
     float *row = carve((size_t)wide * 4);
     load_row(x, (int)dtype, 0, inputs, row, wide);
-    make_input(gate, row, &in);
+    make_input(gate, row, &t->in);
     for (int e = 0; e < count; e++) {
         float *values = carve((size_t)padded * 4);
         memset(values + hidden, 0, (size_t)(padded - hidden) * 4);
-        parts[e] = (gated){&experts[e]->gate, &experts[e]->up, &in, 1, chunk_rows(gate, 2), values, padded, hidden};
+        t->parts[e] =
+            (gated){&experts[e]->gate, &experts[e]->up, &t->in, 1, chunk_rows(gate, 2), values, padded, hidden};
+        t->last[e] = (product){&experts[e]->down, t->between + e, 1, chunk_rows(down, 1), outs[e], (int)dtype, width};
     }
-    gated_all first = {parts, (gate->rows + parts->step - 1) / parts->step};
-    pool_run(gated_all_chunk, &first, first.chunks * count, threads);
-    for (int e = 0; e < count; e++) {
-        make_input(down, parts[e].hidden, between + e);
-        last[e] = (product){&experts[e]->down, between + e, 1, chunk_rows(down, 1), outs[e], (int)dtype, width};
+    t->first = (gated_all){t->parts, (gate->rows + t->parts->step - 1) / t->parts->step};
+    t->second = (product_all){t->last, (down->rows + t->last->step - 1) / t->last->step};
+    t->count = (int)count;
+    return 0;
+}
+
+static void link_experts(token_experts *t) {
+    for (int e = 0; e < t->count; e++)
+        make_input(t->last[e].m, t->parts[e].hidden, t->between + e);
+}
+
+/* outs[i] [width] is what foregate_expert gives for experts[i], which all have one form, and x [1, inputs]; all of
+ * `dtype`. */
+int foregate_experts(const expert *const *experts, void *const *outs, int64_t count, int64_t hidden, const void *x,
+                     int64_t inputs, int64_t width, int64_t dtype, int64_t threads) {
+    token_experts t;
+    int code = prepare_experts(&t, experts, outs, count, hidden, x, inputs, width, dtype);
+    if (code)
+        return code;
+    pool_run(gated_all_chunk, &t.first, t.first.chunks * t.count, threads);
+    link_experts(&t);
+    pool_run(product_all_chunk, &t.second, t.second.chunks * t.count, threads);
+    return 0;
+}
+
+static struct {
+    token_experts experts;
+    arena memory; /* not that of a thread: other calls come in between */
+    int threads;
+} begun; /* by whoever has claimed the pool */
+
+static void swap_memory(void) {
+    arena mine = scratch;
+    scratch = begun.memory;
+    begun.memory = mine;
+}
+
+enum { NOBODY = 5 };
+
+/* As foregate_experts, by other threads while the caller goes on: foregate_experts_end waits for it and helps. NOBODY,
+ * and nothing done, where there is no other thread or it has something to do. Experts and x stay as they are. */
+int foregate_experts_begin(const expert *const *experts, void *const *outs, int64_t count, int64_t hidden,
+                           const void *x, int64_t inputs, int64_t width, int64_t dtype, int64_t threads) {
+    const int there = pool_claim((int)threads);
+    if (!there)
+        return NOBODY;
+    begun.threads = there;
+    swap_memory();
+    int code = prepare_experts(&begun.experts, experts, outs, count, hidden, x, inputs, width, dtype);
+    swap_memory();
+    if (code) {
+        pool_release();
+        return code;
     }
-    product_all second = {last, (down->rows + last->step - 1) / last->step};
-    pool_run(product_all_chunk, &second, second.chunks * count, threads);
+    const gated_all *first = &begun.experts.first;
+    pool_hand_out(gated_all_chunk, (void *)first, first->chunks * begun.experts.count, begun.threads);
+    return 0;
+}
+
+/* Only after a foregate_experts_begin that answered 0, and once. */
+int foregate_experts_end(int64_t nothing) {
+    (void)nothing;
+    pool_run_rest();
+    swap_memory();
+    link_experts(&begun.experts);
+    swap_memory();
+    const product_all *second = &begun.experts.second;
+    pool_hand_out(product_all_chunk, (void *)second, second->chunks * begun.experts.count, begun.threads);
+    pool_run_rest();
+    pool_release();
     return 0;
 }
 

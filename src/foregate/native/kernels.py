@@ -41,16 +41,17 @@ ACTIVATIONS = {torch.bfloat16: BF16, torch.float32: F32}
 FUNCTIONS = tuple(
     f"foregate_{name}"
     for name in (
-        "expert", "experts", "linear", "rms_norm", "combine", "attend", "qkv", "attend_out", "attention", "expand",
-        "rank", "route", "layer", "layer_out", "read", "kernels",
+        "expert", "experts", "experts_begin", "experts_end", "linear", "rms_norm", "combine", "attend", "qkv",
+        "attend_out", "attention", "expand", "rank", "route", "layer", "layer_out", "read", "kernels",
     )
 )  # fmt: skip
 
 _MOST_VALUES, _MOST_WIDTH = 16384, 1024
 """Of decode.h."""
 
-MOST_RANKED, REFUSED, UNDECIDED = 4096, 1, 3
-"""Experts of a router at most; the answers to what a kernel does not take, and where experts tie."""
+MOST_RANKED, REFUSED, UNDECIDED, NOBODY = 4096, 1, 3, 5
+"""Experts of a router at most; the answers to what a kernel does not take, where experts tie, and where no
+other thread computes."""
 
 
 def num_threads() -> int:

@@ -20,6 +20,14 @@ static int pool_post(chunk_fn fn, void *context, int threads);
 /* Returns when what was posted has run: by the caller, if nobody has begun it. */
 static void pool_join(void);
 
+/* A job of several parts, the first of which others begin while the caller does something else: how many threads there
+ * are for it, the caller's included, or 0 where there is no other. Whoever claims hands out chunks, runs what is left of
+ * them, hands out more ..., and releases. */
+static int pool_claim(int threads);
+static void pool_hand_out(chunk_fn fn, void *context, int chunks, int threads);
+static void pool_run_rest(void);
+static void pool_release(void);
+
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -177,21 +185,36 @@ static void pool_run(chunk_fn fn, void *context, int chunks, int threads) {
     atomic_store(&pool.in_use, 0);
 }
 
-static int pool_post(chunk_fn fn, void *context, int threads) {
+static void pool_release(void) { atomic_store(&pool.in_use, 0); }
+
+static int pool_claim(int threads) {
     if (threads <= 1 || atomic_exchange(&pool.in_use, 1))
         return 0;
     threads = hire(threads < MAX_THREADS ? threads : MAX_THREADS);
-    if (threads > 1)
-        start(fn, context, 1, pool.workers + 1, 1); /* whoever wakes takes it */
-    else
-        atomic_store(&pool.in_use, 0);
-    return threads > 1;
+    if (threads <= 1)
+        pool_release();
+    return threads > 1 ? threads : 0;
+}
+
+static void pool_hand_out(chunk_fn fn, void *context, int chunks, int threads) {
+    start(fn, context, chunks, threads, pool.workers);
+}
+
+static void pool_run_rest(void) {
+    work(0, atomic_load(&pool.threads));
+    wait_for_others();
+}
+
+static int pool_post(chunk_fn fn, void *context, int threads) {
+    if (!pool_claim(threads))
+        return 0;
+    start(fn, context, 1, pool.workers + 1, 1); /* whoever wakes takes it */
+    return 1;
 }
 
 static void pool_join(void) {
-    work(0, atomic_load(&pool.threads));
-    wait_for_others();
-    atomic_store(&pool.in_use, 0);
+    pool_run_rest();
+    pool_release();
 }
 
 #endif

@@ -19,8 +19,8 @@ from foregate.types import ExpertKey, StepStats
 Compute = Callable[[int, int], None]
 """``compute(expert, slot)``: the expert's weights are in ``slot`` until this returns."""
 
-Together = Callable[[Sequence[int], Sequence[int]], None]
-"""``compute`` of several experts at once: ``together(experts, slots)``."""
+Together = Callable[[Sequence[int], Sequence[int]], Callable[[], None]]
+"""``compute`` of several experts at once: ``together(experts, slots)`` begins, and what it returns ends that."""
 
 
 class Pipeline:
@@ -39,14 +39,15 @@ class Pipeline:
         layer: int,
         needed: Sequence[int],
         compute: Compute,
-        predict: Callable[[], None],
+        predict: Callable[[], Callable[[], None] | None],
         together: Together | None = None,
     ) -> None:
         """A step of few tokens: resident experts first, then whichever read arrives next.
 
-        ``predict`` runs after the demand reads are submitted, so that speculation queues behind them. Resident experts
-        go through ``together`` if it is given and nobody wants to know how long each took. Experts beyond the cache's
-        room are served in waves. Raises TransferError when a read has failed for good.
+        ``predict`` runs after the demand reads are submitted, so that speculation queues behind them; what it returns
+        is called once resident experts are being computed, which go through ``together`` if it is given and nobody
+        wants to know how long each took. Experts beyond the cache's room are served in waves. Raises TransferError when
+        a read has failed for good.
         """
         self._begin_decode()
         keys = [ExpertKey(layer, expert) for expert in needed]
@@ -59,8 +60,7 @@ class Pipeline:
                 self._request(missing, flight)
             # What was staged for this layer and is not needed makes room for the layers after it.
             self._prefetcher.expire(layer)
-            predict()
-            self._serve_all(ready, compute, together, pinned)
+            self._serve_all(ready, compute, together, pinned, predict())
             if flight or missing:
                 self._serve_absent(flight, missing, compute, pinned)
         finally:
@@ -234,16 +234,30 @@ class Pipeline:
     # Using and letting go
 
     def _serve_all(
-        self, keys: Sequence[ExpertKey], compute: Compute, together: Together | None, pinned: set[ExpertKey]
+        self,
+        keys: Sequence[ExpertKey],
+        compute: Compute,
+        together: Together | None,
+        pinned: set[ExpertKey],
+        meanwhile: Callable[[], None] | None,
     ) -> None:
-        if together is None or len(keys) < 2 or self._events.on:
+        if together is None or not keys or self._events.on:
+            if meanwhile is not None:
+                meanwhile()
             for key in keys:
                 self._serve(key, compute, pinned)
             return
         slots, experts = [self._slot(key) for key in keys], [key.expert for key in keys]
         began = perf_counter_ns()
-        together(experts, slots)
-        self.stats.compute_s += (perf_counter_ns() - began) * 1e-9
+        end = together(experts, slots)
+        begun = ending = perf_counter_ns()
+        try:
+            if meanwhile is not None:
+                meanwhile()
+                ending = perf_counter_ns()
+        finally:
+            end()
+        self.stats.compute_s += (perf_counter_ns() - ending + begun - began) * 1e-9
         pinned.difference_update(keys)
         self._cache.unpin(keys)
 

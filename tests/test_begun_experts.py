@@ -1,0 +1,115 @@
+"""Experts that other threads begin while their caller goes on: the same bits, and nobody is left waiting."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from foregate.config import RunConfig, SamplingConfig
+from foregate.engine import dense
+from foregate.engine.engine import Engine
+from foregate.experts.compute import Weights, expert_forward
+from foregate.native import kernels
+from foregate.native.decoder_layer import DecoderLayer
+from foregate.testing.tiny import build
+from test_kernels import FORMATS, Experts, expert, inputs
+
+HIDDEN, WIDTH = 256, 64
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the compiled kernels were not built")
+
+
+def begin(held: list[Weights], x: Tensor, threads: int) -> tuple[int, Callable[[], Tensor]]:
+    """What the kernel answers, and what ends it and tells the outputs."""
+    fused = [one.fused(WIDTH) for one in held]
+    out = torch.full((len(held), x.shape[1]), 7.0, dtype=x.dtype)
+    places = (ctypes.c_void_p * (2 * len(held)))(*[one.at for one in fused], *[row.data_ptr() for row in out])
+    at, kind = ctypes.addressof(places), kernels.ACTIVATIONS[x.dtype]
+    code = kernels.called("foregate_experts_begin", 9)(
+        at, at + ctypes.sizeof(places) // 2, len(held), WIDTH, x.data_ptr(), HIDDEN, HIDDEN, kind, threads
+    )
+    # Only what the experts are and where the results go is to stay: the list of places need not.
+    ctypes.memset(at, 0, ctypes.sizeof(places))
+
+    def end() -> Tensor:
+        assert kernels.called("foregate_experts_end", 1)(0) == 0
+        return out
+
+    return code, end
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_they_have_the_bits_of_one_by_one_whatever_happens_in_between(kind: str, threads: int) -> None:
+    module, other = Experts(HIDDEN, WIDTH), inputs(3, HIDDEN)
+    held = [Weights(expert(HIDDEN, WIDTH, kind, seed)[0]) for seed in range(5)]
+    wanted, between = expert_forward(module, other, held[0]), []
+
+    def compute() -> None:
+        between.append(expert_forward(module, other, held[0]))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x = inputs(1, HIDDEN).to(dtype)
+        alone = torch.cat([expert_forward(module, x, one) for one in held])
+        for count in (1, 5):
+            for _ in range(20):
+                code, end = begin(held[:count], x, threads)
+                assert code == 0
+                others = threading.Thread(target=compute)
+                others.start()
+                compute()
+                others.join()
+                assert torch.equal(end(), alone[:count])
+    assert len(between) == 2 * 2 * 2 * 20
+    assert all(torch.equal(one, wanted) for one in between)
+
+
+def test_where_nobody_else_computes_nothing_is_begun() -> None:
+    held, x = [Weights(expert(HIDDEN, WIDTH, "int8")[0])], inputs(1, HIDDEN)
+    assert begin(held, x, 1)[0] == kernels.NOBODY
+    code, end = begin(held, x, 2)
+    assert (code, begin(held, x, 2)[0]) == (0, kernels.NOBODY)
+    end()
+    code, end = begin(held, x, 2)
+    assert code == 0
+    end()
+
+
+def test_what_the_kernels_refuse_leaves_the_threads_free() -> None:
+    x = inputs(1, HIDDEN)
+    mixed = [Weights(expert(HIDDEN, WIDTH, kind)[0]) for kind in ("int8", "bf16")]
+    assert begin(mixed, x, 2)[0] == kernels.REFUSED
+    code, end = begin(mixed[:1], x, 2)
+    assert code == 0
+    end()
+
+
+@pytest.mark.parametrize("budget", ["50%", "100%"])
+def test_an_engine_whose_other_threads_begin_gives_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str
+) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = build("qwen3_moe", tmp_path, dtype="bfloat16", **sizes)
+    begun: list[bool] = []
+    begins = DecoderLayer.begin_experts
+
+    def counted(layer: DecoderLayer, *given: object) -> bool:
+        begun.append(begins(layer, *given))  # type: ignore[arg-type]
+        return begun[-1]
+
+    monkeypatch.setattr(dense, "SMALLEST", 1)
+    results = []
+    for begin_experts in (counted, lambda *_: False):
+        monkeypatch.setattr(DecoderLayer, "begin_experts", begin_experts)
+        config = RunConfig(model=str(model), memory_budget=budget, predictor="next-gate", prefetch="2", threads=2)
+        with Engine(config) as engine:
+            steps = engine.stream([1, 2, 3, 4], SamplingConfig(max_new_tokens=8))
+            results.append([step.token_id for step in steps])
+    assert results[0] == results[1]
+    assert any(begun)
