@@ -90,6 +90,40 @@ def test_what_the_kernels_refuse_leaves_the_threads_free() -> None:
     end()
 
 
+def test_what_an_interrupt_kept_from_its_end_is_dropped_by_its_own_thread() -> None:
+    held, x = [Weights(expert(HIDDEN, WIDTH, "int8")[0])], inputs(1, HIDDEN)
+    assert begin(held, x, 2)[0] == 0
+    other = threading.Thread(target=kernels.drop_begun_experts)
+    other.start()
+    other.join()
+    assert begin(held, x, 2)[0] == kernels.NOBODY
+    for _ in range(2):  # nothing is left the second time
+        kernels.drop_begun_experts()
+    code, end = begin(held, x, 2)
+    assert code == 0
+    end()
+
+
+def test_a_prediction_that_is_thrown_away_leaves_the_threads_free() -> None:
+    gate, x = torch.randn(40, HIDDEN).bfloat16(), torch.randn(1, HIDDEN).bfloat16()
+    ranker, held = kernels.Ranker(gate, None, 4), [Weights(expert(HIDDEN, WIDTH, "int8")[0])]
+    kernels.use_threads(2)
+    try:
+        thrown = ranker.begin(1, x.data_ptr(), 8)
+        assert begin(held, inputs(1, HIDDEN), 2)[0] == kernels.NOBODY
+        del thrown
+        code, end = begin(held, inputs(1, HIDDEN), 2)
+        assert code == 0
+        end()
+    finally:
+        kernels.use_threads(None)
+
+
+def test_a_slot_of_two_layers_is_computed_with_the_width_of_each() -> None:
+    weights = Weights(expert(HIDDEN, WIDTH, "int8")[0])
+    assert [weights.fused(width).hidden for width in (WIDTH, WIDTH // 2, WIDTH)] == [WIDTH, WIDTH // 2, WIDTH]
+
+
 @pytest.mark.parametrize("budget", ["50%", "100%"])
 def test_an_engine_whose_other_threads_begin_gives_the_same_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str

@@ -110,6 +110,17 @@ def test_a_read_is_worth_what_its_window_has_room_for() -> None:
     assert judged(used=20, wasted=60).value(Guess(1, 1, 0), 0) < first
 
 
+def test_no_more_than_a_few_best_guesses_are_explored_at_once() -> None:
+    c = controller()
+    c.begin_step()
+    c.saw_io(8 * 2**20, 0.008)
+    guesses = [Guess(n % LAYERS, 1 + n, 0) for n in range(6)]
+    assert [one.precision for one in c.odds(guesses)] == [1.0] * 4 + [pytest.approx(0.7)] * 2
+    for guess in guesses[:3]:
+        c.issued(guess)
+    assert [one.precision for one in c.odds(guesses)][:2] == [1.0, pytest.approx(0.7)]
+
+
 def test_hits_lost_to_the_reserve_count_against_speculation() -> None:
     c = judged(used=50, wasted=0)
     for _ in range(60):

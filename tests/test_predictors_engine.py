@@ -187,7 +187,7 @@ class Changed(Early):
         return super().predict(signals)
 
 
-def heard(model: str, predictor: Early) -> tuple[list[int], str]:
+def heard(model: str, predictor: Any) -> tuple[list[int], str]:
     settings: dict[str, Any] = {"model": model, "memory_budget": "50%", "prefetch": "2"}
     with Engine(RunConfig(predictor="next-gate", **settings)) as engine:
         engine.runtime.predictor = predictor
@@ -255,12 +255,61 @@ def test_a_predictor_that_breaks_anywhere_ends_speculation_and_changes_nothing(t
     assert reason.endswith(f"ValueError: broken at the {breaks}")
 
 
+class Rubbish(BasePredictor):
+    """Tells what nobody can read, or hardly."""
+
+    def __init__(self, told: Any) -> None:
+        super().__init__()
+        self._told = told
+
+    def predict(self, signals: Signals) -> Any:
+        return self._told(signals)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        lambda signals: None,
+        lambda signals: [None],
+        lambda signals: [Prediction(None, (0,), (1.0,))],  # type: ignore[arg-type]
+        lambda signals: [Prediction(1.5, (0,), (1.0,))],  # type: ignore[arg-type]
+        lambda signals: [Prediction(signals.layer + 1, None, ())],  # type: ignore[arg-type]
+        lambda signals: (1 / 0 for _ in range(1)),
+    ],
+)
+def test_a_predictor_that_tells_rubbish_changes_nothing(tiny: Tiny, told: Any) -> None:
+    model = str(tiny("qwen3_moe"))
+    tokens, reason = heard(model, Rubbish(told))
+    assert tokens == run(model, predictor="none", memory_budget="50%")[0]
+    assert " failed: " in reason
+
+
+def test_a_prediction_may_have_other_forms_than_tuples(tiny: Tiny) -> None:
+    def told(signals: Signals) -> Any:
+        at = np.int64(signals.layer + 1)
+        yield Prediction(at, np.array([0, 1]), np.array([1.0, 0.5]))  # type: ignore[arg-type]
+
+    model = str(tiny("qwen3_moe"))
+    assert heard(model, Rubbish(told)) == (run(model, predictor="none", memory_budget="50%")[0], "")
+
+
 class Liar(BasePredictor):
     """Changes what it is told as soon as it is."""
 
     def observe(self, step: RoutingStep) -> None:
         step.experts[:] = 0
         step.weights[:] = 1
+
+    def predict(self, signals: Signals) -> Sequence[Prediction]:
+        for name in ("pre_attention", "residual", "router_input"):
+            signals.hidden(name)[:] = 0
+        return []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_predictor_changes_does_not_reach_the_model(tmp_path: Path, dtype: str) -> None:
+    model = str(build("qwen3_moe", tmp_path, dtype=dtype))
+    assert heard(model, Liar()) == (run(model, predictor="none", memory_budget="50%")[0], "")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

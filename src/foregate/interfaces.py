@@ -123,7 +123,8 @@ class RoutingAware(Protocol):
         """The router of MoE layer ``layer`` chose ``experts`` [T, k] (-1: none), before any of them is touched.
 
         ``scores`` [T, E] of all its experts: logits, or what is never negative and larger for likelier experts; None
-        where the family's router gives none. They may be overwritten after the call: copy what is kept.
+        where the family's router gives none. Both may be overwritten after the call, and are not to be changed: copy
+        what is kept.
         """
         ...
 

@@ -116,7 +116,11 @@ class PredictorCost:
 
 @dataclass(slots=True)
 class StepStats:
-    """Counters and seconds of one forward pass (or, summed, of a whole run). Bytes are bytes read from the store."""
+    """Counters and seconds of one forward pass (or, summed, of a whole run). Bytes are bytes read from the store.
+
+    Seconds are of the thread that generates: ``compute_s`` and ``product_s`` leave out what other threads compute while
+    it looks up what is predicted, which is in ``predict_s``.
+    """
 
     hits: int = 0
     misses: int = 0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from operator import index as index_of
 from time import perf_counter, perf_counter_ns
 from typing import Any, TypeVar
 
@@ -135,6 +136,7 @@ class ExpertRuntime:
     def finish(self) -> None:
         """The sequence ended, or broke: nothing stays staged, in flight or being predicted."""
         self.drop_begun()
+        kernels.drop_begun_experts()
         self._prefetcher.expire()
         self._prefetcher.settle()
 
@@ -175,7 +177,7 @@ class ExpertRuntime:
         """The router of ``layer`` has chosen; ``choice`` is what it gave, where that is at hand.
 
         Strangers get copies: what they change must reach neither what is computed nor what the policy is told. It is
-        told last, for a predictor that has begun computes meanwhile.
+        told after the predictor, which computes meanwhile if it has begun.
         """
         self._tell_until_now(Part.ROUTING, layer)
         if self.phase is Phase.DECODE:
@@ -318,7 +320,7 @@ class ExpertRuntime:
             return None
         began = perf_counter()
         ask, given = (self.predictor.predict, (self._signals,)) if begun is None else (begun, ())
-        predictions = self._asked(layer, moment, ask, *given)
+        predictions = self._asked(layer, moment, _told, ask, *given)
         self._tell_prediction(began, layer)
         if predictions is None or not self._prefetcher.wanted:
             return None
@@ -333,7 +335,7 @@ class ExpertRuntime:
         """Whether the predictor is to be asked."""
         return self._prefetcher.wanted > 0 or self._prefetcher.controller.rehearsing
 
-    def _asked(self, layer: int, moment: Moment, ask: Callable[..., T], *given: ModelSignals) -> T | None:
+    def _asked(self, layer: int, moment: Moment, ask: Callable[..., T], *given: Any) -> T | None:
         """What ``ask`` tells there; None if it fails."""
         self._signals.layer, self._signals.moment = layer, moment
         return self._tried(ask, *given)
@@ -406,6 +408,18 @@ class _Groups:
         """Tokens [n] of ``expert``, ascending, and their weights [n, 1]."""
         here = slice(self._bounds[expert], self._bounds[expert + 1])
         return self._token[here], self._weight[here]
+
+
+def _told(ask: Callable[..., Sequence[Prediction]], *given: ModelSignals) -> list[Prediction]:
+    """What ``ask`` tells, in the form that it promises: strangers may give anything that can be read as that."""
+    return [
+        p if type(p) is Prediction and type(p.layer) is int and type(p.experts) is tuple else _read(p)
+        for p in ask(*given)
+    ]
+
+
+def _read(p: Prediction) -> Prediction:
+    return Prediction(index_of(p.layer), tuple(p.experts), tuple(p.scores))
 
 
 def _few(index: Tensor) -> bool:

@@ -351,7 +351,9 @@ def _route(part: MoeAnatomy, x: Tensor) -> Any:
 
 def _floats(x: Tensor) -> NDArray[np.float32]:
     """The last row of ``x`` [T, D] as [D]."""
-    row: NDArray[np.float32] = (x if len(x) == 1 else x[-1:]).float().numpy()[0]
+    last = x if len(x) == 1 else x[-1:]
+    # A copy in any case: strangers may write to what they are told.
+    row: NDArray[np.float32] = last.to(torch.float32, copy=True).numpy()[0]
     return row
 
 

@@ -40,8 +40,8 @@ class Weights:
         self._fused: kernels.FusedExpert | None = None
 
     def fused(self, hidden: int) -> kernels.FusedExpert:
-        """The compiled expert over these tensors."""
-        if self._fused is None:
+        """The compiled expert over these tensors, of ``hidden`` numbers between its matrices."""
+        if self._fused is None or self._fused.hidden != hidden:
             t = self.tensors
             scales = t.get("gate_up_proj" + SCALE), t.get("down_proj" + SCALE)
             self._fused = kernels.FusedExpert(t["gate_up_proj"], scales[0], t["down_proj"], scales[1], hidden)

@@ -36,9 +36,13 @@ class Ask(Protocol):
 
     def end(self) -> list[Prediction] | int: ...
 
+    def drop(self) -> None:
+        """Nobody wants to know what has begun: nothing is computed any more, and nobody works on it."""
+        ...
+
 
 class Begun:
-    """Tells, once, what ``ask`` has begun. Thrown away instead, it ends that: the other thread is free again."""
+    """Tells, once, what ``ask`` begins. Thrown away instead, it drops that: the other thread is free again."""
 
     __slots__ = ("_ask",)
 
@@ -53,8 +57,8 @@ class Begun:
         return ask.end()
 
     def __del__(self) -> None:
-        if self._ask is not None and self._ask.open:
-            self._ask.end()
+        if self._ask is not None:
+            self._ask.drop()
 
 
 class _SlowAsk:
@@ -74,6 +78,9 @@ class _SlowAsk:
     def end(self) -> list[Prediction] | int:
         self.open = False
         return self._ask(*self._given)
+
+    def drop(self) -> None:
+        self.open = False
 
 
 class Told:

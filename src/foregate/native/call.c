@@ -262,6 +262,12 @@ static PyObject *end_asked(PyObject *self, PyObject *nothing) {
     return read_answer(f, f->answer);
 }
 
+static PyObject *drop_asked(PyObject *self, PyObject *nothing) {
+    (void)nothing;
+    drop((asker *)self);
+    Py_RETURN_NONE;
+}
+
 /* Asker(address, known, asked, places, parts, Prediction, post, join, kept): calls the function at `address` with the tuple
  * `known`, then `asked` arguments and a last one (threads) that are given, and between those the tuple `places`, where
  * its answer will lie. `kept` lives as long. */
@@ -306,6 +312,7 @@ static void free_asker(PyObject *self) {
 static PyMethodDef asker_methods[] = {
     {"begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL, "As a call, but whoever is idle computes."},
     {"end", end_asked, METH_NOARGS, "What has begun, answered."},
+    {"drop", drop_asked, METH_NOARGS, "What has begun, if anything, is not wanted."},
     {NULL, NULL, 0, NULL},
 };
 

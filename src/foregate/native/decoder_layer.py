@@ -116,7 +116,7 @@ class DecoderLayer:
 
     def begin_experts(self, experts: Sequence[int], rows: Sequence[int], hidden: int) -> bool:
         """As ``experts``, which other threads compute until ``end_experts``; False, too, where there is none. What
-        has begun must be ended; until then ``routed``, the experts and ``choice.parts`` stay as they are."""
+        has begun must be ended; until then the experts stay as they are, and nobody looks at ``choice.parts``."""
         return self._ask(self._begin, experts, rows, hidden)
 
     def end_experts(self) -> None:

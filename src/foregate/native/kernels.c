@@ -864,6 +864,8 @@ static struct {
     token_experts experts;
     arena memory; /* not that of a thread: other calls come in between */
     int threads;
+    _Atomic int open;
+    pthread_t owner;
 } begun; /* by whoever has claimed the pool */
 
 static void swap_memory(void) {
@@ -875,7 +877,7 @@ static void swap_memory(void) {
 enum { NOBODY = 5 };
 
 /* As foregate_experts, by other threads while the caller goes on: foregate_experts_end waits for it and helps. NOBODY,
- * and nothing done, where there is no other thread or it has something to do. Experts and x stay as they are. */
+ * and nothing done, where there is no other thread or it has something to do. Experts and outs[i] stay where they are. */
 int foregate_experts_begin(const expert *const *experts, void *const *outs, int64_t count, int64_t hidden,
                            const void *x, int64_t inputs, int64_t width, int64_t dtype, int64_t threads) {
     const int there = pool_claim((int)threads);
@@ -889,6 +891,8 @@ int foregate_experts_begin(const expert *const *experts, void *const *outs, int6
         pool_release();
         return code;
     }
+    begun.owner = pthread_self();
+    atomic_store(&begun.open, 1);
     const gated_all *first = &begun.experts.first;
     pool_hand_out(gated_all_chunk, (void *)first, first->chunks * begun.experts.count, begun.threads);
     return 0;
@@ -904,7 +908,19 @@ int foregate_experts_end(int64_t nothing) {
     const product_all *second = &begun.experts.second;
     pool_hand_out(product_all_chunk, (void *)second, second->chunks * begun.experts.count, begun.threads);
     pool_run_rest();
+    atomic_store(&begun.open, 0);
     pool_release();
+    return 0;
+}
+
+/* What this thread has begun, if it was kept from its end, is over: experts and outputs are nobody's any more. */
+int foregate_experts_drop(int64_t nothing) {
+    (void)nothing;
+    if (atomic_load(&begun.open) && pthread_equal(begun.owner, pthread_self())) {
+        pool_run_rest();
+        atomic_store(&begun.open, 0);
+        pool_release();
+    }
     return 0;
 }
 

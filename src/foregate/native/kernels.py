@@ -41,8 +41,8 @@ ACTIVATIONS = {torch.bfloat16: BF16, torch.float32: F32}
 FUNCTIONS = tuple(
     f"foregate_{name}"
     for name in (
-        "expert", "experts", "experts_begin", "experts_end", "linear", "rms_norm", "combine", "attend", "qkv",
-        "attend_out", "attention", "expand", "rank", "route", "layer", "layer_out", "read", "kernels",
+        "expert", "experts", "experts_begin", "experts_end", "experts_drop", "linear", "rms_norm",
+        "combine", "attend", "qkv", "attend_out", "attention", "expand", "rank", "route", "layer", "layer_out", "read", "kernels",
     )
 )  # fmt: skip
 
@@ -157,7 +157,7 @@ class FusedExpert:
         """Where its matrices are told of."""
         self.form = tuple((m.dtype, m.rows, m.columns, m.group) for m in self._parts)
         """Experts of equal form can be computed ``together``."""
-        self._hidden = hidden
+        self.hidden = hidden
         self._run = loaded().foregate_expert
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class FusedExpert:
         kind = ACTIVATIONS[x.dtype]
         threads = num_threads()
         code = self._run(
-            *self._parts, self._hidden, x.data_ptr(), width, kind, tokens, out.data_ptr(), width, kind, threads
+            *self._parts, self.hidden, x.data_ptr(), width, kind, tokens, out.data_ptr(), width, kind, threads
         )
         check(code)
         return out
@@ -183,9 +183,15 @@ class FusedExpert:
         places = (c_void_p * (2 * count))(*[one.at for one in experts], *[base + row * step for row in rows])
         at = ctypes.addressof(places)
         code = called("foregate_experts", 9)(
-            at, at + ctypes.sizeof(places) // 2, count, first._hidden, x.data_ptr(), width, width, kind, num_threads()
+            at, at + ctypes.sizeof(places) // 2, count, first.hidden, x.data_ptr(), width, width, kind, num_threads()
         )
         check(code)
+
+
+def drop_begun_experts() -> None:
+    """What this thread has had others begin, and an interrupt kept from its end, is over; nobody works for it."""
+    if library() is not None:
+        called("foregate_experts_drop", 1)(0)
 
 
 def linear(weight: Matrix, x: Tensor, width: int) -> Tensor:
@@ -258,8 +264,8 @@ class Ranker:
     def begin(self, layer: int, at: int, most: int) -> Callable[[], Prediction | None]:
         """As ``best``, but what this returns tells, and another compute thread does it meanwhile."""
         ask = self._asked(layer, most)
-        ask.begin(at, num_threads())
         begun = Begun(ask)
+        ask.begin(at, num_threads())
         return lambda: _one(begun())
 
     def _asked(self, layer: int, most: int) -> Ask:

@@ -66,4 +66,4 @@ def calls() -> Any:
         found = import_module("foregate.native._call")
     except ImportError:
         return None
-    return found if hasattr(getattr(found, "Asker", None), "begin") else None
+    return found if hasattr(getattr(found, "Asker", None), "drop") else None

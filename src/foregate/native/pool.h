@@ -38,6 +38,7 @@ static void pool_release(void);
 #include <unistd.h>
 
 #define SPINS 4000 /* about 110 us: the engine asks again within that while a layer runs */
+#define PATIENCE 6000 /* about 160 us, for the last chunk of others */
 
 typedef struct {
     _Alignas(64) _Atomic uint64_t range; /* next << 32 | end */
@@ -146,7 +147,7 @@ static int hire(int threads) {
 
 static void wait_for_others(void) {
     for (int i = 0; atomic_load_explicit(&pool.pending, memory_order_acquire) > 0; i++) {
-        if (i < 4 * SPINS)
+        if (i < PATIENCE)
             pause_cpu();
         else
             sched_yield(); /* whoever has the last chunk may wait for this core */

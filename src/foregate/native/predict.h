@@ -139,12 +139,12 @@ static int refuse_fusion(const fusion *f, const fusion_state *s) {
 ALWAYS void known_of(const fusion *f, const fusion_state *s, const void *residual, const void *before, int dtype,
                      float *restrict seen) {
     const int n = f->hidden;
-    float *now = s->now + (size_t)s->layer * n;
     const float *last = s->last + (size_t)s->layer * n;
-    load_row(residual, dtype, 0, n, now, n);
-    float scale = inverse_rms(now, n), last_scale = inverse_rms(last, n);
+    load_row(residual, dtype, 0, n, seen, n);
+    memcpy(s->now + (size_t)s->layer * n, seen, (size_t)n * 4); /* not read here: another question may write it */
+    float scale = inverse_rms(seen, n), last_scale = inverse_rms(last, n);
     for (int i = 0; i < n; i++)
-        seen[i] = now[i] * scale;
+        seen[i] *= scale;
     load_row(before, dtype, 0, n, seen + n, n);
     for (int hop = 1; hop <= f->hops; hop++) {
         float *restrict gain = seen + (size_t)(1 + hop) * n;

@@ -163,12 +163,12 @@ class FusionKernel:
         """As a call, but what this returns tells, and another compute thread does it meanwhile if it is worth it. What
         lies at the ``places`` stays there until then."""
         ask = self._free(layer)
-        ask.begin(*places, dtype, *chosen, (threads_asked() or 1) if self._large else 1)
         begun = Begun(ask)
+        ask.begin(*places, dtype, *chosen, (threads_asked() or 1) if self._large else 1)
         return lambda: checked(begun())
 
     def _free(self, layer: int) -> Ask:
-        """Who asks: another where a question is open."""
+        """Who asks: another where a question is open, which must be of the same choice."""
         ask = self._ask[layer]
         return self._asker(layer) if ask.open else ask
 

@@ -3,8 +3,8 @@
 Two questions. *Is this read worth it?* An expert that is predicted for layer l at distance d and rank r is used with
 probability p (measured by layer, and by distance and rank). If it is, it saves the stall of one miss, as far as the
 window of l, waits left out, has room behind what is queued already. If not, it costs the CPU time of its bytes, what
-readers have of it in their hands when the window ends, which a demand read waits for, and of the rest of its time the
-share by which it delays other reads.
+readers have of it in their hands when the window ends, which a demand read waits for, and on a slow link, which never
+rests, all of its time.
 *Does speculation pay at all?* Steps without it (the first two, and two in 64) show how long the model waits then for
 each expert that it needs, steps with it how long they wait: as steps need now, the difference is what it saves; waste,
 queues and a link that never rests are in that. It must be more than the predictor's time, the CPU time of what was
@@ -61,9 +61,6 @@ little and the first two steps without it say little; and by which it must have 
 _DOUBT = 0.25
 """Reads by which more or less than before must fit into the windows for slots to be given back or taken: each of those
 that are taken costs a resident."""
-_CROWDING = 0.4
-"""Share of its time by which a read in vain delays others, on a link that brings an expert in a layer's time; on a slow
-one, which never rests, all of it. Without it as fast here, for 6 % more bytes."""
 _PRIOR = 4.0
 """Reads that the precision of all counts for, where a layer, or a distance and rank, has few of its own."""
 _EXPECTED = 0.7
@@ -228,17 +225,18 @@ class Controller:
         """What any read costs and saves now."""
         read_s = self._expert_s
         cpu_s = self._expert_bytes * CPU_SECONDS_PER_BYTE
-        crowding = _CROWDING + (1 - _CROWDING) * self._slowness
-        return Costs(read_s, self._miss_s.get(read_s), cpu_s, self._in_hand * read_s, crowding)
+        return Costs(read_s, self._miss_s.get(read_s), cpu_s, self._in_hand * read_s, self._slowness)
 
     def odds(self, guesses: Iterable[Guess]) -> list[Odds]:
         """Of each of ``guesses``. What is explored counts as sure."""
         overall = self._precision
-        exploring = self._issued < _EXPLORED and (self._all.cases < _WARM_UP or self._probing)
-        return [
-            Odds(1.0 if exploring and guess.rank == 0 else self._share(guess, overall), self._window(guess))
-            for guess in guesses
-        ]
+        exploring = _EXPLORED - self._issued if self._all.cases < _WARM_UP or self._probing else 0
+        found = []
+        for guess in guesses:
+            explored = guess.rank == 0 and exploring > 0
+            exploring -= explored
+            found.append(Odds(1.0 if explored else self._likely(guess, overall), self._window(guess)))
+        return found
 
     @property
     def sated(self) -> bool:
@@ -250,12 +248,8 @@ class Controller:
         """Whether every read is taken as worth it: a fixed limit, or nobody has read anything yet."""
         return self.fixed is not None or not self._expert_s
 
-    def precision(self, guess: Guess) -> float:
-        """Probability that what ``guess`` reads is used."""
-        return self._share(guess, self._precision)
-
-    def _share(self, guess: Guess, overall: float) -> float:
-        """How many reads like that of ``guess`` are used, where ``overall`` of all are."""
+    def _likely(self, guess: Guess, overall: float) -> float:
+        """Probability that what ``guess`` reads is used, where ``overall`` of all reads are."""
         shared = self._by_guess.get((guess.distance, guess.rank))
         general = shared.blended(overall) if shared else overall
         layer = self._by_layer[guess.layer].blended(overall)
