@@ -121,6 +121,23 @@ def test_no_more_than_a_few_best_guesses_are_explored_at_once() -> None:
     assert [one.precision for one in c.odds(guesses)][:2] == [1.0, pytest.approx(0.7)]
 
 
+def test_better_ranks_are_expected_to_be_used_more_until_reads_tell() -> None:
+    c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, layers=LAYERS, top_k=4)
+    c.begin_step()
+    c.saw_io(8 * 2**20, 0.008)
+    guesses = [Guess(1, 1, rank) for rank in range(6)]
+    for guess in [*guesses[:3], guesses[0]]:
+        c.issued(guess)
+    first = [one.precision for one in c.odds(guesses)]
+    assert first[:4] == sorted(first[:4], reverse=True)
+    assert first[3] > first[4] == first[5]
+    for _ in range(40):
+        for rank, guess in enumerate(guesses):
+            c.judge(guess, used=rank == 5)
+    told = [one.precision for one in c.odds(guesses)]
+    assert told[5] > 0.8 > 0.1 > max(told[:5])
+
+
 def test_hits_lost_to_the_reserve_count_against_speculation() -> None:
     c = judged(used=50, wasted=0)
     for _ in range(60):

@@ -277,6 +277,7 @@ class Engine:
             chunk_bytes=CHUNK_BYTES,
             readers=self.readers.threads,
             layers=spec.layers,
+            top_k=spec.top_k,
             off_reason=self.staging.off_reason,
         )
         shorten = getattr(self.predictor, "name_at_most", None)
