@@ -255,6 +255,10 @@ def test_a_predictor_that_breaks_anywhere_ends_speculation_and_changes_nothing(t
     assert reason.endswith(f"ValueError: broken at the {breaks}")
 
 
+Untyped: Any = Prediction
+"""As a stranger may make it, who checks no types."""
+
+
 class Rubbish(BasePredictor):
     """Tells what nobody can read, or hardly."""
 
@@ -271,9 +275,9 @@ class Rubbish(BasePredictor):
     [
         lambda signals: None,
         lambda signals: [None],
-        lambda signals: [Prediction(None, (0,), (1.0,))],  # type: ignore[arg-type]
-        lambda signals: [Prediction(1.5, (0,), (1.0,))],  # type: ignore[arg-type]
-        lambda signals: [Prediction(signals.layer + 1, None, ())],  # type: ignore[arg-type]
+        lambda signals: [Untyped(None, (0,), (1.0,))],
+        lambda signals: [Untyped(1.5, (0,), (1.0,))],
+        lambda signals: [Untyped(signals.layer + 1, None, ())],
         lambda signals: (1 / 0 for _ in range(1)),
     ],
 )
@@ -287,7 +291,7 @@ def test_a_predictor_that_tells_rubbish_changes_nothing(tiny: Tiny, told: Any) -
 def test_a_prediction_may_have_other_forms_than_tuples(tiny: Tiny) -> None:
     def told(signals: Signals) -> Any:
         at = np.int64(signals.layer + 1)
-        yield Prediction(at, np.array([0, 1]), np.array([1.0, 0.5]))  # type: ignore[arg-type]
+        yield Untyped(at, np.array([0, 1]), np.array([1.0, 0.5]))
 
     model = str(tiny("qwen3_moe"))
     assert heard(model, Rubbish(told)) == (run(model, predictor="none", memory_budget="50%")[0], "")
