@@ -20,12 +20,18 @@ from foregate.native import kernels
 from foregate.native.matrix import BF16, F32, threads_asked, use_threads
 from foregate.native.predict import available
 from foregate.predictors.base import BasePredictor
+from foregate.predictors.estimator import Estimator, Hybrid
 from foregate.predictors.file import Artifact, ModelIdentity
 from foregate.predictors.fusion import Fusion
+from foregate.predictors.history import HistoryLstm, HistoryMlp, HistoryTransformer
+from foregate.predictors.ids_mlp import IdsMlp
+from foregate.predictors.markov import Markov
 from foregate.predictors.pre_attention import PreAttention
+from foregate.predictors.sequence import Sequence as Recurrent
 from foregate.types import Moment, Phase, Prediction, RoutingStep
 
 EXPERTS, K, D, R = (40, 24, 40), 5, 48, 20
+E, L = max(EXPERTS), len(EXPERTS)
 MODEL = ModelIdentity("made up", "0", EXPERTS, K, D)
 Floats = NDArray[np.float32]
 
@@ -65,6 +71,83 @@ def pre_attention(hops: int) -> PreAttention:
     arrays |= {"first_bias": some(layers, R), "second_bias": some(layers, most)}
     options = {"previous": False, "activation": "gelu"}
     return PreAttention.from_file(Artifact("pre-attention", MODEL, hops, arrays, options), hops)
+
+
+def made_of(method: type[Any], hops: int, shapes: dict[str, tuple[int, ...]], **options: Any) -> Any:
+    """One of ``method`` whose arrays are random."""
+    arrays: dict[str, NDArray[Any]] = {name: 0.3 * some(*shape, seed=len(name)) for name, shape in shapes.items()}
+    if "estimated" in arrays:
+        arrays["estimated"] = np.array([[1] * hops, [0] * hops, [1, 0, 0][:hops]])
+    return method.from_file(Artifact(method.name, MODEL, hops, arrays, options), hops)
+
+
+def linears(**shapes: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Weight and bias of each [N, K]."""
+    weights: dict[str, tuple[int, ...]] = {f"{name}_weight": shape for name, shape in shapes.items()}
+    return weights | {f"{name}_bias": shape[:1] for name, shape in shapes.items()}
+
+
+def history_mlp(hops: int = 2) -> Any:
+    shapes = linears(first=(R, 2 * E + L), second=(R, R), third=(hops * E, R))
+    return made_of(HistoryMlp, hops, shapes, window=2)
+
+
+def history_lstm(hops: int = 2) -> Any:
+    shapes = linears(head=(hops * E, R))
+    for number, inputs in enumerate((E, R)):
+        for part, size in (("ih", inputs), ("hh", R)):
+            shapes |= {f"lstm_weight_{part}_l{number}": (4 * R, size), f"lstm_bias_{part}_l{number}": (4 * R,)}
+    return made_of(HistoryLstm, hops, shapes)
+
+
+def history_transformer(hops: int = 2, window: int = 2) -> Any:
+    shapes = linears(embed=(R, E), head=(hops * E, R)) | {"positions": (L, R)}
+    for block in ("blocks_0_", "blocks_1_"):
+        parts = {"qkv": (3 * R, R), "out": (R, R), "up": (4 * R, R), "down": (R, 4 * R)}
+        shapes |= linears(**{block + part: shape for part, shape in parts.items()})
+        shapes |= {f"{block}{norm}_{part}": (R,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
+    return made_of(HistoryTransformer, hops, shapes, window=window, heads=4)
+
+
+def ids_mlp(hops: int = 2) -> Any:
+    shapes = linears(first=(R, E * (1 + 2 * hops) + L), second=(R, R), third=(hops * E, R))
+    return made_of(IdsMlp, hops, shapes | {"popularity": (L, E), "affinity": (hops, L, E, E)})
+
+
+def estimator(method: type[Estimator] = Estimator, hops: int = 2) -> Any:
+    shapes = linears(first=(R, hops * D + 6), second=(hops * E, R)) | {"norm": (L, hops, D), "layer": (L, 6)}
+    if method is Hybrid:
+        shapes |= {"estimated": (L, hops), "router": (L, hops, E, D), "router_bias": (L, hops, E)}
+    return made_of(method, hops, shapes)
+
+
+def sequence(hops: int = 2) -> Any:
+    shapes = linears(ahead=(R, R), within=(R, R)) | {"embed": (L, E, R), "layer": (L, R)}
+    for way in ("ih", "hh"):
+        shapes |= {f"gru_weight_{way}_l0": (3 * R, R), f"gru_bias_{way}_l0": (3 * R,)}
+    shapes |= {"head": (L, E, R), "next_head": (L, E, R), "head_bias": (L, E), "next_bias": (L, E)}
+    return made_of(Recurrent, hops, shapes)
+
+
+def markov(hops: int = 2) -> Any:
+    return made_of(Markov, hops, {"transition": (hops, L, E, E)})
+
+
+MADE: dict[str, Callable[[], Any]] = {
+    "fusion-1": lambda: fusion(1), "fusion-2": lambda: fusion(2), "pre-attention": lambda: pre_attention(0),
+    "history-mlp": history_mlp, "history-lstm": history_lstm, "history-transformer": history_transformer,
+    "history-transformer-long": lambda: history_transformer(1, 40), "ids-mlp": ids_mlp, "estimator": estimator,
+    "hybrid": lambda: estimator(Hybrid), "sequence": sequence, "markov": markov,
+}  # fmt: skip
+
+every_method = pytest.mark.parametrize("made", MADE.values(), ids=MADE.keys())
+
+
+def without_kernel(predictor: Any) -> Any:
+    """Computed by numpy, with the same rounded weights."""
+    assert getattr(predictor, "_kernels", None) or predictor._kernel is not None
+    predictor._kernel, predictor._kernels = None, [None] * L
+    return predictor
 
 
 class States:
@@ -112,14 +195,12 @@ def predictions(predictor: Any, *, place: bool = False, asked: Callable[[int], b
 
 
 @needs_kernels
-@pytest.mark.parametrize(
-    "made", [lambda: fusion(1), lambda: fusion(2), lambda: pre_attention(0)], ids=["1", "2", "pre"]
-)
-def test_experts_and_scores_are_numpys(made: Callable[[], Any], level: None) -> None:
-    compiled, plain = made(), made()
-    assert compiled._kernel is not None
-    plain._kernel = None
-    for ours, theirs in zip(predictions(compiled), predictions(plain), strict=True):
+@every_method
+@pytest.mark.parametrize("rare", [1, 2])
+def test_experts_and_scores_are_numpys(made: Callable[[], Any], rare: int, level: None) -> None:
+    asked = {"asked": lambda turn: turn % rare == 0}
+    compiled, plain = predictions(made(), **asked), predictions(without_kernel(made()), **asked)
+    for ours, theirs in zip(compiled, plain, strict=True):
         assert ours.layer == theirs.layer
         assert sorted(ours.experts) == list(range(EXPERTS[ours.layer % len(EXPERTS)]))
         assert list(ours.scores) == sorted(ours.scores, reverse=True)
@@ -128,7 +209,7 @@ def test_experts_and_scores_are_numpys(made: Callable[[], Any], level: None) -> 
 
 
 @needs_kernels
-@pytest.mark.parametrize("made", [lambda: fusion(2), lambda: pre_attention(0)], ids=["fusion", "pre-attention"])
+@every_method
 @pytest.mark.parametrize("count", [1, 7, 30, 10**6])
 def test_a_shorter_ranking_is_the_beginning_of_the_whole(made: Callable[[], Any], count: int) -> None:
     whole, short = made(), made()
@@ -171,8 +252,9 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @needs_kernels
-def test_another_thread_predicts_the_same(threads: int) -> None:
-    alone, beside = fusion(2), fusion(2)
+@every_method
+def test_another_thread_predicts_the_same(made: Callable[[], Any], threads: int) -> None:
+    alone, beside = made(), made()
     weights, x = torch.randn(300, 64).bfloat16(), torch.randn(1, 64).bfloat16()
     product = kernels.linear(kernels.matrix(weights, None), x, 300)
     for token in range(8):

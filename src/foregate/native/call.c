@@ -45,9 +45,28 @@ static int run(void *f, int count, const a *v) {
 
 static int can_run(int count) { return (count >= 1 && count <= 10) || count == MOST; }
 
-/* `given`, integers and None, which is NULL, to `values`; -1 with an error. */
+/* 1, and where it lies, if `array` is one, in one piece, which its owner keeps; 0 for a number; -1 with an error. */
+static int read_place(PyObject *array, a *value) {
+    Py_buffer view;
+    if (PyLong_Check(array) || !PyObject_CheckBuffer(array))
+        return 0;
+    if (PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS))
+        return -1;
+    const int found = view.ndim > 0; /* numpy's numbers are buffers, too */
+    if (found)
+        *value = (a)(uintptr_t)view.buf;
+    PyBuffer_Release(&view);
+    return found;
+}
+
+/* `given`, integers, arrays and None, which is NULL, to `values`; -1 with an error. */
 static int read_values(PyObject *const *given, int count, a *values) {
     for (int i = 0; i < count; i++) {
+        const int placed = read_place(given[i], values + i);
+        if (placed < 0)
+            return -1;
+        if (placed)
+            continue;
         values[i] = given[i] == Py_None ? 0 : PyLong_AsLongLong(given[i]);
         if (values[i] == -1 && PyErr_Occurred())
             return -1;
@@ -343,7 +362,8 @@ PyMODINIT_FUNC PyInit__call(void) {
         return NULL;
     PyObject *made = PyModule_Create(&module);
     if (made && (PyModule_AddObjectRef(made, "Function", (PyObject *)&Function) < 0 ||
-                 PyModule_AddObjectRef(made, "Asker", (PyObject *)&Asker) < 0))
+                 PyModule_AddObjectRef(made, "Asker", (PyObject *)&Asker) < 0 ||
+                 PyModule_AddIntConstant(made, "VERSION", 2) < 0))
         Py_CLEAR(made);
     return made;
 }

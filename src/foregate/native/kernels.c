@@ -994,6 +994,7 @@ ALWAYS float dot_of(const float *a, const float *b, int n) {
 #include "route.h"
 #include "layer.h"
 #include "predict.h"
+#include "history.h"
 #include "echo.h"
 
 /* ---- The bar: reading memory and nothing else ---- */
@@ -1153,4 +1154,4 @@ int foregate_post(chunk_fn fn, void *context, int64_t threads) { return pool_pos
 void foregate_join(void) { pool_join(); }
 
 /* library.py says when this is counted up. */
-int foregate_version_3(void) { return 3; }
+int foregate_version_4(void) { return 4; }

@@ -35,22 +35,36 @@ static float *padded_floats(int n, int columns) {
 
 ALWAYS float inverse_rms(const float *x, int n) { return 1.0f / sqrtf(dot_of(x, x, n) / (float)n + 1e-9f); }
 
-/* Rows to pick and add: row k, column n is values[k N + n] * scales[n]. */
+/* Rows to pick and add: row k, column n is values[k N + n] * scales[n], int8, or values[k N + n], float, without. */
 typedef struct {
-    const int8_t *values;
+    const void *values;
     const float *scales;
 } rows;
+
+/* out [N] += the same rows, each times its factor. */
+ALWAYS void add_float_rows(const rows *from, int n, const int32_t *ids, const float *factors, int count,
+                           float *restrict out) {
+    for (int k = 0; k < count; k++) {
+        const float *row = (const float *)from->values + (size_t)ids[k] * n;
+        for (int i = 0; i < n; i++)
+            out[i] += factors[k] * row[i];
+    }
+}
 
 /* out [N] = the sum of `count` rows `ids`, each times its factor. Four at a time: `out` is read
  * and written less. */
 ALWAYS void add_rows(const rows *from, int n, const int32_t *ids, const float *factors, int count, float *restrict out) {
     memset(out, 0, (size_t)n * 4);
+    if (!from->scales) {
+        add_float_rows(from, n, ids, factors, count, out);
+        return;
+    }
     for (int k = 0; k < count; k += 4) {
         const int8_t *row[4];
         float factor[4];
         for (int j = 0; j < 4; j++) {
             int at = k + j < count ? k + j : k;
-            row[j] = from->values + (size_t)ids[at] * n;
+            row[j] = (const int8_t *)from->values + (size_t)ids[at] * n;
             factor[j] = k + j < count ? factors[at] : 0.0f;
         }
         for (int i = 0; i < n; i++)
@@ -60,39 +74,178 @@ ALWAYS void add_rows(const rows *from, int n, const int32_t *ids, const float *f
         out[i] *= from->scales[i];
 }
 
-/* ---- second act(first x + first_bias) + second_bias ---- */
+/* Room for ids and their factors, used by one sum of rows after the other. */
+typedef struct {
+    int32_t *ids;
+    float *factors;
+} picks;
 
-enum { SILU = 0, GELU = 1 };
+/* ---- Matrices, one after the other, on what is given and on rows that are picked ---- */
+
+enum { LINEAR = 0, RELU = 1, SILU = 2, GELU = 3 };
 
 typedef struct {
-    matrix first, second; /* [R, K], [E, R] */
-    const float *first_bias, *second_bias;
-    int32_t activation, experts, named; /* experts that the layer has, at most E; how many of them to name */
+    matrix weights; /* [N, K], K the rows of the one before, or `entry` */
+    const float *bias;
+    int32_t activation; /* of what goes in */
+} stage;
+
+/* What goes into the first of `depth` stages, or is ranked if there is none, are `entry` numbers: `start` (NULL: zeros)
+ * and what is given and picked. Given are `entry` numbers or, with `norms` [entry / given, given], as many as there,
+ * divided by their size and multiplied with each row. What comes out of the last stage are scores [hops, experts], of
+ * which `counts` [hops] exist. */
+typedef struct {
+    rows picked;
+    const float *start, *norms;
+    const stage *stages;
+    const int32_t *counts;
+    int32_t in_turn, apart;             /* of so many ids each, the next are meant that many rows further on */
+    int32_t rows, entry, given, depth, hops, experts, named; /* how many rows there are; how many experts to name */
 } network;
 
-static float gelu(float x) { return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x))); }
+ALWAYS float sigmoid(float x) {
+    const float below = exp_below(-fabsf(x)), share = 1.0f / (1.0f + below);
+    return x < 0.0f ? below * share : share;
+}
 
-/* The best experts for x [K] and their scores. As foregate_linear. */
-int foregate_predict_network(const network *n, const float *x, float *scores, int32_t *order, int64_t threads) {
-    choose_best();
-    const int inputs = n->first.columns, width = n->first.rows, experts = n->second.rows;
-    if (refuse(&n->first, 1) || refuse(&n->second, 1) || n->second.columns != width || n->experts > experts ||
-        n->named < 1 || n->named > n->experts)
-        return 1;
-    if (!reserve(apply_bytes(&n->first) + apply_bytes(&n->second) + (size_t)experts * 12 + 256))
-        return 2;
-    float *row = padded_floats(inputs, inputs), *inner = padded_floats(width, width), *all = carve((size_t)experts * 4);
-    uint64_t *keys = carve((size_t)n->named * 8);
-    memcpy(row, x, (size_t)inputs * 4);
-    apply(&n->first, row, inner, threads);
-    for (int i = 0; i < width; i++) {
-        float value = inner[i] + n->first_bias[i];
-        inner[i] = n->activation == GELU ? gelu(value) : silu_times(value, 1.0f);
+/* One loop each: the compiler makes vectors of them. GELU: x / 2 (1 + tanh y) is x sigmoid(2 y). */
+ALWAYS void activate_all(float *x, int n, int activation) {
+    if (activation == RELU)
+        for (int i = 0; i < n; i++)
+            x[i] = x[i] > 0.0f ? x[i] : 0.0f;
+    else if (activation == SILU)
+        for (int i = 0; i < n; i++)
+            x[i] *= sigmoid(x[i]);
+    else if (activation == GELU)
+        for (int i = 0; i < n; i++)
+            x[i] *= sigmoid(1.5957691216f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+}
+
+static int refuse_network(const network *n) {
+    int width = n->entry;
+    for (int s = 0; s < n->depth; s++) {
+        const matrix *m = &n->stages[s].weights;
+        if (refuse(m, 1) || m->columns != width)
+            return 1;
+        width = m->rows;
     }
-    apply(&n->second, inner, all, threads);
-    for (int e = 0; e < n->experts; e++)
-        all[e] += n->second_bias[e];
-    sort_scores(all, n->experts, n->named, keys, order, scores);
+    for (int hop = 0; hop < n->hops; hop++)
+        if (n->counts[hop] < 1 || n->counts[hop] > n->experts)
+            return 1;
+    if (n->in_turn < 0 || n->apart < 0 || (n->in_turn && n->apart < 1))
+        return 1;
+    return n->entry < 1 || n->given < 1 || n->entry % n->given || (!n->norms && n->given != n->entry) || n->hops < 1 || n->named < 1 || n->named > n->experts || width != n->hops * n->experts;
+}
+
+/* The `ids` [count] below `rows`, those after each `in_turn` of them `apart` further on, and their factors, or (NULL) 1. */
+static int existing(const int64_t *ids, const float *factors, int count, int rows, int in_turn, int apart, picks *p) {
+    int found = 0;
+    for (int i = 0, from = 0; i < count; i += in_turn, from += apart)
+        for (int j = i; j < i + in_turn && j < count; j++)
+            if (ids[j] >= 0 && ids[j] < rows) {
+                p->ids[found] = (int32_t)ids[j] + from;
+                p->factors[found++] = factors ? factors[j] : 1.0f;
+            }
+    return found;
+}
+
+/* To x [entry]: what is given. */
+ALWAYS void take_given(const network *n, const void *given, int dtype, float *restrict x) {
+    float *row = padded_floats(n->given, n->given);
+    load_row(given, dtype, 0, n->given, row, n->given);
+    const float scale = n->norms ? inverse_rms(row, n->given) : 1.0f;
+    for (int from = 0; from < n->entry; from += n->given)
+        for (int i = 0; i < n->given; i++)
+            x[from + i] += row[i] * scale * (n->norms ? n->norms[from + i] : 1.0f);
+}
+
+ALWAYS int run_network(const network *n, const void *given, int dtype, const int64_t *ids, const float *factors,
+                       int64_t count, float *scores, int32_t *order, int threads) {
+    int widest = n->entry;
+    size_t size = (size_t)n->named * 8 + (size_t)count * 8 + (size_t)round_up(n->given, STEP) * 4 + 512;
+    for (int s = 0; s < n->depth; s++) {
+        const matrix *m = &n->stages[s].weights;
+        widest = m->rows > widest ? m->rows : widest;
+        size += apply_bytes(m);
+    }
+    if (!reserve(size + (size_t)2 * round_up(widest, STEP) * 4 + 128))
+        return 2;
+    float *x = padded_floats(n->entry, widest), *next = padded_floats(0, widest);
+    uint64_t *keys = carve((size_t)n->named * 8);
+    picks p = {carve((size_t)count * 4), carve((size_t)count * 4)};
+    if (n->depth)
+        expect(&n->stages->weights);
+    const int found = n->in_turn ? existing(ids, factors, (int)count, n->apart, n->in_turn, n->apart, &p)
+                                 : existing(ids, factors, (int)count, n->rows, (int)count, 0, &p);
+    if (found)
+        add_rows(&n->picked, n->entry, p.ids, p.factors, found, x);
+    else
+        memset(x, 0, (size_t)n->entry * 4);
+    for (int i = 0; n->start && i < n->entry; i++)
+        x[i] += n->start[i];
+    if (given)
+        take_given(n, given, dtype, x);
+    for (int s = 0; s < n->depth; s++) {
+        const stage *now = n->stages + s;
+        const int rows = now->weights.rows;
+        activate_all(x, now->weights.columns, now->activation);
+        apply(&now->weights, x, next, threads);
+        if (s + 1 < n->depth)
+            expect(&now[1].weights);
+        for (int i = 0; i < rows; i++)
+            next[i] += now->bias[i];
+        memset(next + rows, 0, (size_t)(round_up(rows, STEP) - rows) * 4);
+        float *old = x;
+        x = next;
+        next = old;
+    }
+    for (int hop = 0; hop < n->hops; hop++) {
+        const size_t to = (size_t)hop * n->named;
+        sort_scores(x + (size_t)hop * n->experts, n->counts[hop], n->named, keys, order + to, scores + to);
+    }
+    return 0;
+}
+
+#ifdef X86
+AVX2 static int run_network_avx2(const network *n, const void *given, int dtype, const int64_t *ids,
+                                 const float *factors, int64_t count, float *scores, int32_t *order, int threads) {
+    return run_network(n, given, dtype, ids, factors, count, scores, order, threads);
+}
+
+AVX512 static int run_network_avx512(const network *n, const void *given, int dtype, const int64_t *ids,
+                                     const float *factors, int64_t count, float *scores, int32_t *order, int threads) {
+    return run_network(n, given, dtype, ids, factors, count, scores, order, threads);
+}
+#endif
+
+/* The best experts of each hop and their scores, both [hops, named]. `given`, F32 or BF16, or NULL; `count` rows `ids`, each
+ * times its factor, of which those that do not exist are passed over. As foregate_linear. */
+int foregate_predict_network(const network *n, const void *given, int64_t dtype, const int64_t *ids,
+                             const float *factors, int64_t count, float *scores, int32_t *order, int64_t threads) {
+    choose_best();
+    const int64_t turns = n->in_turn > 0 ? (count + n->in_turn - 1) / n->in_turn : 0;
+    if (refuse_network(n) || (dtype != F32 && dtype != BF16) || count < 0 || count > INT32_MAX ||
+        turns * n->apart > n->rows || (count && (!n->picked.values || !ids)))
+        return 1;
+#ifdef X86
+    if (chosen.level == WITH_AVX512)
+        return run_network_avx512(n, given, dtype, ids, factors, count, scores, order, threads);
+    if (chosen.level == WITH_AVX2)
+        return run_network_avx2(n, given, dtype, ids, factors, count, scores, order, threads);
+#endif
+    return run_network(n, given, dtype, ids, factors, count, scores, order, threads);
+}
+
+/* out [N] += the `count` rows `ids` of `known` there are, each times its factor. As foregate_linear. */
+int foregate_add_rows(const rows *from, int64_t known, int64_t n, const int64_t *ids, const float *factors,
+                      int64_t count, float *out) {
+    if (from->scales || n < 1 || count < 0 || count > INT32_MAX)
+        return 1;
+    if (!reserve((size_t)count * 8 + 128))
+        return 2;
+    picks p = {carve((size_t)count * 4), carve((size_t)count * 4)};
+    const int found = existing(ids, factors, (int)count, (int)known, (int)count, 0, &p);
+    add_float_rows(from, (int)n, p.ids, p.factors, found, out);
     return 0;
 }
 
@@ -156,12 +309,6 @@ ALWAYS void known_of(const fusion *f, const fusion_state *s, const void *residua
             memset(gain, 0, (size_t)n * 4);
     }
 }
-
-/* Room for `experts` ids and their factors, used by one sum of rows after the other. */
-typedef struct {
-    int32_t *ids;
-    float *factors;
-} picks;
 
 /* What `layer` chose, by its weights or (NULL) each once. */
 ALWAYS int pick(const fusion_state *s, int layer, const float *weights, picks *p) {

@@ -8,31 +8,43 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_int32, c_void_p
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.native.asking import WORTH_BEGINNING, Ask, Begun, Told, checked
+from foregate.native.asking import WORTH_BEGINNING, Ask, Begun, Place, Told, checked
 from foregate.native.library import load
-from foregate.native.matrix import Matrix, RowsOf, threads_asked
+from foregate.native.matrix import F32, Matrix, RowsOf, threads_asked
 from foregate.native.products import Products, Rows
 from foregate.types import Prediction
 
 Floats = NDArray[np.float32]
+Given = Floats | tuple[int, int] | None
+Picked = tuple[NDArray[np.int64], Floats | None]
 
-ACTIVATIONS = ("silu", "gelu")
+ACTIVATIONS = ("linear", "relu", "silu", "gelu")
 """As predict.h numbers them."""
+
+
+class _Stage(ctypes.Structure):
+    """``stage`` of predict.h."""
+
+    _fields_ = [("weights", Matrix), ("bias", c_void_p), ("activation", c_int32)]
 
 
 class _Network(ctypes.Structure):
     """``network`` of predict.h."""
 
     _fields_ = [
-        *((name, Matrix) for name in ("first", "second")),
-        *((name, c_void_p) for name in ("first_bias", "second_bias")),
-        *((name, c_int32) for name in ("activation", "experts", "named")),
+        ("picked", RowsOf),
+        *((name, c_void_p) for name in ("start", "norms", "stages", "counts")),
+        *(
+            (name, c_int32)
+            for name in ("in_turn", "apart", "rows", "entry", "given", "depth", "hops", "experts", "named")
+        ),
     ]
 
 
@@ -64,40 +76,117 @@ def available() -> bool:
     return _library() is not None
 
 
-class NetworkKernel:
-    """second act(first x + first_bias) + second_bias, of every layer: ``first`` L of [R, K], ``second`` L of [E, R].
+@dataclass(frozen=True)
+class Stage:
+    """weights act(x) + ``bias``: ``products`` of each layer or, if it is one, of all; ``bias`` [L or 1, N] likewise."""
 
-    Biases [L, R] and [L, E] are float32; ``experts`` [L] says how many of the E each layer has, of which ``named`` are
-    told, or all.
+    products: Products
+    bias: Floats
+    activation: str
+
+    def __call__(self, layer: int, x: Floats) -> Floats:
+        """What comes out for ``x`` [K], which the activation has seen."""
+        products, last = self.products, len(self.bias) - 1
+        out: Floats = products(min(layer, products.count - 1), x) + self.bias[min(layer, last)]
+        return out
+
+    def of(self, layer: int) -> _Stage:
+        matrices, last = self.products.matrices, len(self.bias) - 1
+        matrix = matrices[min(layer, len(matrices) - 1)]
+        return _Stage(matrix, pointer(self.bias[min(layer, last)]), ACTIVATIONS.index(self.activation))
+
+
+class NetworkKernel:
+    """Scores [H, E] of the layers ``ahead`` [L] of each: of what is given and of the ``picked`` rows [N], added to
+    ``start`` [L, N] (None: nothing, zeros), by one stage after the other. Without stages N is H E. With ``norms``
+    [L, n, N / n] a vector [N / n] is given, divided by its root mean square and multiplied with each.
+
+    ``rows`` has one matrix, or one for each layer; with ``turns`` (n, m) those after each n that are picked are meant m
+    further on. ``experts`` [L] says how many of the E each layer has, of which
+    ``named`` are told, or all.
     """
 
     def __init__(
         self,
-        products: tuple[Products, Products],
-        biases: tuple[Floats, Floats],
-        activation: str,
+        stages: Sequence[Stage],
         experts: Sequence[int],
+        ahead: Sequence[Sequence[int]],
+        hops: int,
         named: int,
+        *,
+        rows: Rows | None = None,
+        start: Floats | None = None,
+        norms: Floats | None = None,
+        turns: tuple[int, int] = (0, 0),
     ) -> None:
-        (first, second), code = products, ACTIVATIONS.index(activation)
-        self._kept = products, biases
-        told = [min(there, named) for there in experts]
-        parts = zip(first.matrices, second.matrices, *biases, experts, told, strict=True)
-        self._layers = [
-            _Network(one, other, _pointer(bias), _pointer(last), code, *counts)
-            for one, other, bias, last, *counts in parts
+        layers, most = len(experts), max(experts)
+        entry = len(stages[0].products.x) if stages else hops * most
+        self._named, self._hops, self._ahead, self._experts = min(named, most), hops, ahead, experts
+        nbytes = sum(stage.products.nbytes for stage in stages)
+        self._large = nbytes >= WORTH_BEGINNING // 4  # one stage waits for the other
+        self._stages = [(_Stage * max(1, len(stages)))(*[s.of(layer) for s in stages]) for layer in range(layers)]
+        self._counts = [
+            np.array([experts[(layer + hop + 1) % layers] for hop in range(hops)], np.int32) for layer in range(layers)
         ]
-        self._given = [ctypes.addressof(layer) for layer in self._layers]
-        self.x = np.zeros(first.matrices[0].columns, np.float32)
-        """The input: written to before a call."""
-        self._told = [Told(1, named, [(layer, there)]) for layer, there in enumerate(experts)]
-        known = [(given, _pointer(self.x)) for given in self._given]
-        pairs = zip(self._told, known, strict=True)
-        self._ask = [told.asked_of(_loaded(), "foregate_predict_network", *at) for told, at in pairs]
+        for layer, targets in enumerate(ahead):
+            self._counts[layer][: len(targets)] = [experts[target % layers] for target in targets]
+        given, count = (rows.given, rows.count) if rows is not None else ([], 0)
+        taken = entry if norms is None else norms.shape[-1]
+        self._networks = [
+            _Network(
+                given[min(n, len(given) - 1)] if given else RowsOf(),
+                *(None if one is None else pointer(one[n]) for one in (start, norms)),
+                ctypes.addressof(self._stages[n]), self._counts[n].ctypes.data, *turns, count,
+                entry, taken, len(stages), hops, most, self._named,
+            )
+            for n in range(layers)
+        ]  # fmt: skip
+        self._kept = tuple(stages), rows, start, norms
+        self._ask = [self._asker(layer) for layer in range(layers)]
 
-    def __call__(self, layer: int) -> list[Prediction]:
-        """``layer`` itself, its experts for ``x``, the best first, and their scores."""
-        return checked(self._ask[layer](threads_asked() or 1))
+    def __call__(self, layer: int, given: Given = None, picked: Picked | None = None) -> list[Prediction]:
+        """What ``ahead`` of ``layer`` says, the best experts first, and their scores. ``given``: float32 numbers, or
+        the address of numbers and their format; ``picked``: which rows, int64 (those that do not exist are passed
+        over), and the factor of each, float32 (None: 1)."""
+        return checked(self._free(layer)(*self._arguments(given, picked), threads_asked() or 1))
+
+    def begin(self, layer: int, given: Given = None, picked: Picked | None = None) -> Callable[[], list[Prediction]]:
+        """As a call, but what this returns tells, and another compute thread does it meanwhile if it is worth it. What
+        is given must not change until then."""
+        ask = self._free(layer)
+        begun = Begun(ask)
+        ask.begin(*self._arguments(given, picked), (threads_asked() or 1) if self._large else 1)
+        return partial(_end, begun, given, picked)
+
+    def _free(self, layer: int) -> Ask:
+        ask = self._ask[layer]
+        return self._asker(layer) if ask.open else ask
+
+    def _arguments(self, given: Given, picked: Picked | None) -> tuple[Place, ...]:
+        """What the kernel is given; all arrays are in one piece, and kept by whoever calls."""
+        at, dtype = given if isinstance(given, tuple) else (given, F32)
+        if picked is None:
+            return at, dtype, None, None, 0
+        return at, dtype, *picked, picked[0].size
+
+    def _asker(self, layer: int) -> Ask:
+        return self.asker(layer, "foregate_predict_network", self.place(layer), given=5)
+
+    def asker(self, layer: int, kernel: str, *known: int, given: int, kept: object = None) -> Ask:
+        """Asks ``kernel``, which answers as this network at ``layer`` would. See ``Told.asked_of``."""
+        layers = len(self._experts)
+        parts = [(target, self._experts[target % layers]) for target in self._ahead[layer]]
+        told = Told(self._hops, self._named, parts)
+        mine = self._kept, self._networks, self._stages, self._counts
+        return told.asked_of(loaded(), kernel, *known, given=given, kept=(mine, kept))
+
+    def place(self, layer: int) -> int:
+        """Where the network of ``layer`` lies, as long as this one lives."""
+        return ctypes.addressof(self._networks[layer])
+
+
+def _end(begun: Begun, *kept: object) -> list[Prediction]:
+    return checked(begun())
 
 
 class FusionKernel:
@@ -132,7 +221,7 @@ class FusionKernel:
         self._layers = [
             _Fusion(
                 dense.matrices[n], outward.matrices[n], _part(self._routers, n * asked), picked.given[n],
-                _pointer(base[n]), _part(self._repeats, n * asked), _pointer(bias[n]), hops, asked, width, hidden, most,
+                pointer(base[n]), _part(self._repeats, n * asked), pointer(bias[n]), hops, asked, width, hidden, most,
             )
             for n in range(layers)
         ]  # fmt: skip
@@ -144,7 +233,7 @@ class FusionKernel:
 
         def asker(layer: int) -> Ask:
             told = Told(asked, named, [(m, experts[m % layers]) for m in ahead[layer]])
-            return told.asked_of(_loaded(), "foregate_predict_fusion", *known[layer], given=5, kept=kept)
+            return told.asked_of(loaded(), "foregate_predict_fusion", *known[layer], given=5, kept=kept)
 
         self._asker = asker
         self._ask = [asker(layer) for layer in range(layers)]
@@ -177,13 +266,13 @@ def _part(array: ctypes.Array[Any], number: int) -> int:
     return ctypes.addressof(array) + number * ctypes.sizeof(array) // len(array)
 
 
-def _pointer(array: Floats) -> int:
+def pointer(array: Floats) -> int:
     assert array.flags.c_contiguous
     assert array.dtype == np.float32
     return array.ctypes.data
 
 
-def _loaded() -> Any:
+def loaded() -> Any:
     found = _library()
     assert found is not None
     return found
@@ -191,4 +280,4 @@ def _loaded() -> Any:
 
 @cache
 def _library() -> Any:
-    return load("kernels", ("foregate_predict_network", "foregate_predict_fusion"))
+    return load("kernels", [f"foregate_predict_{name}" for name in ("network", "fusion", "lstm", "encoder")])

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foregate.errors import IntegrityError
-from foregate.native.library import load
+from foregate.native.library import calls, function, load
 from foregate.native.matrix import F32, INT4, INT8, MOST_COLUMNS, Matrix, RowsOf, threads_asked
 
 Floats = NDArray[np.float32]
@@ -36,7 +36,7 @@ class Products:
         count, outputs, inputs = weights.shape
         rows, columns = _padded(outputs, inputs) if dtype == INT4 else (outputs, inputs)
         self._x, self._out = np.zeros(columns, np.float32), np.zeros(rows, np.float32)
-        self.x, self.outputs = self._x[:inputs], outputs
+        self.x, self.count, self.outputs = self._x[:inputs], count, outputs
         self.nbytes = 4 * self.size
         self._run: Any = _linear() if 0 < columns <= MOST_COLUMNS and outputs else None
         self.matrices: list[Matrix] = []
@@ -79,15 +79,25 @@ class Products:
 
 
 class Rows:
-    """``weights`` [L, K, N], float32, of which rows are picked and added; for the kernels int8, a scale a column."""
+    """``weights`` [L, K, N], float32, of which rows are picked and added.
 
-    def __init__(self, weights: Floats) -> None:
-        self.columns = weights.shape[2]
+    For the kernels they are int8, with a scale a column, unless ``exact``.
+    """
+
+    def __init__(self, weights: Floats, *, exact: bool = False) -> None:
+        self.count, self.columns = weights.shape[1:]
         self.given: list[RowsOf] = []
         """For the kernels; they hold no reference to the numbers. None where numpy adds."""
+        self._add: Any = None
         self._values: NDArray[Any] = weights
         self._scales = np.ones((len(weights), self.columns), np.float32)
         if _linear() is None or not weights.size:
+            return
+        if exact:
+            self._values = np.ascontiguousarray(weights, np.float32)
+            self.given = [RowsOf(matrix.ctypes.data, None) for matrix in self._values]
+            self._at = [ctypes.addressof(given) for given in self.given]
+            self._add = _add_rows()
             return
         self._values = np.empty(weights.shape, np.int8)
         for number, matrix in enumerate(weights):
@@ -99,6 +109,13 @@ class Rows:
         """The ``rows`` [k] of matrix ``number``, float32 [k, N]."""
         picked: Floats = self._values[number][rows] * self._scales[number]
         return picked
+
+    def add(self, number: int, rows: NDArray[np.int64], factors: Floats, out: Floats) -> None:
+        """Add the ``rows`` [k] of matrix ``number``, each times its factor [k], to ``out`` [N], in one piece."""
+        if self._add is None:
+            out += factors @ self.of(number, rows)
+        elif self._add(self._at[number], self.count, self.columns, rows, factors, len(rows), out):
+            raise IntegrityError(f"the kernels refused to add rows of {self.columns}")
 
     @property
     def row_bytes(self) -> int:
@@ -132,6 +149,13 @@ def to_int4(weights: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
 
 def _padded(rows: int, columns: int) -> tuple[int, int]:
     return -rows // BLOCK * -BLOCK, -columns // GROUP * -GROUP
+
+
+@cache
+def _add_rows() -> Any:
+    """The kernel, where it can be called with arrays."""
+    found = load("kernels", ("foregate_add_rows",))
+    return None if found is None or calls() is None else function(found, "foregate_add_rows", 7)
 
 
 @cache

@@ -5,19 +5,21 @@ Shapes: L MoE layers, E experts, D hidden, H hops, F width of the network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from foregate.interfaces import Signals
+from foregate.native.predict import Given, NetworkKernel, Picked, Stage, available
 from foregate.native.products import Products
 from foregate.predictors.activations import silu, unit_rms
 from foregate.predictors.file import Artifact
 from foregate.predictors.learned import Floats, LearnedPredictor
+from foregate.predictors.network import NetworkPredictor
 from foregate.types import Prediction, PredictorCost
 
 
-class Estimator(LearnedPredictor):
+class Estimator(LearnedPredictor, NetworkPredictor):
     """``first`` [F, H D + embedding] on the residual through each later layer's norm and a layer embedding."""
 
     name = "estimator"
@@ -32,25 +34,29 @@ class Estimator(LearnedPredictor):
         embedding = self.floats("layer", layers, None)
         signal = hops * self.hidden_size
         first = self.floats("first_weight", None, signal + embedding.shape[1])
-        self._first = Products(first[None, :, :signal])
-        self._place = embedding @ first[:, signal:].T + self.floats("first_bias", len(first))
-        self._second = Products(self.floats("second_weight", hops * self.width, len(first))[None])
-        self._second_bias = self.floats("second_bias", hops * self.width)
+        place = embedding @ first[:, signal:].T + self.floats("first_bias", len(first))
+        self._first = Stage(Products(first[None, :, :signal]), place, "linear")
+        self._second = self.linear("second", hops * self.width, len(first), "silu", asked=True)
+        self._compile()
 
     def cost(self) -> PredictorCost:
-        return self.multiplied(self._first.size + self._second.size, self._first.nbytes + self._second.nbytes)
+        first, second = self._first.products, self._second.products
+        return self.multiplied(first.size + second.size, first.nbytes + second.nbytes)
 
-    def predict(self, signals: Signals) -> Sequence[Prediction]:
-        return self.ranked(signals, self._estimate(signals.layer, unit_rms(self.told(signals, "residual"))))
+    def _network(self) -> NetworkKernel | None:
+        return self._compiled(self._first, self._second, norms=self._norm)
+
+    def _given(self, signals: Signals) -> tuple[Given, Picked | None]:
+        where = signals.addresses("residual", numbers=self.hidden_size)
+        return (self.told(signals, "residual") if where is None else (where[0][0], where[1])), None
+
+    def _scores(self, signals: Signals) -> Floats:
+        return self._estimate(signals.layer, unit_rms(self.told(signals, "residual")))
 
     def _estimate(self, layer: int, unit: Floats) -> Floats:
-        """Scores [H, E] from the unit residual [D]."""
-        np.multiply(unit, self._norm[layer], out=self._first.x.reshape(self._norm[layer].shape))
-        inner = self._first.of(0)
-        inner += self._place[layer]
-        scores = self._second(0, silu(inner))
-        scores += self._second_bias
-        return scores.reshape(self.hops, self.width)
+        """Scores [A, E] from the unit residual [D]."""
+        inner = self._first(layer, (unit * self._norm[layer]).ravel())
+        return self._second(0, silu(inner)).reshape(self.asked, self.width)
 
 
 class Hybrid(Estimator):
@@ -62,25 +68,52 @@ class Hybrid(Estimator):
     def __init__(self, artifact: Artifact, lookahead: int) -> None:
         super().__init__(artifact, lookahead)
         layers, hops = self.layers, self.hops
-        self._estimated = artifact.array("estimated", (layers, hops), "iu").astype(bool)
-        router = self.floats("router", layers, hops, self.width, self.hidden_size)
-        self._router = Products(router.reshape(layers, hops * self.width, self.hidden_size))
-        self._bias = self.floats("router_bias", layers, hops, self.width)
+        asked = self.asked
+        self._estimated = artifact.array("estimated", (layers, hops), "iu").astype(bool)[:, :asked]
+        router = self.floats("router", layers, hops, self.width, self.hidden_size)[:, :asked]
+        bias = self.floats("router_bias", layers, hops, self.width)[:, :asked]
+        self._router = Stage(
+            Products(router.reshape(layers, asked * self.width, self.hidden_size)),
+            np.ascontiguousarray(bias.reshape(layers, -1)),
+            "linear",
+        )
+        self._as_it_is = np.ones((layers, 1, self.hidden_size), np.float32)
+        self._compile()
 
     def cost(self) -> PredictorCost:
-        estimated, copied = float(self._estimated.any(axis=1).mean()), float((~self._estimated).mean())
-        numbers = round((self._first.size + self._second.size) * estimated + self._router.size * copied)
-        return self.multiplied(numbers, numbers * self._first.nbytes // self._first.size)
+        estimated, copied = float(self._estimated.any(axis=1).mean()), float((~self._estimated).any(axis=1).mean())
+        first, second, router = self._first.products, self._second.products, self._router.products
+        numbers = round((first.size + second.size) * estimated + router.size * copied)
+        return self.multiplied(numbers, round((first.nbytes + second.nbytes) * estimated + router.nbytes * copied))
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
+        self._choose(signals.layer)
+        return super().predict(signals)
+
+    def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
+        """See ``interfaces.Beginner``."""
+        self._choose(signals.layer)
+        return super().begin(signals)
+
+    def _compile(self) -> None:
+        """The kernel of every layer: one of the two, or None where hops need both."""
+        super()._compile()
+        if not hasattr(self, "_router"):
+            return
+        copied = self._compiled(self._router, norms=self._as_it_is) if available() else None
+        self._kernels = [
+            self._kernel if of_all.all() else None if of_all.any() else copied for of_all in self._estimated
+        ]
+
+    def _choose(self, layer: int) -> None:
+        self._kernel = self._kernels[layer]
+
+    def _scores(self, signals: Signals) -> Floats:
         layer = signals.layer
         unit = unit_rms(self.told(signals, "residual"))
+        copied = self._router(layer, unit).reshape(self.asked, self.width)
         estimated = self._estimated[layer]
-        scores = None
-        if not estimated.all():
-            scores = self._bias[layer] + self._router(layer, unit).reshape(self.hops, self.width)
-        if estimated.any():
-            guess = self._estimate(layer, unit)
-            scores = guess if scores is None else np.where(estimated[:, None], guess, scores)
-        assert scores is not None
-        return self.ranked(signals, scores)
+        if not estimated.any():
+            return copied
+        guessed: Floats = np.where(estimated[:, None], self._estimate(layer, unit), copied)
+        return guessed

@@ -28,12 +28,18 @@ class FittedPredictor(BasePredictor):
         super().__init__(lookahead)
         self.model = artifact.model
         self.width = max(artifact.model.experts)
+        self.named = self.width
+        """Experts that a compiled prediction names, at most: see ``name_at_most``."""
         self.parameters = sum(array.size for array in artifact.arrays.values())
 
     @classmethod
     def from_file(cls: type[P], artifact: Artifact, lookahead: int) -> P:
         """The predictor in ``artifact``. Raises PredictorError."""
         return cls(artifact, lookahead)
+
+    def name_at_most(self, count: int) -> None:
+        """Whoever asks reads no more than the first ``count`` of a ranking: the rest need not be told."""
+        self.named = min(max(1, count), self.width)
 
     def rank_all(self, layers: Sequence[int], scores: NDArray[np.float32]) -> list[Prediction]:
         """Experts of each of ``layers`` by its row of ``scores`` [len(layers), E], no padded one above a real one."""

@@ -17,12 +17,9 @@ from foregate.native.predict import FusionKernel, available
 from foregate.native.products import Products, Rows
 from foregate.predictors.activations import inverse_rms, silu
 from foregate.predictors.file import Artifact
-from foregate.predictors.learned import Floats, LearnedPredictor
+from foregate.predictors.learned import NOBODY, Floats, LearnedPredictor
 from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
-
-NOBODY = -1
-"""Where no expert was chosen."""
 
 NOWHERE = (None, None)
 """Where a choice lies that has been copied already."""

@@ -5,18 +5,21 @@ Shapes: L MoE layers, E experts, H hops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from foregate.interfaces import Signals
+from foregate.native.predict import Given, NetworkKernel, Picked
+from foregate.native.products import Rows
 from foregate.predictors.activations import relu
 from foregate.predictors.file import Artifact
-from foregate.predictors.learned import RoutedPredictor
+from foregate.predictors.learned import Floats, RoutedPredictor
+from foregate.predictors.network import NetworkPredictor, shares_of
 from foregate.types import Prediction, PredictorCost
 
 
-class IdsMlp(RoutedPredictor):
+class IdsMlp(RoutedPredictor, NetworkPredictor):
     """Arrays ``popularity`` [L, E] and ``affinity`` [H, L, E, E] are counts of the training data."""
 
     name = "ids-mlp"
@@ -27,29 +30,50 @@ class IdsMlp(RoutedPredictor):
         super().__init__(artifact, lookahead)
         layers, hops, experts = self.layers, self.hops, self.width
         popularity = self.floats("popularity", layers, experts)
-        self._affinity = self.floats("affinity", hops, layers, experts, experts)
+        affinity = self.floats("affinity", hops, layers, experts, experts)
         first = self.floats("first_weight", None, experts * (1 + 2 * hops) + layers)
         size = len(first)
         ends = experts * (1 + hops)
-        self._first = np.ascontiguousarray(first[:, :ends])
+        # An expert adds its own column, and by its share of the choice what its affinities make of theirs.
+        own = np.broadcast_to(first[:, :experts].T, (layers, experts, size))
+        near = affinity.transpose(1, 2, 0, 3).reshape(layers, experts, hops * experts) @ first[:, experts:ends].T
+        self._first = Rows(np.concatenate([own, near], axis=1))
         ahead = np.concatenate([np.roll(popularity, -hop, axis=0) for hop in range(1, hops + 1)], axis=1)
         fixed = np.concatenate([ahead, np.eye(layers, dtype=np.float32)], axis=1)
         # Popularity and layer depend on the layer alone: their part of the first product is known beforehand.
         self._fixed = fixed @ first[:, ends:].T + self.floats("first_bias", size)
-        self._second, self._second_bias = self.floats("second_weight", size, size), self.floats("second_bias", size)
-        self._third = self.floats("third_weight", hops * experts, size)
-        self._third_bias = self.floats("third_bias", hops * experts)
+        self._second = self.linear("second", size, size)
+        self._third = self.linear("third", hops * experts, size, asked=True)
+        self._factors = [np.concatenate([np.ones_like(shares), shares]) for shares in shares_of(experts)]
+        self._compile()
 
     def cost(self) -> PredictorCost:
-        counted = self.hops * self.model.top_k * self.width
-        return self.multiplied(self._first.size + self._second.size + self._third.size + counted)
+        parts, picked = (self._second.products, self._third.products), 2 * self.model.top_k
+        numbers = picked * self._first.columns + sum(part.size for part in parts)
+        return self.multiplied(numbers, picked * self._first.row_bytes + sum(part.nbytes for part in parts))
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        if not len(self.ids):
-            return ()
-        layer = signals.layer
-        affinity = self._affinity[:, layer][:, self.ids].sum(axis=1) / np.float32(len(self.ids))
-        known = np.concatenate([self.chosen[layer], affinity.ravel()])
-        hidden = relu(self._first @ known + self._fixed[layer])
-        hidden = relu(self._second @ hidden + self._second_bias)
-        return self.ranked(signals, (self._third @ hidden + self._third_bias).reshape(self.hops, self.width))
+        return super().predict(signals) if self._known(signals) else ()
+
+    def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
+        """See ``interfaces.Beginner``."""
+        return super().begin(signals) if self._known(signals) else tuple
+
+    def _known(self, signals: Signals) -> bool:
+        self._chosen = self.of_layer(signals.layer)
+        return len(self._chosen) > 0
+
+    def _network(self) -> NetworkKernel | None:
+        return self._compiled(self._second, self._third, rows=self._first, start=self._fixed)
+
+    def _given(self, signals: Signals) -> tuple[Given, Picked | None]:
+        ids = self._chosen
+        return None, (np.concatenate([ids, ids + self.width]), self._factors[len(ids)])
+
+    def _scores(self, signals: Signals) -> Floats:
+        _, picked = self._given(signals)
+        assert picked is not None
+        rows, factors = picked
+        assert factors is not None
+        seen = factors @ self._first.of(signals.layer, rows) + self._fixed[signals.layer]
+        return self._third(0, relu(self._second(0, relu(seen)))).reshape(self.asked, self.width)

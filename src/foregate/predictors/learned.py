@@ -12,10 +12,15 @@ from numpy.typing import NDArray
 
 from foregate.errors import ConfigError
 from foregate.interfaces import Signals
+from foregate.native.predict import Stage
+from foregate.native.products import Products
 from foregate.predictors.file import Artifact
-from foregate.predictors.fitted import FittedPredictor, last_token
+from foregate.predictors.fitted import FittedPredictor
 from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
+
+NOBODY = -1
+"""Where no expert was chosen."""
 
 Floats = NDArray[np.float32]
 L = TypeVar("L", bound="LearnedPredictor")
@@ -32,8 +37,8 @@ class LearnedPredictor(FittedPredictor):
         self.layers = self.model.layers
         self.hidden_size = self.model.hidden_size
         self.hops = artifact.lookahead
-        self.named = self.width
-        """Experts that a compiled prediction names, at most: see ``name_at_most``."""
+        self.asked = max(1, min(lookahead, self.hops))
+        """Of the hops, those that are asked for."""
         self._artifact = artifact
 
     @classmethod
@@ -43,13 +48,15 @@ class LearnedPredictor(FittedPredictor):
         del made._artifact
         return made
 
-    def name_at_most(self, count: int) -> None:
-        """Whoever asks reads no more than the first ``count`` of a ranking: the rest need not be told."""
-        self.named = min(max(1, count), self.width)
-
     def floats(self, name: str, *shape: int | None) -> Floats:
         """Array ``name``, float32. Raises PredictorError unless it has ``shape`` (None: any)."""
         return np.ascontiguousarray(self._artifact.array(name, shape), np.float32)
+
+    def linear(self, name: str, outputs: int, inputs: int, activation: str = "relu", *, asked: bool = False) -> Stage:
+        """Arrays ``name``_weight [N, K] and _bias [N], of all layers; of N = H E only what is ``asked`` for."""
+        weight, bias = self.floats(f"{name}_weight", outputs, inputs), self.floats(f"{name}_bias", outputs)
+        rows = self.asked * self.width if asked else outputs
+        return Stage(Products(weight[None, :rows]), bias[None, :rows], activation)
 
     def told(self, signals: Signals, name: str) -> Floats:
         """Hidden state ``name`` [D], of an inflated model the values that the original has."""
@@ -68,19 +75,26 @@ class LearnedPredictor(FittedPredictor):
 class RoutedPredictor(LearnedPredictor):
     """Keeps what every layer chose last: rows up to the present layer are of this token, later ones of the last."""
 
-    def __init__(self, artifact: Artifact, lookahead: int) -> None:
+    def __init__(self, artifact: Artifact, lookahead: int, before: int = 0) -> None:
+        """With so many rows ``before`` that of layer 0, in which nothing is ever chosen."""
         super().__init__(artifact, lookahead)
-        self.chosen = np.zeros((self.layers, self.width), np.float32)
-        """1 where an expert was chosen, [L, E]."""
-        self.ids: NDArray[np.int64] = np.zeros(0, np.int64)
-        self.weights = np.zeros(0, np.float32)
+        self.before = before
+        self.ids = np.full((before + self.layers, self.model.top_k), NOBODY, np.int64)
+        """Chosen experts, [before + L, k]; of a choice of more than the model's top-k the first are taken."""
 
     def reset(self) -> None:
-        self.chosen[:] = 0
-        self.ids, self.weights = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        self.ids[:] = NOBODY
 
     def observe(self, step: RoutingStep) -> None:
-        self.ids, self.weights = last_token(step, self.model.experts[step.layer])
-        row = self.chosen[step.layer]
-        row[:] = 0
-        row[self.ids] = 1
+        chosen, row = step.experts[-1], self.ids[self.before + step.layer]
+        if len(chosen) == len(row):
+            row[:] = chosen
+        else:
+            row[:] = NOBODY
+            row[: len(chosen)] = chosen[: len(row)]
+
+    def of_layer(self, layer: int) -> NDArray[np.int64]:
+        """What ``layer`` chose, without what is no expert of it."""
+        ids = self.ids[self.before + layer]
+        real: NDArray[np.int64] = ids[(ids >= 0) & (ids < self.model.experts[layer])]
+        return real

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foregate.interfaces import Signals
+from foregate.native.predict import Floats, Given, NetworkKernel, Picked
+from foregate.native.products import Rows
 from foregate.predictors.file import Artifact
-from foregate.predictors.fitted import FittedPredictor, last_token
-from foregate.predictors.targets import targets
+from foregate.predictors.fitted import last_token
+from foregate.predictors.network import NetworkPredictor, shares_of
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
 
-class Markov(FittedPredictor):
+class Markov(NetworkPredictor):
     """Array ``transition`` [H, L, E, E]: of tokens whose layer l chose the row's expert, the share whose layer l+h
     chose the column's, for hop h = 1 … H; l+h from L on is the next token's. Experts of one token are averaged.
     """
@@ -26,11 +28,17 @@ class Markov(FittedPredictor):
     def __init__(self, artifact: Artifact, lookahead: int) -> None:
         super().__init__(artifact, lookahead)
         shape = (None, self.model.layers, self.width, self.width)
-        self._transition = np.asarray(artifact.array("transition", shape), np.float32)
+        transition = np.asarray(artifact.array("transition", shape), np.float32)
+        self.asked = min(lookahead, len(transition))
+        # [L, E, A E]: what an expert says of all layers ahead lies in one place
+        by_expert = transition[: self.asked].transpose(1, 2, 0, 3)
+        self._rows = Rows(by_expert.reshape(self.model.layers, self.width, -1), exact=True)
+        self._shares = shares_of(self.width)
         self._chosen: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._compile()
 
     def cost(self) -> PredictorCost:
-        numbers = self.lookahead * self.model.top_k * self.width
+        numbers = self.asked * self.model.top_k * self.width
         return PredictorCost(numbers, 4 * numbers, self.parameters)
 
     def reset(self) -> None:
@@ -40,8 +48,18 @@ class Markov(FittedPredictor):
         self._chosen, _ = last_token(step, self.model.experts[step.layer])
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        if not len(self._chosen):
-            return ()
-        ahead = targets(self, signals.layer, signals.layers)[: len(self._transition)]
-        rows = self._transition[: len(ahead), signals.layer].take(self._chosen, axis=1)
-        return self.rank_all(ahead, rows.sum(axis=1) / len(self._chosen))
+        return super().predict(signals) if len(self._chosen) else ()
+
+    def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
+        """See ``interfaces.Beginner``."""
+        return super().begin(signals) if len(self._chosen) else tuple
+
+    def _network(self) -> NetworkKernel | None:
+        return self._compiled(rows=self._rows) if self.asked else None
+
+    def _given(self, signals: Signals) -> tuple[Given, Picked | None]:
+        return None, (self._chosen, self._shares[len(self._chosen)])
+
+    def _scores(self, signals: Signals) -> Floats:
+        rows = self._rows.of(signals.layer, self._chosen)
+        return (self._shares[len(rows)] @ rows).reshape(self.asked, self.width)
