@@ -19,6 +19,8 @@ from foregate.interfaces import Signals
 from foregate.native import kernels
 from foregate.native.matrix import BF16, F32, threads_asked, use_threads
 from foregate.native.predict import available
+from foregate.native.products import Rows
+from foregate.native.shift import Shift
 from foregate.predictors.base import BasePredictor
 from foregate.predictors.estimator import Estimator, Hybrid
 from foregate.predictors.file import Artifact, ModelIdentity
@@ -239,6 +241,38 @@ def test_what_a_layer_chose_is_read_where_it_lies_unless_something_else_was_told
 
     assert after(told, told) != after(other, other)
     assert after(replace(told, experts=other.experts, weights=other.weights), told) == after(other, other)
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [D, D + 32])
+def test_a_router_is_asked_on_what_the_chosen_experts_add(width: int, level: None) -> None:
+    rows, base = Rows(some(2, 6, D)), some(2, D, seed=1)
+    ids, weights = np.array([3, -1, 0, 6], np.int64), some(4, seed=2)
+    shift = Shift(rows, base, ids, weights)
+    ranker = kernels.Ranker(torch.from_numpy(some(9, width)).bfloat16(), (torch.ones(width).bfloat16(), 1e-6), 2)
+    x = torch.from_numpy(some(1, width, seed=3)).bfloat16()
+    for layer in (0, 1):
+        guess = x.float()
+        guess[0, :D] += torch.from_numpy(weights[[0, 2]] @ rows.of(layer, ids[[0, 2]]) + base[layer])
+        expected = ranker(guess.bfloat16())
+        assert expected is not None
+        for most in (3, 9):
+            told = ranker.best(5, x.data_ptr(), most, shift.place(layer))
+            end = ranker.begin(5, x.data_ptr(), most, shift.place(layer))
+            assert told is not None
+            assert told == end()
+            assert told.experts == tuple(expected[0][:most].tolist())
+            np.testing.assert_allclose(told.scores, expected[1][:most], rtol=0.02)
+
+
+@needs_kernels
+def test_rows_of_no_expert_add_nothing() -> None:
+    rows, out = Rows(some(2, 4, 7), exact=True), some(7, seed=5)
+    ids, factors = np.array([9, 2, -1, 0], np.int64), some(4, seed=6)
+    for given, times in ((factors, factors[[1, 3]]), (None, np.ones(2, np.float32))):
+        expected = out + times @ rows.of(1, ids[[1, 3]])
+        rows.add(1, ids, given, out)
+        np.testing.assert_allclose(out, expected, rtol=1e-5)
 
 
 @pytest.fixture(params=[1, 2, 3])

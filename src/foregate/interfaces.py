@@ -192,6 +192,13 @@ class Signals(Protocol):
         """``best`` for a ``Beginner``: what is returned tells, and another thread may compute meanwhile."""
         ...
 
+    def begin_shifted(self, target: int, shift: int, most: int) -> Callable[[], Prediction | None] | None:
+        """``begin_best`` on ``"residual"`` and what a compiled predictor adds to it: ``shift`` is the ``place`` of a
+        ``native.shift.Shift``, which must live as long. None, or None from what this returns: only ``normed`` and
+        ``scores`` tell.
+        """
+        ...
+
     def choice_of(self, step: RoutingStep) -> tuple[int, int] | None:
         """Where experts [k] (int64) and weights [k] (float32) of ``step`` lie in memory until this layer ends; None
         where only the step tells, or it is not the one that was told last. For compiled predictors, as above.

@@ -209,6 +209,13 @@ class ModelSignals:
         end = asked[0].begin(target, asked[1], asked[0].rows if most is None else most)
         return lambda: end() or self._first(target, source, most)
 
+    def begin_shifted(self, target: int, shift: int, most: int) -> Callable[[], Prediction | None] | None:
+        """See ``interfaces.Signals``."""
+        asked = self._asked(target, "residual")
+        if asked is None or self.fed_with(self.layer, target, "residual") != "residual":
+            return None
+        return asked[0].begin(target, asked[1], most, shift)
+
     def _first(self, target: int, source: str, most: int | None) -> Prediction:
         experts, scores = self.rank(target, source)
         return Prediction(target, tuple(experts[:most].tolist()), tuple(scores[:most].tolist()))

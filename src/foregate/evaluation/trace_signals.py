@@ -83,6 +83,9 @@ class TraceSignals:
     def addresses(self, *names: str, numbers: int) -> None:
         """See ``interfaces.Signals``: None, as what was recorded need not outlive the question."""
 
+    def begin_shifted(self, target: int, shift: int, most: int) -> None:
+        """See ``interfaces.Signals``: None, as a trace has no router that is compiled."""
+
     def begin_best(self, target: int, source: str, most: int | None) -> Callable[[], Prediction]:
         """See ``interfaces.Signals``."""
         return partial(self.best, target, source, most)

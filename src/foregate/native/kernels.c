@@ -991,6 +991,7 @@ ALWAYS float dot_of(const float *a, const float *b, int n) {
 }
 
 #include "block.h"
+#include "rows.h"
 #include "route.h"
 #include "layer.h"
 #include "predict.h"

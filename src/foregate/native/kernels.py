@@ -245,39 +245,40 @@ class Ranker:
         self._top_k = top_k
         self._scores, self._order = np.empty(self.rows, np.float32), np.empty(self.rows, np.int32)
         self._to = self._scores.ctypes.data, self._order.ctypes.data
-        self._run = called("foregate_rank", 7)
-        self._asks: dict[tuple[int, int], Ask] = {}
+        self._run = called("foregate_rank", 8)
+        self._asks: dict[tuple[int, int, int], Ask] = {}
 
     def __call__(self, x: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Rows best first and their scores for ``x`` [1, D]; None where it does not suit, or the ``top_k``-th ties."""
         if x.dtype is not torch.bfloat16 or x.shape[-1] != self.width or not x.is_contiguous():
             return None
-        code = self._run(ctypes.addressof(self._job), self._top_k, self.rows, x.data_ptr(), *self._to, 1)
+        code = self._run(ctypes.addressof(self._job), self._top_k, self.rows, None, x.data_ptr(), *self._to, 1)
         if code == UNDECIDED:
             return None
         check(code)
         return self._order.astype(np.int64), self._scores.copy()
 
-    def best(self, layer: int, at: int, most: int) -> Prediction | None:
-        """The best ``most`` for a token whose [D] lie ``at`` an address, as experts of ``layer``; None as above."""
-        return _one(self._asked(layer, most)(at, 1))
+    def best(self, layer: int, at: int, most: int, shift: int = 0) -> Prediction | None:
+        """The best ``most`` for a token whose [D] lie ``at`` an address, as experts of ``layer``; None as above.
+        ``shift``: where a ``native.shift.Shift`` lies that is added to the token before."""
+        return _one(self._asked(layer, most, shift)(at, 1))
 
-    def begin(self, layer: int, at: int, most: int) -> Callable[[], Prediction | None]:
+    def begin(self, layer: int, at: int, most: int, shift: int = 0) -> Callable[[], Prediction | None]:
         """As ``best``, but what this returns tells, and another compute thread does it meanwhile."""
-        ask = self._asked(layer, most)
+        ask = self._asked(layer, most, shift)
         begun = Begun(ask)
         ask.begin(at, num_threads())
         return lambda: _one(begun())
 
-    def _asked(self, layer: int, most: int) -> Ask:
+    def _asked(self, layer: int, most: int, shift: int) -> Ask:
         """Who asks: another where a question is open."""
-        ask = self._asks.get((layer, most))
+        ask = self._asks.get((layer, most, shift))
         if ask is None or ask.open:
             room = min(max(most, self._top_k + 1), self.rows)
-            given = ctypes.addressof(self._job), self._top_k, most
+            given = ctypes.addressof(self._job), self._top_k, most, shift
             told = Told(1, room, [(layer, min(most, self.rows))])
             ask = told.asked_of(loaded(), "foregate_rank", *given, given=1, kept=(self._job, self._kept))
-            self._asks.setdefault((layer, most), ask)
+            self._asks.setdefault((layer, most, shift), ask)
         return ask
 
 

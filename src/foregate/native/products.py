@@ -110,10 +110,13 @@ class Rows:
         picked: Floats = self._values[number][rows] * self._scales[number]
         return picked
 
-    def add(self, number: int, rows: NDArray[np.int64], factors: Floats, out: Floats) -> None:
-        """Add the ``rows`` [k] of matrix ``number``, each times its factor [k], to ``out`` [N], in one piece."""
+    def add(self, number: int, rows: NDArray[np.int64], factors: Floats | None, out: Floats) -> None:
+        """Add the ``rows`` [k] of matrix ``number`` that exist, each times its factor [k] (None: 1), to ``out`` [N].
+        All are in one piece, int64 and float32."""
         if self._add is None:
-            out += factors @ self.of(number, rows)
+            there = (rows >= 0) & (rows < self.count)
+            picked = self.of(number, rows[there])
+            out += picked.sum(axis=0) if factors is None else factors[there] @ picked
         elif self._add(self._at[number], self.count, self.columns, rows, factors, len(rows), out):
             raise IntegrityError(f"the kernels refused to add rows of {self.columns}")
 

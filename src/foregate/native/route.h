@@ -48,6 +48,54 @@ typedef struct {
 
 enum { MOST_RANKED = 4096, UNDECIDED = 3 };
 
+/* What is added to the token before: `base` [width] and `count` rows of `known`, each times its weight. */
+typedef struct {
+    rows picked;
+    const float *base;
+    const int64_t *ids;
+    const float *weights;
+    int32_t count, known, width;
+} shift;
+
+/* x [n], bf16, and `s` on the first `width` of it. */
+ALWAYS void shift_any(const shift *s, const uint16_t *x, int n, picks *p, float *added, uint16_t *out) {
+    const int found = existing(s->ids, s->weights, s->count, s->known, s->count, 0, p);
+    add_rows(&s->picked, s->width, p->ids, p->factors, found, added);
+    memcpy(out, x, (size_t)n * 2);
+    for (int i = 0; i < s->width; i++)
+        out[i] = nearest_bf16(from_bf16(x[i]) + (added[i] + s->base[i]));
+}
+
+static size_t shift_bytes(const shift *s, int n) {
+    return (size_t)s->count * 8 + (size_t)s->width * 4 + (size_t)n * 2 + 512;
+}
+
+#ifdef X86
+AVX2 static void shift_avx2(const shift *s, const uint16_t *x, int n, picks *p, float *added, uint16_t *out) {
+    shift_any(s, x, n, p, added, out);
+}
+
+AVX512 static void shift_avx512(const shift *s, const uint16_t *x, int n, picks *p, float *added, uint16_t *out) {
+    shift_any(s, x, n, p, added, out);
+}
+#endif
+
+/* `x` shifted, in memory of this call. */
+static const uint16_t *shifted(const shift *s, const uint16_t *x, int n) {
+    picks p = {carve((size_t)s->count * 4), carve((size_t)s->count * 4)};
+    float *added = carve((size_t)s->width * 4);
+    uint16_t *out = carve((size_t)n * 2);
+#ifdef X86
+    if (chosen.level == WITH_AVX512)
+        shift_avx512(s, x, n, &p, added, out);
+    else if (chosen.level == WITH_AVX2)
+        shift_avx2(s, x, n, &p, added, out);
+    else
+#endif
+        shift_any(s, x, n, &p, added, out);
+    return out;
+}
+
 /* Products [N] of the gate's rows and x [K], rounded to bf16; NULL for a NaN. Needs `gate_bytes`. */
 static float *gate_products(const matrix *m, const uint16_t *x) {
     const int padded = round_up(m->columns, STEP);
@@ -70,21 +118,23 @@ static size_t gate_bytes(const matrix *m) {
 
 static int refuse_gate(const matrix *m) { return refuse(m, 1) || m->dtype != BF16 || m->rows > MOST_RANKED; }
 
-/* Rank the rows of `r->gate` for x [K], bf16: the best `most`, the lower first where they tie, and what bf16 keeps of
+/* Rank the rows of `r->gate` for x [K], bf16, shifted by `s` unless that is NULL: the best `most`, the lower first where they tie, and what bf16 keeps of
  * their products. Returns as foregate_linear, or
  * UNDECIDED where the order cannot be told: a NaN, or a tie at place `top`, which routers settle each in its own way.
  * `scores` and `order` have room for `top` + 1, or all. One thread: a router is small. */
-int foregate_rank(const ranking *r, int64_t top, int64_t most, const uint16_t *x, float *scores, int32_t *order,
-                  int64_t threads) {
+int foregate_rank(const ranking *r, int64_t top, int64_t most, const shift *s, const uint16_t *x, float *scores,
+                  int32_t *order, int64_t threads) {
     (void)threads;
     choose_best();
     const matrix *m = &r->gate;
     const int n = m->columns, rows = m->rows;
     const int last = top < rows ? (int)top + 1 : rows, sorted = most < last ? last : most < rows ? (int)most : rows;
-    if (refuse_gate(m) || top < 1 || (r->norm && (n < 16 || n % 16)))
+    if (refuse_gate(m) || top < 1 || (r->norm && (n < 16 || n % 16)) || (s && (s->width < 1 || s->width > n || s->count < 0)))
         return 1;
-    if (!reserve(gate_bytes(m) + (size_t)n * 2 + (size_t)rows * 8 + 256))
+    if (!reserve(gate_bytes(m) + (s ? shift_bytes(s, n) : 0) + (size_t)n * 2 + (size_t)rows * 8 + 256))
         return 2;
+    if (s)
+        x = shifted(s, x, n);
     uint16_t *normed = carve((size_t)n * 2);
     uint64_t *keys = carve((size_t)rows * 8);
     if (r->norm)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foregate.interfaces import Signals
+from foregate.native.products import Rows
 from foregate.predictors.file import Artifact
 from foregate.predictors.fitted import FittedPredictor, last_token
 from foregate.predictors.targets import targets
@@ -40,7 +41,8 @@ class ExpertActivation(FittedPredictor):
         self._scope = artifact.option("scope", str)
         lengths = np.linalg.norm(library, axis=2, keepdims=True)
         # [L, E, N]: the column of an expert is contiguous, so that an observation adds k rows of N numbers
-        self._unit = np.ascontiguousarray(np.transpose(library / np.maximum(lengths, 1e-12), (1, 2, 0)))
+        self._unit = Rows(np.transpose(library / np.maximum(lengths, 1e-12), (1, 2, 0)), exact=True)
+        self._squares = [0.0] * layers
         order = np.argsort(-library, axis=2, kind="stable")
         self._order, self._sorted = order, np.take_along_axis(library, order, axis=2)
         self._counts = np.zeros((layers, self.width), np.float32)
@@ -55,6 +57,7 @@ class ExpertActivation(FittedPredictor):
     def reset(self) -> None:
         for values in (self._counts, self._dots, self._cosines, self._likeness):
             values[...] = 0
+        self._squares = [0.0] * self.model.layers
 
     def observe(self, step: RoutingStep) -> None:
         layer = step.layer
@@ -62,15 +65,18 @@ class ExpertActivation(FittedPredictor):
             if layer == 0:
                 self._likeness[:] = 0
             chosen, _ = last_token(step, self.model.experts[layer])
-            self._likeness += self._unit[layer][chosen].sum(axis=0) / max(len(chosen), 1) ** 0.5
+            share = np.full(len(chosen), max(len(chosen), 1) ** -0.5, np.float32)
+            self._unit.add(layer, chosen, share, self._likeness)
             return
-        for expert, times in zip(*_counted(step.experts, self.model.experts[layer]), strict=True):
-            self._counts[layer, expert] += times
-            self._dots[layer] += times * self._unit[layer, expert]
-        length = max(float(np.linalg.norm(self._counts[layer])), 1e-12)
-        cosines = self._dots[layer] / length
-        self._likeness += cosines - self._cosines[layer]
-        self._cosines[layer] = cosines
+        found, times = _counted(step, self.model.experts[layer])
+        counts, dots, last = self._counts[layer], self._dots[layer], self._cosines[layer]
+        before = counts[found]
+        self._squares[layer] += float(times @ (2 * before + times))
+        counts[found] = before + times
+        self._unit.add(layer, found, times, dots)
+        self._likeness -= last
+        np.divide(dots, max(self._squares[layer] ** 0.5, 1e-12), out=last)
+        self._likeness += last
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
         match = int(self._likeness.argmax())
@@ -78,17 +84,17 @@ class ExpertActivation(FittedPredictor):
 
     def _of(self, match: int, target: int, layer: int) -> Prediction:
         there = target % self.model.layers
-        experts = self.model.experts[there]
+        experts = min(self.named, self.model.experts[there])
         near = 1 - (target - layer) / self.model.layers
         order = tuple(self._order[match, there, :experts].tolist())
         return Prediction(target, order, tuple((near * self._sorted[match, there, :experts]).tolist()))
 
 
-def _counted(experts: NDArray[np.int64], there: int) -> tuple[list[int], list[int]]:
-    """Experts of [T, k] of which there are ``there``, and how often each was chosen."""
-    flat = experts.ravel()
-    if len(experts) == 1:
-        chosen = [expert for expert in flat.tolist() if 0 <= expert < there]
-        return chosen, [1] * len(chosen)
-    found, times = np.unique(flat[(flat >= 0) & (flat < there)], return_counts=True)
-    return found.tolist(), times.tolist()
+def _counted(step: RoutingStep, experts: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Those of ``experts`` that were chosen, and how often each."""
+    if len(step.experts) == 1:
+        chosen, _ = last_token(step, experts)
+        return chosen, np.ones(len(chosen), np.float32)
+    flat = step.experts.ravel()
+    found, times = np.unique(flat[(flat >= 0) & (flat < experts)], return_counts=True)
+    return found, times.astype(np.float32)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from foregate.interfaces import Signals
+from foregate.native.products import Products, Rows
 from foregate.predictors.file import Artifact
-from foregate.predictors.fitted import FittedPredictor, last_token
+from foregate.predictors.fitted import FittedPredictor
 from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
@@ -35,14 +36,15 @@ class ExpertMap(FittedPredictor):
         maps = np.asarray(artifact.array("maps", (None, layers, self.width)), np.float32)
         inputs = np.asarray(artifact.array("inputs", (len(maps), hidden)), np.float32)
         self._semantic = artifact.option("semantic_layers", int)
-        self._inputs = inputs / np.maximum(np.linalg.norm(inputs, axis=1, keepdims=True), 1e-12)
+        self._inputs = Products((inputs / np.maximum(np.linalg.norm(inputs, axis=1, keepdims=True), 1e-12))[None])
         # [L, E, M]: an observation adds k contiguous rows of M numbers
-        self._columns = np.ascontiguousarray(np.transpose(maps, (1, 2, 0)))
+        self._columns = Rows(np.transpose(maps, (1, 2, 0)), exact=True)
         self._lengths = np.sqrt(np.maximum(np.cumsum((maps**2).sum(axis=2), axis=1), 1e-12)).T.copy()
         order = np.argsort(-maps, axis=2, kind="stable")
         self._order, self._sorted = order, np.take_along_axis(maps, order, axis=2)
         self._sums = np.cumsum(self._sorted, axis=2)
         self._dots = np.zeros(len(maps), np.float32)
+        self._cosines = np.zeros_like(self._dots)
         self._square = 0.0
         self._seen = -1
         self._by_input: tuple[int, float] | None = None
@@ -60,8 +62,8 @@ class ExpertMap(FittedPredictor):
             self._dots[:] = 0
             self._square, self._by_input = 0.0, None
         self._seen = layer
-        chosen, weights = last_token(step, self.model.experts[layer])
-        self._dots += weights @ self._columns[layer][chosen]
+        weights = step.weights[-1]
+        self._columns.add(layer, step.experts[-1], weights, self._dots)
         self._square += float(weights @ weights)
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
@@ -74,21 +76,22 @@ class ExpertMap(FittedPredictor):
             if self._by_input is None:
                 self._by_input = self._nearest_input(signals)
             return self._by_input
-        cosines = self._dots / self._lengths[signals.layer]
+        cosines = np.divide(self._dots, self._lengths[signals.layer], out=self._cosines)
         match = int(cosines.argmax())
         return match, float(cosines[match]) / max(self._square**0.5, 1e-12)
 
     def _nearest_input(self, signals: Signals) -> tuple[int, float]:
         # an inflated model's vectors begin with the original's
         value = signals.hidden("pre_attention")[: self.model.hidden_size]
-        cosines = self._inputs @ value
+        cosines = self._inputs(0, value)
         match = int(cosines.argmax())
         return match, float(cosines[match]) / max(float(np.linalg.norm(value)), 1e-12)
 
     def _kept(self, match: int, score: float, target: int) -> Prediction:
         there = target % self.model.layers
-        wanted = 1 - min(max(score, 0.0), 1.0)
-        count = int(np.searchsorted(self._sums[match, there], wanted)) + 1
-        count = min(max(count, self.model.top_k), self.model.experts[there])
+        most = count = min(self.named, self.model.experts[there])
+        if most > self.model.top_k:
+            wanted = 1 - min(max(score, 0.0), 1.0)
+            count = min(max(int(self._sums[match, there].searchsorted(wanted)) + 1, self.model.top_k), most)
         order = tuple(self._order[match, there, :count].tolist())
         return Prediction(target, order, tuple(self._sorted[match, there, :count].tolist()))

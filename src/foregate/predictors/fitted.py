@@ -15,6 +15,9 @@ from foregate.predictors.base import BasePredictor
 from foregate.predictors.file import Artifact
 from foregate.types import Prediction, RoutingStep
 
+NOBODY = -1
+"""Where no expert was chosen."""
+
 P = TypeVar("P", bound="FittedPredictor")
 
 

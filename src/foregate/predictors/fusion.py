@@ -17,7 +17,8 @@ from foregate.native.predict import FusionKernel, available
 from foregate.native.products import Products, Rows
 from foregate.predictors.activations import inverse_rms, silu
 from foregate.predictors.file import Artifact
-from foregate.predictors.learned import NOBODY, Floats, LearnedPredictor
+from foregate.predictors.fitted import NOBODY
+from foregate.predictors.learned import Floats, LearnedPredictor
 from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
 

@@ -5,8 +5,6 @@ Shapes: L MoE layers, E experts, H hops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 
 from foregate.interfaces import Signals
@@ -15,8 +13,8 @@ from foregate.native.products import Rows
 from foregate.predictors.activations import relu
 from foregate.predictors.file import Artifact
 from foregate.predictors.learned import Floats, RoutedPredictor
-from foregate.predictors.network import NetworkPredictor, shares_of
-from foregate.types import Prediction, PredictorCost
+from foregate.predictors.network import NetworkPredictor
+from foregate.types import PredictorCost
 
 
 class IdsMlp(RoutedPredictor, NetworkPredictor):
@@ -34,46 +32,29 @@ class IdsMlp(RoutedPredictor, NetworkPredictor):
         first = self.floats("first_weight", None, experts * (1 + 2 * hops) + layers)
         size = len(first)
         ends = experts * (1 + hops)
-        # An expert adds its own column, and by its share of the choice what its affinities make of theirs.
-        own = np.broadcast_to(first[:, :experts].T, (layers, experts, size))
+        # An expert adds its own column and, by its share of the choice, what its affinities make of theirs.
         near = affinity.transpose(1, 2, 0, 3).reshape(layers, experts, hops * experts) @ first[:, experts:ends].T
-        self._first = Rows(np.concatenate([own, near], axis=1))
+        self._first = Rows(first[:, :experts].T + near / np.float32(self.model.top_k))
         ahead = np.concatenate([np.roll(popularity, -hop, axis=0) for hop in range(1, hops + 1)], axis=1)
         fixed = np.concatenate([ahead, np.eye(layers, dtype=np.float32)], axis=1)
         # Popularity and layer depend on the layer alone: their part of the first product is known beforehand.
         self._fixed = fixed @ first[:, ends:].T + self.floats("first_bias", size)
         self._second = self.linear("second", size, size)
         self._third = self.linear("third", hops * experts, size, asked=True)
-        self._factors = [np.concatenate([np.ones_like(shares), shares]) for shares in shares_of(experts)]
         self._compile()
 
     def cost(self) -> PredictorCost:
-        parts, picked = (self._second.products, self._third.products), 2 * self.model.top_k
+        parts, picked = (self._second.products, self._third.products), self.model.top_k
         numbers = picked * self._first.columns + sum(part.size for part in parts)
         return self.multiplied(numbers, picked * self._first.row_bytes + sum(part.nbytes for part in parts))
-
-    def predict(self, signals: Signals) -> Sequence[Prediction]:
-        return super().predict(signals) if self._known(signals) else ()
-
-    def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
-        """See ``interfaces.Beginner``."""
-        return super().begin(signals) if self._known(signals) else tuple
-
-    def _known(self, signals: Signals) -> bool:
-        self._chosen = self.of_layer(signals.layer)
-        return len(self._chosen) > 0
 
     def _network(self) -> NetworkKernel | None:
         return self._compiled(self._second, self._third, rows=self._first, start=self._fixed)
 
     def _given(self, signals: Signals) -> tuple[Given, Picked | None]:
-        ids = self._chosen
-        return None, (np.concatenate([ids, ids + self.width]), self._factors[len(ids)])
+        return None, (self.ids[signals.layer], None)
 
     def _scores(self, signals: Signals) -> Floats:
-        _, picked = self._given(signals)
-        assert picked is not None
-        rows, factors = picked
-        assert factors is not None
-        seen = factors @ self._first.of(signals.layer, rows) + self._fixed[signals.layer]
-        return self._third(0, relu(self._second(0, relu(seen)))).reshape(self.asked, self.width)
+        rows = self._first.of(signals.layer, self.of_layer(signals.layer))
+        inner = rows.sum(axis=0) + self._fixed[signals.layer]
+        return self._third(0, relu(self._second(0, relu(inner)))).reshape(self.asked, self.width)

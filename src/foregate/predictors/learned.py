@@ -15,12 +15,9 @@ from foregate.interfaces import Signals
 from foregate.native.predict import Stage
 from foregate.native.products import Products
 from foregate.predictors.file import Artifact
-from foregate.predictors.fitted import FittedPredictor
+from foregate.predictors.fitted import NOBODY, FittedPredictor
 from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
-
-NOBODY = -1
-"""Where no expert was chosen."""
 
 Floats = NDArray[np.float32]
 L = TypeVar("L", bound="LearnedPredictor")

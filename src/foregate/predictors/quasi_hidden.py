@@ -5,16 +5,20 @@ Shapes: L MoE layers, E experts, D hidden, k experts chosen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from foregate.interfaces import Signals
+from foregate.native.products import Rows
+from foregate.native.shift import Shift
 from foregate.predictors.file import Artifact
-from foregate.predictors.fitted import FittedPredictor, last_token, ranked
+from foregate.predictors.fitted import NOBODY, FittedPredictor, ranked
 from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
+
+Asked = Callable[[], Prediction | None] | None
 
 
 class QuasiHidden(FittedPredictor):
@@ -34,32 +38,62 @@ class QuasiHidden(FittedPredictor):
     def __init__(self, artifact: Artifact, lookahead: int) -> None:
         super().__init__(artifact, lookahead)
         layers, hidden = self.model.layers, self.model.hidden_size
-        self._vectors = np.asarray(artifact.array("experts", (layers, self.width, hidden)), np.float32)
-        self._rest = np.asarray(artifact.array("rest", (layers, hidden)), np.float32)
-        self._added: NDArray[np.float32] | None = None
+        self._vectors = Rows(np.asarray(artifact.array("experts", (layers, self.width, hidden)), np.float32))
+        self._rest = np.ascontiguousarray(artifact.array("rest", (layers, hidden)), np.float32)
+        self._ids = np.full(self.model.top_k, NOBODY, np.int64)
+        self._weights = np.zeros(self.model.top_k, np.float32)
+        self._known = False
+        self._shift = Shift(self._vectors, self._rest, self._ids, self._weights) if self._vectors.given else None
 
     def cost(self) -> PredictorCost:
         hidden, experts = self.model.hidden_size, self.width
         guess = hidden * (self.model.top_k + 1)
-        return PredictorCost(
-            2 * (guess + self.lookahead * hidden * experts),
-            4 * (guess + self.lookahead * hidden * experts),
-            self.parameters,
-        )
+        flops = 2 * (guess + self.lookahead * hidden * experts)
+        picked = self.model.top_k * self._vectors.row_bytes
+        return PredictorCost(flops, picked + 4 * hidden * (1 + self.lookahead * experts), self.parameters)
 
     def reset(self) -> None:
-        self._added = None
+        self._known = False
 
     def observe(self, step: RoutingStep) -> None:
         if len(step.experts) > 1:
             return
-        chosen, weights = last_token(step, self.model.experts[step.layer])
-        self._added = weights @ self._vectors[step.layer][chosen] + self._rest[step.layer]
+        chosen, weights, most = step.experts[0], step.weights[0], len(self._ids)
+        if len(chosen) != most:
+            self._ids[:] = NOBODY
+        self._ids[: len(chosen)], self._weights[: len(chosen)] = chosen[:most], weights[:most]
+        self._known = True
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        if self._added is None:
-            return ()
+        return self.begin(signals)()
+
+    def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
+        """See ``interfaces.Beginner``: of the nearest layer, while this thread sees to the others."""
+        ahead = targets(self, signals.layer, signals.layers)
+        ahead = range(ahead.start, min(ahead.stop, signals.layers))
+        if not self._known or not ahead:
+            return tuple
+        return partial(self._told, signals, ahead, self._asked(signals, ahead[0]))
+
+    def _told(self, signals: Signals, ahead: range, first: Asked) -> Sequence[Prediction]:
+        nearest = self._end(signals, ahead[0], first)
+        return [nearest, *[self._end(signals, target, self._asked(signals, target)) for target in ahead[1:]]]
+
+    def _asked(self, signals: Signals, target: int) -> Asked:
+        if self._shift is None:
+            return None
+        return signals.begin_shifted(target, self._shift.place(signals.layer), self.named)
+
+    def _end(self, signals: Signals, target: int, asked: Asked) -> Prediction:
+        return (None if asked is None else asked()) or self._guess(signals, target)
+
+    def _guess(self, signals: Signals, target: int) -> Prediction:
+        """What a kernel would tell."""
+        layer = signals.layer
+        real = (self._ids >= 0) & (self._ids < self.model.experts[layer])
         guess = signals.hidden("residual").copy()
-        guess[: len(self._added)] += self._added
-        ahead = [target for target in targets(self, signals.layer, signals.layers) if target < signals.layers]
-        return [ranked(target, signals.scores(target, signals.normed(target, guess))) for target in ahead]
+        guess[: self.model.hidden_size] += (
+            self._weights[real] @ self._vectors.of(layer, self._ids[real]) + self._rest[layer]
+        )
+        told = ranked(target, signals.scores(target, signals.normed(target, guess)))
+        return Prediction(target, told.experts[: self.named], told.scores[: self.named])

@@ -12,7 +12,6 @@ from foregate.native.predict import Given, NetworkKernel, Picked, Stage
 from foregate.native.products import Products, Rows
 from foregate.predictors.activations import sigmoid, silu
 from foregate.predictors.file import Artifact
-from foregate.predictors.fitted import last_token
 from foregate.predictors.learned import Floats, LearnedPredictor
 from foregate.predictors.network import NetworkPredictor
 from foregate.types import PredictorCost, RoutingStep
@@ -36,7 +35,6 @@ class Sequence(LearnedPredictor, NetworkPredictor):
         self._toward, within = self.floats("ahead_weight", size, size), self.floats("within_weight", size, size)
         # A choice adds to the token's sum and, through ``within``, to what the heads see.
         self._adds = Rows(np.concatenate([embed, embed @ within.T], axis=2), exact=True)
-        self._ones = np.ones(experts, np.float32)
         self._place = self.floats("layer", layers, size) + self._bias("ahead_bias", 1) + self._bias("within_bias", 1)
         # Layer L + m is layer m of the next token, which has a head of its own.
         heads = [self.floats(name, layers, experts, size) for name in ("head", "next_head")]
@@ -55,7 +53,7 @@ class Sequence(LearnedPredictor, NetworkPredictor):
 
     def _start(self) -> None:
         self._state = np.zeros(self._size, np.float32)
-        self._from_state = self._after = np.zeros(self._size, np.float32)
+        self._from_state = np.zeros(self._size, np.float32)
         self._sum = np.zeros((1, 2 * self._size), np.float32)
 
     def cost(self) -> PredictorCost:
@@ -70,9 +68,9 @@ class Sequence(LearnedPredictor, NetworkPredictor):
         layer = step.layer
         if layer == 0:
             self._sum = np.zeros((len(step.experts), 2 * self._size), np.float32)
+            self._sum[:, self._size :] = self._from_state
         if len(step.experts) == 1:
-            chosen, _ = last_token(step, self.model.experts[layer])
-            self._adds.add(layer, chosen, self._ones[: len(chosen)], self._sum[0])
+            self._adds.add(layer, step.experts[0], None, self._sum[0])
         else:
             real = (step.experts >= 0) & (step.experts < self.model.experts[layer])
             rows = self._adds.of(layer, np.where(real, step.experts, 0))
@@ -80,7 +78,6 @@ class Sequence(LearnedPredictor, NetworkPredictor):
         if layer == self.layers - 1:
             for inputs in silu(self._sum[:, : self._size]) @ self._input.T + self._input_bias:
                 self._state = self._step(inputs)
-            self._after = self._from_state
             self._from_state = self._toward @ self._state
 
     def _step(self, inputs: Floats) -> Floats:
@@ -92,16 +89,12 @@ class Sequence(LearnedPredictor, NetworkPredictor):
         return (1 - update) * new + update * self._state
 
     def _network(self) -> NetworkKernel | None:
-        return self._compiled(self._head)
+        return self._compiled(self._head, start=self._place)
 
     def _given(self, signals: Signals) -> tuple[Given, Picked | None]:
-        return self._seen(signals.layer), None
-
-    def _seen(self, layer: int) -> Floats:
-        # At the last layer the state has stepped already; the heads were trained on the one before.
-        before = self._after if layer == self.layers - 1 else self._from_state
-        seen: Floats = before + self._sum[-1, self._size :] + self._place[layer]
-        return seen
+        # At the last layer the state has stepped already; this has the one before, on which the heads were trained.
+        return self._sum[-1, self._size :], None
 
     def _scores(self, signals: Signals) -> Floats:
-        return self._head(signals.layer, silu(self._seen(signals.layer))).reshape(self.asked, self.width)
+        seen = self._sum[-1, self._size :] + self._place[signals.layer]
+        return self._head(signals.layer, silu(seen)).reshape(self.asked, self.width)
