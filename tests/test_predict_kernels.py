@@ -29,11 +29,15 @@ from foregate.predictors.history import HistoryLstm, HistoryMlp, HistoryTransfor
 from foregate.predictors.ids_mlp import IdsMlp
 from foregate.predictors.markov import Markov
 from foregate.predictors.pre_attention import PreAttention
+from foregate.predictors.quasi_hidden import QuasiHidden
 from foregate.predictors.sequence import Sequence as Recurrent
+from foregate.testing.tiny import build
 from foregate.types import Moment, Phase, Prediction, RoutingStep
 
 EXPERTS, K, D, R = (40, 24, 40), 5, 48, 20
 E, L = max(EXPERTS), len(EXPERTS)
+POSTED = 2
+"""State of a question that another thread has."""
 MODEL = ModelIdentity("made up", "0", EXPERTS, K, D)
 Floats = NDArray[np.float32]
 
@@ -180,7 +184,7 @@ def step(layer: int, token: int) -> RoutingStep:
     rng = np.random.default_rng((layer, token))
     count = K + (token % 4 == 3) - (token % 4 == 2)
     ids = rng.permutation(EXPERTS[layer])[:count].astype(np.int64)
-    ids[:2] = (-1, 10**6) if token % 3 == 1 else ids[:2]
+    ids[:2] = (-1, 10**6 if token % 2 else EXPERTS[layer]) if token % 3 == 1 else ids[:2]
     return RoutingStep(layer, Phase.DECODE, token, ids[None].copy(), rng.random((1, count), np.float32))
 
 
@@ -279,7 +283,8 @@ def test_rows_of_no_expert_add_nothing() -> None:
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Compute threads, another than the caller's being worth it for the smallest prediction."""
     before = threads_asked()
-    monkeypatch.setattr("foregate.native.predict.WORTH_BEGINNING", 0)
+    for module in ("predict", "history"):
+        monkeypatch.setattr(f"foregate.native.{module}.WORTH_BEGINNING", 0)
     use_threads(request.param)
     yield request.param
     use_threads(before)
@@ -337,6 +342,31 @@ def test_a_second_question_leaves_the_first_one_open(threads: int) -> None:
 
 
 @needs_kernels
+@every_method
+def test_a_question_that_is_thrown_away_reads_what_it_was_given_till_the_end(
+    made: Callable[[], Any], threads: int
+) -> None:
+    for _ in range(5):
+        predictor = made()
+        for layer in range(L):
+            predictor.observe(step(layer, 0))
+        end = predictor.begin(States(L - 1, 0))
+        if threads > 1 and "fusion" not in predictor.name and getattr(predictor, "_kernels", None) is None:
+            assert predictor._kernel._ask[L - 1].open == POSTED
+        del predictor
+        del end
+        some(1 << 16)
+
+
+@needs_kernels
+@pytest.mark.parametrize("method", [history_mlp, history_lstm, history_transformer, ids_mlp, sequence, markov])
+def test_a_lookahead_of_more_than_all_layers_is_all_of_them(method: Callable[[int], Any]) -> None:
+    compiled, plain = method(L + 2), without_kernel(method(L + 2))
+    for ours, theirs in zip(predictions(compiled), predictions(plain), strict=True):
+        assert (ours.layer, sorted(ours.experts)) == (theirs.layer, sorted(theirs.experts))
+
+
+@needs_kernels
 def test_what_was_told_is_not_told_again(threads: int) -> None:
     end = fusion(2).begin(States(0, 1))
     end()
@@ -389,4 +419,41 @@ def test_a_live_model_says_where_its_states_lie(tiny: Callable[[str], Path]) -> 
         looking = engine.runtime.predictor = Looking()
         list(engine.stream([5, 9, 30, 7, 7, 12], SamplingConfig(max_new_tokens=5)))
         assert set(looking.seen) >= set(range(engine.spec.layers - 1))
+        assert not engine.prefetcher.controller.off_reason
+
+
+class Both(QuasiHidden):
+    """Compares what the compiled router says with what is computed from ``normed`` and ``scores``."""
+
+    compiled = 0
+
+    def predict(self, signals: Signals) -> Sequence[Prediction]:
+        told = super().predict(signals)
+        for prediction in told:
+            plain = self._guess(signals, prediction.layer)
+            asked = self._asked(signals, prediction.layer)
+            self.compiled += asked is not None and asked() == prediction
+            assert len(prediction.experts) == self.named
+            scores = dict(zip(plain.experts, plain.scores, strict=True))
+            for expert, score in zip(prediction.experts, prediction.scores, strict=True):
+                assert scores.get(expert, plain.scores[-1]) == pytest.approx(score, rel=0.02, abs=0.02)
+        return told
+
+
+@needs_kernels
+def test_a_compiled_quasi_hidden_state_is_the_one_of_the_live_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foregate.engine.dense.SMALLEST", 1)
+    model = build("qwen3_moe", tmp_path / "model", dtype="bfloat16", hidden_size=128, num_hidden_layers=4)
+    with Engine(RunConfig(model=str(model), predictor="next-gate", memory_budget="50%")) as engine:
+        there, spec = engine._identity(), engine.spec
+        arrays = {
+            "experts": some(there.layers, max(there.experts), there.hidden_size),
+            "rest": some(there.layers, there.hidden_size),
+        }
+        both = engine.runtime.predictor = Both(Artifact("quasi-hidden", there, 2, arrays), 2)
+        both.name_at_most(4)
+        list(engine.stream([5, 9, 30, 7, 7, 12], SamplingConfig(max_new_tokens=12)))
+        assert both.compiled >= spec.layers
         assert not engine.prefetcher.controller.off_reason

@@ -12,6 +12,14 @@ from foregate.events import ReadSpan
 from foregate.types import ExpertKey, ExpertLayout, Moment, Prediction, PredictorCost, RoutingStep
 
 
+class Shift(Protocol):
+    """What is added to a hidden state, where the kernels find it."""
+
+    def place(self, layer: int) -> int:
+        """Address of that of ``layer``, as long as this lives."""
+        ...
+
+
 class ExpertRead(Protocol):
     """The reading of one expert into one slot, in ``chunks`` independent parts; ``read`` may run on any thread."""
 
@@ -192,10 +200,9 @@ class Signals(Protocol):
         """``best`` for a ``Beginner``: what is returned tells, and another thread may compute meanwhile."""
         ...
 
-    def begin_shifted(self, target: int, shift: int, most: int) -> Callable[[], Prediction | None] | None:
-        """``begin_best`` on ``"residual"`` and what a compiled predictor adds to it: ``shift`` is the ``place`` of a
-        ``native.shift.Shift``, which must live as long. None, or None from what this returns: only ``normed`` and
-        ``scores`` tell.
+    def begin_shifted(self, target: int, shift: Shift, most: int) -> Callable[[], Prediction | None] | None:
+        """``begin_best`` on ``"residual"`` and what a compiled predictor adds to it (``native.shift.Shift``). None, or
+        None from what this returns: only ``normed`` and ``scores`` tell.
         """
         ...
 

@@ -18,6 +18,7 @@ from foregate.checkpoint.anatomy import FlowWatcher, MoeAnatomy
 from foregate.engine.norms import native_norm
 from foregate.engine.plain_gate import PlainGate, order
 from foregate.errors import ConfigError
+from foregate.interfaces import Shift
 from foregate.native.decoder_layer import DecoderLayer
 from foregate.native.kernels import Ranker
 from foregate.native.matrix import BF16, F32
@@ -209,12 +210,12 @@ class ModelSignals:
         end = asked[0].begin(target, asked[1], asked[0].rows if most is None else most)
         return lambda: end() or self._first(target, source, most)
 
-    def begin_shifted(self, target: int, shift: int, most: int) -> Callable[[], Prediction | None] | None:
+    def begin_shifted(self, target: int, shift: Shift, most: int) -> Callable[[], Prediction | None] | None:
         """See ``interfaces.Signals``."""
         asked = self._asked(target, "residual")
         if asked is None or self.fed_with(self.layer, target, "residual") != "residual":
             return None
-        return asked[0].begin(target, asked[1], most, shift)
+        return asked[0].begin(target, asked[1], most, shift.place(self.layer), shift)
 
     def _first(self, target: int, source: str, most: int | None) -> Prediction:
         experts, scores = self.rank(target, source)

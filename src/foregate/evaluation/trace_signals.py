@@ -18,6 +18,7 @@ from foregate.engine.engine import Engine
 from foregate.engine.signals import FEATURES, ModelSignals, Ranking
 from foregate.errors import ConfigError, TraceError
 from foregate.evaluation.held_out import HeldPrompt
+from foregate.interfaces import Shift
 from foregate.types import Moment, Prediction, RoutingStep
 
 
@@ -83,7 +84,7 @@ class TraceSignals:
     def addresses(self, *names: str, numbers: int) -> None:
         """See ``interfaces.Signals``: None, as what was recorded need not outlive the question."""
 
-    def begin_shifted(self, target: int, shift: int, most: int) -> None:
+    def begin_shifted(self, target: int, shift: Shift, most: int) -> None:
         """See ``interfaces.Signals``: None, as a trace has no router that is compiled."""
 
     def begin_best(self, target: int, source: str, most: int | None) -> Callable[[], Prediction]:

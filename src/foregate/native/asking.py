@@ -49,12 +49,14 @@ class Ask(Protocol):
 
 
 class Begun:
-    """Tells, once, what ``ask`` begins. Thrown away instead, it drops that: the other thread is free again."""
+    """Tells, once, what ``ask`` begins. Thrown away instead, it drops that: the other thread is free again, and
+    only then what is ``kept`` for it."""
 
-    __slots__ = ("_ask",)
+    __slots__ = ("_ask", "_kept")
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: Ask, kept: object = None) -> None:
         self._ask: Ask | None = ask
+        self._kept = kept
 
     def __call__(self) -> list[Prediction] | int:
         """The kernel's answer. Raises RuntimeError the second time."""

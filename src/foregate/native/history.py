@@ -86,6 +86,7 @@ class LstmKernel(_Headed):
     """``head`` on the state after a layer. ``picked`` [1, E, 4 d] are what an expert adds to the gates; ``products``
     [4 d, d] are of both layers' own state and of the second's input. ``states`` [L, 2, 2, d] of the tokens ``stamps``
     [L] are filled, from ``ids`` [L, K]. Given is the stamp, not 0, of the token, in place of an address.
+    Questions share the states: what is open is of the same token.
     """
 
     def __init__(

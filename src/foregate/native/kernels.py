@@ -263,10 +263,13 @@ class Ranker:
         ``shift``: where a ``native.shift.Shift`` lies that is added to the token before."""
         return _one(self._asked(layer, most, shift)(at, 1))
 
-    def begin(self, layer: int, at: int, most: int, shift: int = 0) -> Callable[[], Prediction | None]:
-        """As ``best``, but what this returns tells, and another compute thread does it meanwhile."""
+    def begin(
+        self, layer: int, at: int, most: int, shift: int = 0, kept: object = None
+    ) -> Callable[[], Prediction | None]:
+        """As ``best``, but what this returns tells, and another compute thread does it meanwhile; ``kept`` lives as
+        long as that takes."""
         ask = self._asked(layer, most, shift)
-        begun = Begun(ask)
+        begun = Begun(ask, kept)
         ask.begin(at, num_threads())
         return lambda: _one(begun())
 

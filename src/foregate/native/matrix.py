@@ -26,7 +26,7 @@ class Matrix(ctypes.Structure):
 
 
 class RowsOf(ctypes.Structure):
-    """``rows`` of predict.h. Holds no reference either."""
+    """``rows`` of rows.h. Holds no reference either."""
 
     _fields_ = [("values", c_void_p), ("scales", c_void_p)]
 

@@ -154,9 +154,9 @@ class NetworkKernel:
         """As a call, but what this returns tells, and another compute thread does it meanwhile if it is worth it. What
         is given must not change until then."""
         ask = self._free(layer)
-        begun = Begun(ask)
+        begun = Begun(ask, (given, picked))
         ask.begin(*self._arguments(given, picked), (threads_asked() or 1) if self._large else 1)
-        return partial(_end, begun, given, picked)
+        return partial(_end, begun)
 
     def _free(self, layer: int) -> Ask:
         ask = self._ask[layer]
@@ -185,7 +185,7 @@ class NetworkKernel:
         return ctypes.addressof(self._networks[layer])
 
 
-def _end(begun: Begun, *kept: object) -> list[Prediction]:
+def _end(begun: Begun) -> list[Prediction]:
     return checked(begun())
 
 

@@ -118,9 +118,9 @@ static size_t gate_bytes(const matrix *m) {
 
 static int refuse_gate(const matrix *m) { return refuse(m, 1) || m->dtype != BF16 || m->rows > MOST_RANKED; }
 
-/* Rank the rows of `r->gate` for x [K], bf16, shifted by `s` unless that is NULL: the best `most`, the lower first where they tie, and what bf16 keeps of
- * their products. Returns as foregate_linear, or
- * UNDECIDED where the order cannot be told: a NaN, or a tie at place `top`, which routers settle each in its own way.
+/* Rank the rows of `r->gate` for x [K], bf16, shifted by `s` unless that is NULL: the best `most`, the lower first where
+ * they tie, and what bf16 keeps of their products. Returns as foregate_linear, or UNDECIDED where the order cannot be
+ * told: a NaN, or a tie at place `top`, which routers settle each in its own way.
  * `scores` and `order` have room for `top` + 1, or all. One thread: a router is small. */
 int foregate_rank(const ranking *r, int64_t top, int64_t most, const shift *s, const uint16_t *x, float *scores,
                   int32_t *order, int64_t threads) {

@@ -43,6 +43,8 @@ class ExpertActivation(FittedPredictor):
         # [L, E, N]: the column of an expert is contiguous, so that an observation adds k rows of N numbers
         self._unit = Rows(np.transpose(library / np.maximum(lengths, 1e-12), (1, 2, 0)), exact=True)
         self._squares = [0.0] * layers
+        self._shares = [np.full(count, max(1, count) ** -0.5, np.float32) for count in range(self.width + 1)]
+        """What each of so many experts adds to the cosine with their choice."""
         order = np.argsort(-library, axis=2, kind="stable")
         self._order, self._sorted = order, np.take_along_axis(library, order, axis=2)
         self._counts = np.zeros((layers, self.width), np.float32)
@@ -64,9 +66,8 @@ class ExpertActivation(FittedPredictor):
         if self._scope == TOKEN:
             if layer == 0:
                 self._likeness[:] = 0
-            chosen, _ = last_token(step, self.model.experts[layer])
-            share = np.full(len(chosen), max(len(chosen), 1) ** -0.5, np.float32)
-            self._unit.add(layer, chosen, share, self._likeness)
+            chosen = step.experts[-1]
+            self._unit.add(layer, chosen, self._shares[len(chosen)], self._likeness)
             return
         found, times = _counted(step, self.model.experts[layer])
         counts, dots, last = self._counts[layer], self._dots[layer], self._cosines[layer]

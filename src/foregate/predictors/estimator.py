@@ -111,8 +111,10 @@ class Hybrid(Estimator):
     def _scores(self, signals: Signals) -> Floats:
         layer = signals.layer
         unit = unit_rms(self.told(signals, "residual"))
-        copied = self._router(layer, unit).reshape(self.asked, self.width)
         estimated = self._estimated[layer]
+        if estimated.all():
+            return self._estimate(layer, unit)
+        copied = self._router(layer, unit).reshape(self.asked, self.width)
         if not estimated.any():
             return copied
         guessed: Floats = np.where(estimated[:, None], self._estimate(layer, unit), copied)

@@ -38,7 +38,7 @@ class ExpertMap(FittedPredictor):
         self._semantic = artifact.option("semantic_layers", int)
         self._inputs = Products((inputs / np.maximum(np.linalg.norm(inputs, axis=1, keepdims=True), 1e-12))[None])
         # [L, E, M]: an observation adds k contiguous rows of M numbers
-        self._columns = Rows(np.transpose(maps, (1, 2, 0)), exact=True)
+        self._columns = Rows(self.none_padded(np.transpose(maps, (1, 2, 0)).copy()), exact=True)
         self._lengths = np.sqrt(np.maximum(np.cumsum((maps**2).sum(axis=2), axis=1), 1e-12)).T.copy()
         order = np.argsort(-maps, axis=2, kind="stable")
         self._order, self._sorted = order, np.take_along_axis(maps, order, axis=2)
@@ -62,9 +62,10 @@ class ExpertMap(FittedPredictor):
             self._dots[:] = 0
             self._square, self._by_input = 0.0, None
         self._seen = layer
-        weights = step.weights[-1]
-        self._columns.add(layer, step.experts[-1], weights, self._dots)
-        self._square += float(weights @ weights)
+        chosen, weights, there = step.experts[-1], step.weights[-1], self.model.experts[layer]
+        self._columns.add(layer, chosen, weights, self._dots)
+        pairs = zip(chosen.tolist(), weights.tolist(), strict=True)  # sooner than numpy, when caches are cold
+        self._square += sum([weight * weight for expert, weight in pairs if 0 <= expert < there])
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
         match, score = self._match(signals)

@@ -44,6 +44,12 @@ class FittedPredictor(BasePredictor):
         """Whoever asks reads no more than the first ``count`` of a ranking: the rest need not be told."""
         self.named = min(max(1, count), self.width)
 
+    def none_padded(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``rows`` [L, E, …], of which those are zero that stand for no expert: a choice may name one all the same."""
+        for layer, there in enumerate(self.model.experts):
+            rows[layer, there:] = 0
+        return rows
+
     def rank_all(self, layers: Sequence[int], scores: NDArray[np.float32]) -> list[Prediction]:
         """Experts of each of ``layers`` by its row of ``scores`` [len(layers), E], no padded one above a real one."""
         order = np.argsort(-scores, axis=1, kind="stable")

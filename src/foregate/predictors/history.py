@@ -1,4 +1,5 @@
-"""Later layers from this token's routing so far, by a window over layers: ``history-transformer`` and ``history-mlp``.
+"""Later layers from this token's routing so far, by a window over layers (``history-transformer``, ``history-mlp``) or
+from layer to layer (``history-lstm``).
 
 Shapes: L MoE layers, E experts, W window, H hops, d width.
 """

@@ -5,6 +5,9 @@ Shapes: L MoE layers, E experts, H hops.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import numpy as np
 
 from foregate.interfaces import Signals
@@ -12,9 +15,10 @@ from foregate.native.predict import Given, NetworkKernel, Picked
 from foregate.native.products import Rows
 from foregate.predictors.activations import relu
 from foregate.predictors.file import Artifact
+from foregate.predictors.fitted import NOBODY
 from foregate.predictors.learned import Floats, RoutedPredictor
 from foregate.predictors.network import NetworkPredictor
-from foregate.types import PredictorCost
+from foregate.types import Prediction, PredictorCost
 
 
 class IdsMlp(RoutedPredictor, NetworkPredictor):
@@ -33,8 +37,10 @@ class IdsMlp(RoutedPredictor, NetworkPredictor):
         size = len(first)
         ends = experts * (1 + hops)
         # An expert adds its own column and, by its share of the choice, what its affinities make of theirs.
+        own, top_k = first[:, :experts].T, np.float32(self.model.top_k)
         near = affinity.transpose(1, 2, 0, 3).reshape(layers, experts, hops * experts) @ first[:, experts:ends].T
-        self._first = Rows(first[:, :experts].T + near / np.float32(self.model.top_k))
+        self._first = Rows(own + near / top_k)
+        self._own = np.ascontiguousarray(own)
         ahead = np.concatenate([np.roll(popularity, -hop, axis=0) for hop in range(1, hops + 1)], axis=1)
         fixed = np.concatenate([ahead, np.eye(layers, dtype=np.float32)], axis=1)
         # Popularity and layer depend on the layer alone: their part of the first product is known beforehand.
@@ -48,6 +54,17 @@ class IdsMlp(RoutedPredictor, NetworkPredictor):
         numbers = picked * self._first.columns + sum(part.size for part in parts)
         return self.multiplied(numbers, picked * self._first.row_bytes + sum(part.nbytes for part in parts))
 
+    def predict(self, signals: Signals) -> Sequence[Prediction]:
+        return super().predict(signals) if self._usual(signals) else self._computed(signals)
+
+    def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
+        """See ``interfaces.Beginner``."""
+        return super().begin(signals) if self._usual(signals) else partial(self._computed, signals)
+
+    def _usual(self, signals: Signals) -> bool:
+        """Whether as many were chosen as the kernel takes for granted."""
+        return NOBODY not in self.ids[signals.layer].tolist()
+
     def _network(self) -> NetworkKernel | None:
         return self._compiled(self._second, self._third, rows=self._first, start=self._fixed)
 
@@ -55,6 +72,8 @@ class IdsMlp(RoutedPredictor, NetworkPredictor):
         return None, (self.ids[signals.layer], None)
 
     def _scores(self, signals: Signals) -> Floats:
-        rows = self._first.of(signals.layer, self.of_layer(signals.layer))
-        inner = rows.sum(axis=0) + self._fixed[signals.layer]
+        chosen = self.of_layer(signals.layer)
+        own = self._own[chosen].sum(axis=0)
+        near = self._first.of(signals.layer, chosen).sum(axis=0) - own
+        inner = own + near * (self.model.top_k / max(1, len(chosen))) + self._fixed[signals.layer]
         return self._third(0, relu(self._second(0, relu(inner)))).reshape(self.asked, self.width)

@@ -24,7 +24,7 @@ L = TypeVar("L", bound="LearnedPredictor")
 
 
 class LearnedPredictor(FittedPredictor):
-    """Subclasses compute scores [H, E] of the layers 1 … H after the one at which they are asked."""
+    """Subclasses compute scores of the layers 1 … H, or 1 … A, after the one at which they are asked."""
 
     def __init__(self, artifact: Artifact, lookahead: int) -> None:
         """Raises ConfigError for a ``lookahead`` beyond the trained one, PredictorError for arrays that do not fit."""
@@ -77,7 +77,7 @@ class RoutedPredictor(LearnedPredictor):
         super().__init__(artifact, lookahead)
         self.before = before
         self.ids = np.full((before + self.layers, self.model.top_k), NOBODY, np.int64)
-        """Chosen experts, [before + L, k]; of a choice of more than the model's top-k the first are taken."""
+        """Chosen experts, [before + L, k], and ``NOBODY``; of more than the model's top-k the first are taken."""
 
     def reset(self) -> None:
         self.ids[:] = NOBODY
@@ -89,9 +89,12 @@ class RoutedPredictor(LearnedPredictor):
         else:
             row[:] = NOBODY
             row[: len(chosen)] = chosen[: len(row)]
+        there = self.model.experts[step.layer]
+        if max(row.tolist()) >= there:  # sooner than numpy's, when caches are cold
+            row[row >= there] = NOBODY
 
     def of_layer(self, layer: int) -> NDArray[np.int64]:
         """What ``layer`` chose, without what is no expert of it."""
         ids = self.ids[self.before + layer]
-        real: NDArray[np.int64] = ids[(ids >= 0) & (ids < self.model.experts[layer])]
+        real: NDArray[np.int64] = ids[ids >= 0]
         return real

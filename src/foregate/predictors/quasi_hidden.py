@@ -27,6 +27,7 @@ class QuasiHidden(FittedPredictor):
     Array ``experts`` [L, E, D]: default vectors dv, the mean output of an expert over the calibration tokens that were
     routed to it. Array ``rest`` [L, D]: s_l, the mean of whatever else the MoE block adds (shared experts); zero where
     there is nothing else. Later layers are asked with the same guess through their own norm.
+    Of a choice of more than the model's top-k experts the first are taken.
     """
 
     name = "quasi-hidden"
@@ -38,7 +39,9 @@ class QuasiHidden(FittedPredictor):
     def __init__(self, artifact: Artifact, lookahead: int) -> None:
         super().__init__(artifact, lookahead)
         layers, hidden = self.model.layers, self.model.hidden_size
-        self._vectors = Rows(np.asarray(artifact.array("experts", (layers, self.width, hidden)), np.float32))
+        self._vectors = Rows(
+            self.none_padded(np.array(artifact.array("experts", (layers, self.width, hidden)), np.float32))
+        )
         self._rest = np.ascontiguousarray(artifact.array("rest", (layers, hidden)), np.float32)
         self._ids = np.full(self.model.top_k, NOBODY, np.int64)
         self._weights = np.zeros(self.model.top_k, np.float32)
@@ -82,7 +85,7 @@ class QuasiHidden(FittedPredictor):
     def _asked(self, signals: Signals, target: int) -> Asked:
         if self._shift is None:
             return None
-        return signals.begin_shifted(target, self._shift.place(signals.layer), self.named)
+        return signals.begin_shifted(target, self._shift, self.named)
 
     def _end(self, signals: Signals, target: int, asked: Asked) -> Prediction:
         return (None if asked is None else asked()) or self._guess(signals, target)

@@ -34,12 +34,13 @@ class Sequence(LearnedPredictor, NetworkPredictor):
         self._again, self._again_bias = self.floats("gru_weight_hh_l0", 3 * size, size), self._bias("gru_bias_hh_l0", 3)
         self._toward, within = self.floats("ahead_weight", size, size), self.floats("within_weight", size, size)
         # A choice adds to the token's sum and, through ``within``, to what the heads see.
-        self._adds = Rows(np.concatenate([embed, embed @ within.T], axis=2), exact=True)
+        self._adds = Rows(self.none_padded(np.concatenate([embed, embed @ within.T], axis=2)), exact=True)
         self._place = self.floats("layer", layers, size) + self._bias("ahead_bias", 1) + self._bias("within_bias", 1)
         # Layer L + m is layer m of the next token, which has a head of its own.
         heads = [self.floats(name, layers, experts, size) for name in ("head", "next_head")]
         biases = [self.floats(name, layers, experts) for name in ("head_bias", "next_bias")]
-        rows = np.arange(layers)[:, None] + np.arange(1, self.asked + 1)
+        asked = self.asked = min(self.asked, layers)
+        rows = np.arange(layers)[:, None] + np.arange(1, asked + 1)
         self._head = Stage(
             Products(np.concatenate(heads)[rows].reshape(layers, -1, size)),
             np.concatenate(biases)[rows].reshape(layers, -1),
