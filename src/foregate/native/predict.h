@@ -54,7 +54,7 @@ typedef struct {
     const float *start, *norms;
     const stage *stages;
     const int32_t *counts;
-    int32_t in_turn, apart;             /* of so many ids each, the next are meant that many rows further on */
+    int32_t in_turn, apart; /* of so many ids each, the next are meant that many rows further on */
     int32_t rows, entry, given, depth, hops, experts, named; /* how many rows there are; how many experts to name */
 } network;
 
@@ -87,9 +87,10 @@ static int refuse_network(const network *n) {
     for (int hop = 0; hop < n->hops; hop++)
         if (n->counts[hop] < 1 || n->counts[hop] > n->experts)
             return 1;
-    if (n->in_turn < 0 || n->apart < 0 || (n->in_turn && n->apart < 1))
+    if (n->in_turn < 0 || n->apart < 0 || (n->in_turn && n->apart < 1) || n->hops < 1 || n->named < 1 ||
+        n->named > n->experts || width != n->hops * n->experts)
         return 1;
-    return n->entry < 1 || n->given < 1 || n->entry % n->given || (!n->norms && n->given != n->entry) || n->hops < 1 || n->named < 1 || n->named > n->experts || width != n->hops * n->experts;
+    return n->entry < 1 || n->given < 1 || n->entry % n->given || (!n->norms && n->given != n->entry);
 }
 
 /* To x [entry]: what is given. */

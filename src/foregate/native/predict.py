@@ -125,11 +125,9 @@ class NetworkKernel:
         nbytes = sum(stage.products.nbytes for stage in stages)
         self._large = nbytes >= WORTH_BEGINNING // 4  # one stage waits for the other
         self._stages = [(_Stage * max(1, len(stages)))(*[s.of(layer) for s in stages]) for layer in range(layers)]
-        self._counts = [
-            np.array([experts[(layer + hop + 1) % layers] for hop in range(hops)], np.int32) for layer in range(layers)
-        ]
+        self._counts = np.ones((layers, hops), np.int32)  # of hops that nobody asks for: any
         for layer, targets in enumerate(ahead):
-            self._counts[layer][: len(targets)] = [experts[target % layers] for target in targets]
+            self._counts[layer, : len(targets)] = [experts[target % layers] for target in targets]
         given, count = (rows.given, rows.count) if rows is not None else ([], 0)
         taken = entry if norms is None else norms.shape[-1]
         self._networks = [

@@ -129,7 +129,8 @@ int foregate_rank(const ranking *r, int64_t top, int64_t most, const shift *s, c
     const matrix *m = &r->gate;
     const int n = m->columns, rows = m->rows;
     const int last = top < rows ? (int)top + 1 : rows, sorted = most < last ? last : most < rows ? (int)most : rows;
-    if (refuse_gate(m) || top < 1 || (r->norm && (n < 16 || n % 16)) || (s && (s->width < 1 || s->width > n || s->count < 0)))
+    if (refuse_gate(m) || top < 1 || (r->norm && (n < 16 || n % 16)) ||
+        (s && (s->width < 1 || s->width > n || s->count < 0)))
         return 1;
     if (!reserve(gate_bytes(m) + (s ? shift_bytes(s, n) : 0) + (size_t)n * 2 + (size_t)rows * 8 + 256))
         return 2;

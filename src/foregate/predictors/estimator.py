@@ -37,7 +37,6 @@ class Estimator(LearnedPredictor, NetworkPredictor):
         place = embedding @ first[:, signal:].T + self.floats("first_bias", len(first))
         self._first = Stage(Products(first[None, :, :signal]), place, "linear")
         self._second = self.linear("second", hops * self.width, len(first), "silu", asked=True)
-        self._compile()
 
     def cost(self) -> PredictorCost:
         first, second = self._first.products, self._second.products
@@ -78,7 +77,6 @@ class Hybrid(Estimator):
             "linear",
         )
         self._as_it_is = np.ones((layers, 1, self.hidden_size), np.float32)
-        self._compile()
 
     def cost(self) -> PredictorCost:
         estimated, copied = float(self._estimated.any(axis=1).mean()), float((~self._estimated).any(axis=1).mean())
@@ -98,8 +96,6 @@ class Hybrid(Estimator):
     def _compile(self) -> None:
         """The kernel of every layer: one of the two, or None where hops need both."""
         super()._compile()
-        if not hasattr(self, "_router"):
-            return
         copied = self._compiled(self._router, norms=self._as_it_is) if available() else None
         self._kernels = [
             self._kernel if of_all.all() else None if of_all.any() else copied for of_all in self._estimated

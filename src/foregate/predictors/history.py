@@ -42,7 +42,6 @@ class HistoryMlp(RoutedPredictor, NetworkPredictor):
         self._place = np.ascontiguousarray(first[:, -self.layers :].T + self.floats("first_bias", size))
         self._second = self.linear("second", size, size)
         self._third = self.linear("third", self.hops * self.width, size, asked=True)
-        self._compile()
 
     def cost(self) -> PredictorCost:
         parts, picked = (self._second.products, self._third.products), self._window * self.model.top_k
@@ -84,7 +83,6 @@ class HistoryTransformer(RoutedPredictor, NetworkPredictor):
         self._positions = self.floats("positions", self.layers, size) + self.floats("embed_bias", size)
         self._blocks = [self._block(number) for number in range(BLOCKS)]
         self._head = self.linear("head", self.hops * self.width, size, "linear", asked=True)
-        self._compile()
 
     def _block(self, number: int) -> EncoderBlock:
         name = f"blocks_{number}_"
@@ -162,7 +160,6 @@ class HistoryLstm(RoutedPredictor, NetworkPredictor):
         """Hidden and cell after each layer, of the tokens ``stamps`` [L]."""
         self._stamps = np.zeros(self.layers, np.int64)
         self._stamp = 1
-        self._compile()
 
     def cost(self) -> PredictorCost:
         parts = [self._again, self._again_second, self._second, self._head.products]

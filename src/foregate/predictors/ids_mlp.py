@@ -47,7 +47,6 @@ class IdsMlp(RoutedPredictor, NetworkPredictor):
         self._fixed = fixed @ first[:, ends:].T + self.floats("first_bias", size)
         self._second = self.linear("second", size, size)
         self._third = self.linear("third", hops * experts, size, asked=True)
-        self._compile()
 
     def cost(self) -> PredictorCost:
         parts, picked = (self._second.products, self._third.products), self.model.top_k

@@ -35,7 +35,6 @@ class Markov(NetworkPredictor):
         self._rows = Rows(by_expert.reshape(self.model.layers, self.width, -1), exact=True)
         self._shares = shares_of(self.width)
         self._chosen: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._compile()
 
     def cost(self) -> PredictorCost:
         numbers = self.asked * self.model.top_k * self.width

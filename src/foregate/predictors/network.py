@@ -5,17 +5,21 @@ Shapes: L MoE layers, E experts of the widest layer, A layers that are told of a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from foregate.interfaces import Signals
 from foregate.native.predict import Floats, Given, NetworkKernel, Picked, Stage, available
+from foregate.predictors.file import Artifact
 from foregate.predictors.fitted import FittedPredictor
 from foregate.predictors.targets import targets
 from foregate.types import Prediction
+
+N = TypeVar("N", bound="NetworkPredictor")
 
 
 def shares_of(most: int) -> list[Floats]:
@@ -23,7 +27,7 @@ def shares_of(most: int) -> list[Floats]:
     return [np.full(count, 1 / max(1, count), np.float32) for count in range(most + 1)]
 
 
-class NetworkPredictor(FittedPredictor):
+class NetworkPredictor(FittedPredictor, ABC):
     """One whose scores a compiled network gives where there is one, begun early where that is worth it.
 
     Subclasses say what it is made of (``_network``), what it is given (``_given``), and what it computes (``_scores``).
@@ -32,6 +36,13 @@ class NetworkPredictor(FittedPredictor):
     asked: int
     """How many layers are told of at once, A."""
     _kernel: NetworkKernel | None = None
+
+    @classmethod
+    def from_file(cls: type[N], artifact: Artifact, lookahead: int) -> N:
+        """See ``FittedPredictor``; compiled where that is possible."""
+        made = super().from_file(artifact, lookahead)
+        made._compile()
+        return made
 
     def name_at_most(self, count: int) -> None:
         super().name_at_most(count)
@@ -55,20 +66,20 @@ class NetworkPredictor(FittedPredictor):
         return [Prediction(layer, experts[:named], scores[:named]) for layer, experts, scores in whole]
 
     def _compile(self) -> None:
-        """To be called once all arrays are there."""
+        """Anew where what is asked for has changed."""
         self._kernel = self._network() if available() else None
 
+    @abstractmethod
     def _network(self) -> NetworkKernel | None:
         """The kernel; None where the kernels cannot have what it is made of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _given(self, signals: Signals) -> tuple[Given, Picked | None]:
         """What the kernel is given."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _scores(self, signals: Signals) -> Floats:
         """What the kernel computes, [A, E]."""
-        raise NotImplementedError
 
     def _compiled(self, *stages: Stage, **more: Any) -> NetworkKernel | None:
         """The kernel of ``stages``, for the layers that are asked for."""

@@ -50,7 +50,6 @@ class PreAttention(LearnedPredictor, NetworkPredictor):
         self._first = Stage(Products(first.transpose(0, 2, 1)), biases[0], "linear")
         self._second = Stage(Products(second.transpose(0, 2, 1)), biases[1], _activation(artifact))
         self._last = np.zeros((self.layers, self.hidden_size), np.float32)
-        self._compile()
 
     def cost(self) -> PredictorCost:
         first, second = self._first.products, self._second.products

@@ -47,7 +47,6 @@ class Sequence(LearnedPredictor, NetworkPredictor):
             "silu",
         )
         self._start()
-        self._compile()
 
     def _bias(self, name: str, parts: int) -> Floats:
         return self.floats(name, parts * self._size)
