@@ -152,12 +152,14 @@ every_method = pytest.mark.parametrize("made", MADE.values(), ids=MADE.keys())
 def without_kernel(predictor: Any) -> Any:
     """Computed by numpy, with the same rounded weights."""
     assert getattr(predictor, "_kernels", None) or predictor._kernel is not None
-    predictor._kernel, predictor._kernels = None, [None] * L
+    predictor._kernel, predictor._kernels, predictor._gru = None, [None] * L, None
     return predictor
 
 
 class States:
     """Hidden states of one token and layer, as numbers or (``place``) where they lie."""
+
+    layers = L
 
     def __init__(self, layer: int, token: int, *, place: bool = False, told: RoutingStep | None = None) -> None:
         self.layer, self.moment, self._told = layer, Moment.AFTER_ROUTING, told

@@ -259,7 +259,7 @@ def test_expert_map_matches_the_input_first_then_the_routing(data: Dataset) -> N
 def test_a_bad_match_keeps_more_experts_than_a_good_one(data: Dataset) -> None:
     artifact = fitted(data, "expert-map", "capacity=50")
     predictor = PREDICTORS.load("expert-map").from_file(artifact, 1)
-    lengths = [len(predictor._kept(0, score, 1).experts) for score in (1.0, 0.5, 0.1, -1.0)]
+    lengths = [len(predictor._kept(0, score, 1, 0).experts) for score in (1.0, 0.5, 0.1, -1.0)]
     assert lengths == sorted(lengths)
     assert lengths[0] == K < lengths[-1] == EXPERTS
 

@@ -93,7 +93,8 @@ class _SlowAsk:
 
 
 class Told:
-    """What a kernel writes: scores [A, ``named``], then experts, for ``layers`` of so many experts each."""
+    """What a kernel writes: scores [A, ``named``], then experts, for ``layers`` of so many experts each; a negative one
+    is after the last."""
 
     def __init__(self, asked: int, named: int, layers: Sequence[tuple[int, int]]) -> None:
         half = asked * named
@@ -119,7 +120,10 @@ class Told:
     def _read(self) -> list[Prediction]:
         found = self._form.unpack(self._memory)  # one call: numpy's lists take several times as long
         scores, experts = found[: self._half], found[self._half :]
-        return [Prediction(layer, experts[at : at + n], scores[at : at + n]) for layer, at, n in self._parts]
+        ends = [
+            (layer, at, next((i for i in range(at, at + n) if experts[i] < 0), at + n)) for layer, at, n in self._parts
+        ]
+        return [Prediction(layer, experts[at:end], scores[at:end]) for layer, at, end in ends]
 
 
 def _address(given: Place) -> int | None:

@@ -171,7 +171,7 @@ static PyObject *prediction(PyTypeObject *type, PyObject *layer, PyObject *exper
 }
 
 /* A Prediction(layer, experts, scores), of that `type`, for each (layer, first, count) of `parts`, a tuple, of the numbers
- * that lie at `scores` and `experts`. */
+ * that lie at `scores` and `experts`; fewer if one of those is negative. */
 static PyObject *told(const float *scores, const int32_t *experts, PyObject *all, PyTypeObject *type) {
     const Py_ssize_t parts = PyTuple_GET_SIZE(all);
     PyObject *made = PyList_New(parts);
@@ -179,8 +179,12 @@ static PyObject *told(const float *scores, const int32_t *experts, PyObject *all
         PyObject *layer, *part = PyTuple_GET_ITEM(all, i);
         Py_ssize_t first, named;
         PyObject *one = NULL;
-        if (PyArg_ParseTuple(part, "Onn", &layer, &first, &named))
-            one = prediction(type, layer, numbers(experts + first, named, 0), numbers(scores + first, named, 1));
+        if (PyArg_ParseTuple(part, "Onn", &layer, &first, &named)) {
+            Py_ssize_t some = 0;
+            while (some < named && experts[first + some] >= 0)
+                some++;
+            one = prediction(type, layer, numbers(experts + first, some, 0), numbers(scores + first, some, 1));
+        }
         if (!one)
             Py_CLEAR(made);
         else
@@ -363,7 +367,7 @@ PyMODINIT_FUNC PyInit__call(void) {
     PyObject *made = PyModule_Create(&module);
     if (made && (PyModule_AddObjectRef(made, "Function", (PyObject *)&Function) < 0 ||
                  PyModule_AddObjectRef(made, "Asker", (PyObject *)&Asker) < 0 ||
-                 PyModule_AddIntConstant(made, "VERSION", 2) < 0))
+                 PyModule_AddIntConstant(made, "VERSION", 3) < 0))
         Py_CLEAR(made);
     return made;
 }

@@ -84,6 +84,45 @@ ALWAYS int run_lstm(const lstm *m, int layer, int64_t stamp) {
     return 0;
 }
 
+/* ---- A gated recurrent unit, one step a token ---- */
+
+typedef struct {
+    matrix input, again, toward; /* [3 d, d] of what comes in and of the state: forget, update, new; [d, d] of the state */
+    const float *biases[2];      /* [3 d] of the first two */
+    float *state, *given;        /* [d] each; `given`: `toward` times the state */
+    int32_t width;
+} gru;
+
+static size_t gru_bytes(const gru *m) {
+    return apply_bytes(&m->input) + apply_bytes(&m->again) + apply_bytes(&m->toward) +
+           (size_t)(2 * round_up(m->width, STEP) + 6 * m->width) * 4 + 512;
+}
+
+ALWAYS int run_gru(const gru *m, const float *sum) {
+    const int n = m->width;
+    if (!reserve(gru_bytes(m)))
+        return 2;
+    float *x = padded_floats(n, n), *now = padded_floats(n, n);
+    float *in = carve((size_t)3 * n * 4), *again = carve((size_t)3 * n * 4);
+    memcpy(x, sum, (size_t)n * 4);
+    activate_all(x, n, SILU);
+    apply(&m->input, x, in, 1);
+    memcpy(now, m->state, (size_t)n * 4);
+    apply(&m->again, now, again, 1);
+    for (int i = 0; i < 3 * n; i++) {
+        in[i] += m->biases[0][i];
+        again[i] += m->biases[1][i];
+    }
+    for (int i = 0; i < n; i++) {
+        const float forget = sigmoid(in[i] + again[i]), update = sigmoid(in[n + i] + again[n + i]);
+        const float new = 2.0f * sigmoid(2.0f * (in[2 * n + i] + forget * again[2 * n + i])) - 1.0f;
+        now[i] = new + update * (now[i] - new);
+    }
+    memcpy(m->state, now, (size_t)n * 4);
+    apply(&m->toward, now, m->given, 1);
+    return 0;
+}
+
 /* ---- Encoder blocks ---- */
 
 enum { BLOCKS = 2, MOST_STATE = 4096 };
@@ -189,6 +228,8 @@ ALWAYS int run_encoder(const encoder *m, int layer, float *last) {
 #ifdef X86
 AVX2 static int run_lstm_avx2(const lstm *m, int layer, int64_t stamp) { return run_lstm(m, layer, stamp); }
 AVX512 static int run_lstm_avx512(const lstm *m, int layer, int64_t stamp) { return run_lstm(m, layer, stamp); }
+AVX2 static int run_gru_avx2(const gru *m, const float *sum) { return run_gru(m, sum); }
+AVX512 static int run_gru_avx512(const gru *m, const float *sum) { return run_gru(m, sum); }
 AVX2 static int run_encoder_avx2(const encoder *m, int layer, float *last) { return run_encoder(m, layer, last); }
 AVX512 static int run_encoder_avx512(const encoder *m, int layer, float *last) { return run_encoder(m, layer, last); }
 #endif
@@ -217,6 +258,22 @@ int foregate_predict_lstm(const lstm *m, const network *head, int64_t layer, int
         failed = run_lstm(m, (int)layer, stamp);
     const float *last = m->states + ((size_t)layer * 2 + 1) * 2 * n;
     return failed ? failed : foregate_predict_network(head, last, F32, NULL, NULL, 0, scores, order, threads);
+}
+
+/* The state after a token whose choices add up to `sum` [d]. As foregate_linear. */
+int foregate_step_gru(const gru *m, const float *sum) {
+    choose_best();
+    const int n = m->width;
+    if (n < 1 || refuse_shape(&m->input, 3 * n, n) || refuse_shape(&m->again, 3 * n, n) ||
+        refuse_shape(&m->toward, n, n))
+        return 1;
+#ifdef X86
+    if (chosen.level == WITH_AVX512)
+        return run_gru_avx512(m, sum);
+    if (chosen.level == WITH_AVX2)
+        return run_gru_avx2(m, sum);
+#endif
+    return run_gru(m, sum);
 }
 
 /* What `head` says of the window that ends with `layer`. As foregate_linear. */

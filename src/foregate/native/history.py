@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.native.asking import WORTH_BEGINNING, Ask, Place
+from foregate.native.asking import WORTH_BEGINNING, Ask, Place, checked
+from foregate.native.library import function
 from foregate.native.matrix import Matrix, RowsOf
-from foregate.native.predict import Floats, Given, NetworkKernel, Picked, Stage, pointer
+from foregate.native.predict import Floats, Given, NetworkKernel, Picked, Stage, loaded, pointer
 from foregate.native.products import Products, Rows
 
 MOST_STATE = 4096
@@ -34,6 +35,17 @@ class _Lstm(ctypes.Structure):
         ("second", Matrix),
         *((name, c_void_p) for name in ("ids", "states", "stamps")),
         *((name, c_int32) for name in ("width", "chosen", "experts", "layers")),
+    ]
+
+
+class _Gru(ctypes.Structure):
+    """``gru`` of history.h."""
+
+    _fields_ = [
+        *((name, Matrix) for name in ("input", "again", "toward")),
+        ("biases", c_void_p * 2),
+        *((name, c_void_p) for name in ("state", "given")),
+        ("width", c_int32),
     ]
 
 
@@ -155,3 +167,23 @@ class EncoderKernel(_Headed):
     def _asker(self, layer: int) -> Ask:
         known = ctypes.addressof(self._encoder), self._head.place(layer), layer
         return self._head.asker(layer, "foregate_predict_encoder", *known, given=0, kept=self._mine)
+
+
+class GruKernel:
+    """A gated recurrent unit. ``products``: [3 d, d] of the input and of the ``state`` [d], and [d, d], which fills
+    ``given`` [d] from that; ``biases`` [3 d] of the first two."""
+
+    def __init__(
+        self, products: tuple[Products, Products, Products], biases: tuple[Floats, Floats], state: Floats, given: Floats
+    ) -> None:
+        self._gru = _Gru(
+            *(part.matrices[0] for part in products), (c_void_p * 2)(*map(pointer, biases)),
+            pointer(state), pointer(given), len(state),
+        )  # fmt: skip
+        self._kept = products, biases, state, given
+        self._at, self._step = ctypes.addressof(self._gru), function(loaded(), "foregate_step_gru", 2)
+
+    def __call__(self, total: Floats) -> None:
+        """A step of ``state``, on what the token's choices add up to, [d] in one piece. Raises MemoryError or
+        IntegrityError."""
+        checked(self._step(self._at, pointer(total)) or [])

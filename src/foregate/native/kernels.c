@@ -996,6 +996,7 @@ ALWAYS float dot_of(const float *a, const float *b, int n) {
 #include "layer.h"
 #include "predict.h"
 #include "history.h"
+#include "match.h"
 #include "echo.h"
 
 /* ---- The bar: reading memory and nothing else ---- */

@@ -278,4 +278,5 @@ def loaded() -> Any:
 
 @cache
 def _library() -> Any:
-    return load("kernels", [f"foregate_predict_{name}" for name in ("network", "fusion", "lstm", "encoder")])
+    asked = [f"foregate_predict_{name}" for name in ("network", "fusion", "lstm", "encoder", "match")]
+    return load("kernels", [*asked, "foregate_step_gru"])

@@ -25,7 +25,8 @@ class _Shift(ctypes.Structure):
 class Shift:
     """Of a layer: ``base`` [L, D] and the ``rows`` [L, E, D] of the experts ``ids`` [k], each times its weight [k].
 
-    ``ids`` (int64) and ``weights`` (float32) are written by their owner; an id of no expert adds nothing.
+    ``ids`` (int64) and ``weights`` (float32) are written by their owner, or lie elsewhere (``read``); an id of no
+    expert adds nothing.
     """
 
     def __init__(self, rows: Rows, base: Floats, ids: NDArray[np.int64], weights: Floats) -> None:
@@ -34,6 +35,11 @@ class Shift:
         self._layers = [
             _Shift(given, added.ctypes.data, *at, *sizes) for given, added in zip(rows.given, base, strict=True)
         ]
+
+    def read(self, layer: int, ids: int, weights: int) -> None:
+        """From now on those of ``layer`` are [k] numbers at these addresses; whoever asks sees to it that they are."""
+        shift = self._layers[layer]
+        shift.ids, shift.weights = ids, weights
 
     def place(self, layer: int) -> int:
         """Where the shift of ``layer`` lies, as long as this one lives."""

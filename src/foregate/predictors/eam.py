@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from foregate.interfaces import Signals
 from foregate.native.products import Rows
 from foregate.predictors.file import Artifact
-from foregate.predictors.fitted import FittedPredictor, last_token
-from foregate.predictors.targets import targets
+from foregate.predictors.fitted import last_token
+from foregate.predictors.stored import StoredPredictor
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
 REQUEST, TOKEN = "request", "token"
@@ -22,7 +22,7 @@ SCOPES = (REQUEST, TOKEN)
 """What is compared with the stored requests: all tokens of this one so far, or the layers of this token so far."""
 
 
-class ExpertActivation(FittedPredictor):
+class ExpertActivation(StoredPredictor):
     """Array ``library`` [N, L, E]: how often each expert was used in a stored request, each layer summing to 1.
 
     The match is the largest mean, over the layers observed, of the cosine between this request's row and the stored
@@ -31,6 +31,7 @@ class ExpertActivation(FittedPredictor):
     """
 
     name = "eam"
+    fading = True
     signal = "routing of this request so far"
     source = "MoE-Infinity"
 
@@ -40,55 +41,47 @@ class ExpertActivation(FittedPredictor):
         library = np.asarray(artifact.array("library", (None, layers, self.width)), np.float32)
         self._scope = artifact.option("scope", str)
         lengths = np.linalg.norm(library, axis=2, keepdims=True)
-        # [L, E, N]: the column of an expert is contiguous, so that an observation adds k rows of N numbers
-        self._unit = Rows(np.transpose(library / np.maximum(lengths, 1e-12), (1, 2, 0)), exact=True)
         self._squares = [0.0] * layers
-        self._shares = [np.full(count, max(1, count) ** -0.5, np.float32) for count in range(self.width + 1)]
+        self._shares_of = [np.full(count, max(1, count) ** -0.5, np.float32) for count in range(self.width + 1)]
         """What each of so many experts adds to the cosine with their choice."""
-        order = np.argsort(-library, axis=2, kind="stable")
-        self._order, self._sorted = order, np.take_along_axis(library, order, axis=2)
         self._counts = np.zeros((layers, self.width), np.float32)
         self._dots = np.zeros((layers, library.shape[0]), np.float32)
         self._cosines = np.zeros_like(self._dots)
-        self._likeness = np.zeros(library.shape[0], np.float32)
+        # [L, E, N]: the column of an expert is contiguous, so that an observation adds k rows of N numbers
+        unit = library / np.maximum(lengths, 1e-12)
+        self._remember(library, Rows(np.transpose(unit, (1, 2, 0)).copy(), exact=True))
 
     def cost(self) -> PredictorCost:
-        numbers = self._likeness.size * (self.model.top_k + 3)
+        numbers = self.likeness.size * (self.model.top_k + 3)
         return PredictorCost(numbers, 4 * numbers, self.parameters)
 
     def reset(self) -> None:
-        for values in (self._counts, self._dots, self._cosines, self._likeness):
+        super().reset()
+        for values in (self._counts, self._dots, self._cosines, self.likeness):
             values[...] = 0
         self._squares = [0.0] * self.model.layers
 
-    def observe(self, step: RoutingStep) -> None:
+    def _keep(self, step: RoutingStep) -> None:
         layer = step.layer
         if self._scope == TOKEN:
             if layer == 0:
-                self._likeness[:] = 0
+                self.likeness[:] = 0
             chosen = step.experts[-1]
-            self._unit.add(layer, chosen, self._shares[len(chosen)], self._likeness)
+            self._columns.add(layer, chosen, self._shares_of[len(chosen)], self.likeness)
             return
         found, times = _counted(step, self.model.experts[layer])
         counts, dots, last = self._counts[layer], self._dots[layer], self._cosines[layer]
         before = counts[found]
         self._squares[layer] += float(times @ (2 * before + times))
         counts[found] = before + times
-        self._unit.add(layer, found, times, dots)
-        self._likeness -= last
+        self._columns.add(layer, found, times, dots)
+        self.likeness -= last
         np.divide(dots, max(self._squares[layer] ** 0.5, 1e-12), out=last)
-        self._likeness += last
+        self.likeness += last
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
-        match = int(self._likeness.argmax())
-        return [self._of(match, target, signals.layer) for target in targets(self, signals.layer, signals.layers)]
-
-    def _of(self, match: int, target: int, layer: int) -> Prediction:
-        there = target % self.model.layers
-        experts = min(self.named, self.model.experts[there])
-        near = 1 - (target - layer) / self.model.layers
-        order = tuple(self._order[match, there, :experts].tolist())
-        return Prediction(target, order, tuple((near * self._sorted[match, there, :experts]).tolist()))
+        self._settle()
+        return self._told(signals)
 
 
 def _counted(step: RoutingStep, experts: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -19,14 +19,14 @@ from foregate.predictors.activations import inverse_rms, silu
 from foregate.predictors.file import Artifact
 from foregate.predictors.fitted import NOBODY
 from foregate.predictors.learned import Floats, LearnedPredictor
+from foregate.predictors.pending import PendingChoice
 from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
-NOWHERE = (None, None)
 """Where a choice lies that has been copied already."""
 
 
-class Fusion(LearnedPredictor):
+class Fusion(PendingChoice, LearnedPredictor):
     """With u = r_l / rms(r_l), x the pre-attention input, g the router weights of the chosen experts, and p_h what the
     last token's residual gained from layer l to l+h (in units of its rms at l):
 
@@ -75,10 +75,6 @@ class Fusion(LearnedPredictor):
         self._last = np.zeros((layers, hidden), np.float32)
         self._ids = np.full((layers, self.model.top_k), NOBODY, np.int64)
         self._weights = np.zeros((layers, self.model.top_k), np.float32)
-        self._one = 1, self.model.top_k
-        """Shape of a choice that the kernel takes as it lies."""
-        self._pending: RoutingStep | None = None
-        """What was told last and is not kept yet."""
         self._copies = np.zeros((2, hidden), np.float32)
         self._copied = tuple(row.ctypes.data for row in self._copies)
         self._kernel = self._compiled() if available() else None
@@ -103,20 +99,17 @@ class Fusion(LearnedPredictor):
         return self.multiplied(numbers, nbytes)
 
     def reset(self) -> None:
-        self._pending = None
+        super().reset()
         self._now[:] = 0
         self._last[:] = 0
         self._ids[:] = NOBODY
 
     def observe(self, step: RoutingStep) -> None:
-        if self._pending is not None:
-            self._keep(self._pending)
-        self._pending = step
+        super().observe(step)
         if step.layer == 0:
             self._last[:] = self._now
 
     def _keep(self, step: RoutingStep) -> None:
-        """Note what ``step`` has told."""
         layer, chosen, weights, most = step.layer, step.experts[-1], step.weights[-1], self._ids.shape[1]
         if len(chosen) == most:
             self._ids[layer], self._weights[layer] = chosen, weights
@@ -139,24 +132,13 @@ class Fusion(LearnedPredictor):
         if where is None:
             self._copies[0], self._copies[1] = self.told(signals, "residual"), self.told(signals, "pre_attention")
             where = self._copied, F32
-        return signals.layer, *where, self._chosen(signals)
+        return signals.layer, *where, self._choice(signals, self.model.top_k)[:2]
 
     def _computed(self, signals: Signals) -> Sequence[Prediction]:
         """What a kernel would tell."""
-        self._chosen(signals)
+        self._settle()
         self._now[signals.layer] = self.told(signals, "residual")
         return self.ranked(signals, self._scores(signals.layer, self.told(signals, "pre_attention")))
-
-    def _chosen(self, signals: Signals) -> tuple[int | None, int | None]:
-        """Where the kernel finds what this layer has chosen: as a rule nobody needs to copy it before."""
-        step, self._pending = self._pending, None
-        if step is None:
-            return NOWHERE
-        fits = self._kernel is not None and step.layer == signals.layer and step.experts.shape == self._one
-        places = signals.choice_of(step) if fits else None
-        if places is None:
-            self._keep(step)
-        return places or NOWHERE
 
     def _scores(self, layer: int, before: Floats) -> Floats:
         """What the kernel computes, [A, E]."""

@@ -45,7 +45,9 @@ class QuasiHidden(FittedPredictor):
         self._rest = np.ascontiguousarray(artifact.array("rest", (layers, hidden)), np.float32)
         self._ids = np.full(self.model.top_k, NOBODY, np.int64)
         self._weights = np.zeros(self.model.top_k, np.float32)
-        self._known = False
+        self._own = self._ids.ctypes.data, self._weights.ctypes.data
+        self._step: RoutingStep | None = None
+        """What the last layer chose."""
         self._shift = Shift(self._vectors, self._rest, self._ids, self._weights) if self._vectors.given else None
 
     def cost(self) -> PredictorCost:
@@ -56,16 +58,11 @@ class QuasiHidden(FittedPredictor):
         return PredictorCost(flops, picked + 4 * hidden * (1 + self.lookahead * experts), self.parameters)
 
     def reset(self) -> None:
-        self._known = False
+        self._step = None
 
     def observe(self, step: RoutingStep) -> None:
-        if len(step.experts) > 1:
-            return
-        chosen, weights, most = step.experts[0], step.weights[0], len(self._ids)
-        if len(chosen) != most:
-            self._ids[:] = NOBODY
-        self._ids[: len(chosen)], self._weights[: len(chosen)] = chosen[:most], weights[:most]
-        self._known = True
+        if len(step.experts) == 1:
+            self._step = step
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
         return self.begin(signals)()
@@ -74,9 +71,20 @@ class QuasiHidden(FittedPredictor):
         """See ``interfaces.Beginner``: of the nearest layer, while this thread sees to the others."""
         ahead = targets(self, signals.layer, signals.layers)
         ahead = range(ahead.start, min(ahead.stop, signals.layers))
-        if not self._known or not ahead:
+        if self._step is None or not ahead:
             return tuple
+        if self._shift is not None:
+            self._shift.read(signals.layer, *self._places(signals, self._step))
         return partial(self._told, signals, ahead, self._asked(signals, ahead[0]))
+
+    def _places(self, signals: Signals, step: RoutingStep) -> tuple[int, int]:
+        """Where the kernel finds what ``step`` chose: as a rule nobody needs to copy it before."""
+        chosen, most = step.experts[0], len(self._ids)
+        places = signals.choice_of(step) if len(chosen) == most else None
+        if places is None:
+            self._ids[:] = NOBODY
+            self._ids[: len(chosen)], self._weights[: len(chosen)] = chosen[:most], step.weights[0, :most]
+        return places or self._own
 
     def _told(self, signals: Signals, ahead: range, first: Asked) -> Sequence[Prediction]:
         nearest = self._end(signals, ahead[0], first)
@@ -92,11 +100,11 @@ class QuasiHidden(FittedPredictor):
 
     def _guess(self, signals: Signals, target: int) -> Prediction:
         """What a kernel would tell."""
-        layer = signals.layer
-        real = (self._ids >= 0) & (self._ids < self.model.experts[layer])
+        layer, step, most = signals.layer, self._step, self.model.top_k
+        assert step is not None
+        ids, weights = step.experts[0, :most], step.weights[0, :most]
+        real = (ids >= 0) & (ids < self.model.experts[layer])
         guess = signals.hidden("residual").copy()
-        guess[: self.model.hidden_size] += (
-            self._weights[real] @ self._vectors.of(layer, self._ids[real]) + self._rest[layer]
-        )
+        guess[: self.model.hidden_size] += weights[real] @ self._vectors.of(layer, ids[real]) + self._rest[layer]
         told = ranked(target, signals.scores(target, signals.normed(target, guess)))
         return Prediction(target, told.experts[: self.named], told.scores[: self.named])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from foregate.interfaces import Signals
+from foregate.native.history import GruKernel
 from foregate.native.predict import Given, NetworkKernel, Picked, Stage
 from foregate.native.products import Products, Rows
 from foregate.predictors.activations import sigmoid, silu
@@ -30,9 +31,12 @@ class Sequence(LearnedPredictor, NetworkPredictor):
         layers, experts = self.layers, self.width
         embed = self.floats("embed", layers, experts, None)
         size = self._size = embed.shape[-1]
-        self._input, self._input_bias = self.floats("gru_weight_ih_l0", 3 * size, size), self._bias("gru_bias_ih_l0", 3)
-        self._again, self._again_bias = self.floats("gru_weight_hh_l0", 3 * size, size), self._bias("gru_bias_hh_l0", 3)
-        self._toward, within = self.floats("ahead_weight", size, size), self.floats("within_weight", size, size)
+        steps = [self.floats(f"gru_weight_{way}_l0", 3 * size, size) for way in ("ih", "hh")]
+        self._input, self._again, self._toward = (
+            Products(weights[None]) for weights in (*steps, self.floats("ahead_weight", size, size))
+        )
+        self._biases = self._bias("gru_bias_ih_l0", 3), self._bias("gru_bias_hh_l0", 3)
+        within = self.floats("within_weight", size, size)
         # A choice adds to the token's sum and, through ``within``, to what the heads see.
         self._adds = Rows(self.none_padded(np.concatenate([embed, embed @ within.T], axis=2)), exact=True)
         self._place = self.floats("layer", layers, size) + self._bias("ahead_bias", 1) + self._bias("within_bias", 1)
@@ -46,23 +50,24 @@ class Sequence(LearnedPredictor, NetworkPredictor):
             np.concatenate(biases)[rows].reshape(layers, -1),
             "silu",
         )
-        self._start()
+        self._state = np.zeros(size, np.float32)
+        self._from_state = np.zeros(size, np.float32)
+        self._sum = np.zeros((1, 2 * size), np.float32)
+        self._gru: GruKernel | None = None
 
     def _bias(self, name: str, parts: int) -> Floats:
         return self.floats(name, parts * self._size)
 
-    def _start(self) -> None:
-        self._state = np.zeros(self._size, np.float32)
-        self._from_state = np.zeros(self._size, np.float32)
-        self._sum = np.zeros((1, 2 * self._size), np.float32)
-
     def cost(self) -> PredictorCost:
-        step = (self._input.size + self._again.size + self._toward.size) // self.layers
-        picked, head = self.model.top_k * 2 * self._size, self._head.products
-        return self.multiplied(step + picked + head.size, 4 * (step + picked) + head.nbytes)
+        parts, head = (self._input, self._again, self._toward), self._head.products
+        picked, step = self.model.top_k * 2 * self._size, sum(part.size for part in parts) // self.layers
+        nbytes = sum(part.nbytes for part in parts) // self.layers + 4 * picked + head.nbytes
+        return self.multiplied(step + picked + head.size, nbytes)
 
     def reset(self) -> None:
-        self._start()
+        self._state[:] = 0
+        self._from_state[:] = 0
+        self._sum = np.zeros((1, 2 * self._size), np.float32)
 
     def observe(self, step: RoutingStep) -> None:
         layer = step.layer
@@ -76,19 +81,26 @@ class Sequence(LearnedPredictor, NetworkPredictor):
             rows = self._adds.of(layer, np.where(real, step.experts, 0))
             self._sum += (rows * real[..., None]).sum(axis=1)
         if layer == self.layers - 1:
-            for inputs in silu(self._sum[:, : self._size]) @ self._input.T + self._input_bias:
-                self._state = self._step(inputs)
-            self._from_state = self._toward @ self._state
+            for total in self._sum:
+                self._step(total[: self._size])
 
-    def _step(self, inputs: Floats) -> Floats:
-        """The state after one more token; ``inputs`` [3 d] are its own part of the gates."""
-        size = len(self._state)
-        again = self._again @ self._state + self._again_bias
+    def _step(self, total: Floats) -> None:
+        """The state after one more token, whose choices add up to ``total`` [d]."""
+        if self._gru is not None:
+            self._gru(total)
+            return
+        size, state = self._size, self._state
+        inputs = self._input(0, silu(total)) + self._biases[0]
+        again = self._again(0, state) + self._biases[1]
         forget, update = sigmoid(inputs[: 2 * size] + again[: 2 * size]).reshape(2, size)
         new = np.tanh(inputs[2 * size :] + forget * again[2 * size :])
-        return (1 - update) * new + update * self._state
+        state[:] = (1 - update) * new + update * state
+        self._from_state[:] = self._toward(0, state)
 
     def _network(self) -> NetworkKernel | None:
+        parts = self._input, self._again, self._toward
+        if all(part.matrices for part in parts):
+            self._gru = GruKernel(parts, self._biases, self._state, self._from_state)
         return self._compiled(self._head, start=self._place)
 
     def _given(self, signals: Signals) -> tuple[Given, Picked | None]:
