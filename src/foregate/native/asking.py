@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from struct import Struct
 from typing import Any, Protocol
 
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 
 from foregate.errors import IntegrityError
 from foregate.native.library import address, calls, function
+from foregate.native.matrix import threads_asked
 from foregate.types import Prediction
 
 _BESIDE = ("foregate_post", "foregate_join")
@@ -124,6 +127,43 @@ class Told:
             (layer, at, next((i for i in range(at, at + n) if experts[i] < 0), at + n)) for layer, at, n in self._parts
         ]
         return [Prediction(layer, experts[at:end], scores[at:end]) for layer, at, end in ends]
+
+
+class LayerKernel(ABC):
+    """A kernel that is asked for the predictions of a layer. ``given`` is what a subclass says that it needs."""
+
+    _ask: list[Ask]
+    """Who asks for each layer."""
+    _large: bool
+    """Whether another thread is worth it."""
+
+    def __call__(self, layer: int, *given: Any) -> list[Prediction]:
+        """What is said at ``layer``: the best experts first, and their scores. Raises MemoryError or IntegrityError."""
+        return checked(self._free(layer)(*self._arguments(*given), threads_asked() or 1))
+
+    def begin(self, layer: int, *given: Any) -> Callable[[], list[Prediction]]:
+        """As a call, but what this returns tells, and another compute thread does it meanwhile if it is worth it. What
+        is given must not change until then."""
+        ask = self._free(layer)
+        begun = Begun(ask, given)
+        ask.begin(*self._arguments(*given), (threads_asked() or 1) if self._large else 1)
+        return partial(_end, begun)
+
+    def _free(self, layer: int) -> Ask:
+        """Who asks: another where a question is open."""
+        ask = self._ask[layer]
+        return self._asker(layer) if ask.open else ask
+
+    @abstractmethod
+    def _arguments(self, *given: Any) -> tuple[Place, ...]:
+        """Of the kernel."""
+
+    @abstractmethod
+    def _asker(self, layer: int) -> Ask: ...
+
+
+def _end(begun: Begun) -> list[Prediction]:
+    return checked(begun())
 
 
 def _address(given: Place) -> int | None:

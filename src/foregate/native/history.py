@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.native.asking import WORTH_BEGINNING, Ask, Place, checked
+from foregate.native.asking import WORTH_BEGINNING, Ask, LayerKernel, Place, checked
 from foregate.native.library import function
 from foregate.native.matrix import Matrix, RowsOf
 from foregate.native.predict import Floats, Given, NetworkKernel, Picked, Stage, loaded, pointer
@@ -86,7 +86,7 @@ class EncoderBlock:
         return self.qkv, self.out, self.up, self.down
 
 
-class _Headed(NetworkKernel):
+class _Headed(LayerKernel):
     """Asks a kernel of its own, which asks that of ``head`` at the end."""
 
     def __init__(self, head: NetworkKernel, products: Sequence[Products]) -> None:

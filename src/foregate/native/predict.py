@@ -6,7 +6,7 @@ Shapes: L layers, E experts, D hidden, H hops that were trained, A of them asked
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import c_int32, c_void_p
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.native.asking import WORTH_BEGINNING, Ask, Begun, Place, Told, checked
+from foregate.native.asking import WORTH_BEGINNING, Ask, LayerKernel, Place, Told
 from foregate.native.library import load
-from foregate.native.matrix import F32, Matrix, RowsOf, threads_asked
+from foregate.native.matrix import F32, Matrix, RowsOf
 from foregate.native.products import Products, Rows
-from foregate.types import Prediction
 
 Floats = NDArray[np.float32]
 Given = Floats | tuple[int, int] | None
 Picked = tuple[NDArray[np.int64], Floats | None]
+Chosen = tuple[int | None, int | None]
 
 ACTIVATIONS = ("linear", "relu", "silu", "gelu")
 """As predict.h numbers them."""
@@ -96,14 +96,16 @@ class Stage:
         return _Stage(matrix, pointer(self.bias[min(layer, last)]), ACTIVATIONS.index(self.activation))
 
 
-class NetworkKernel:
+class NetworkKernel(LayerKernel):
     """Scores [H, E] of the layers ``ahead`` [L] of each: of what is given and of the ``picked`` rows [N], added to
     ``start`` [L, N] (None: nothing, zeros), by one stage after the other. Without stages N is H E. With ``norms``
     [L, n, N / n] a vector [N / n] is given, divided by its root mean square and multiplied with each.
 
     ``rows`` has one matrix, or one for each layer; with ``turns`` (n, m) those after each n that are picked are meant m
-    further on. ``experts`` [L] says how many of the E each layer has, of which
-    ``named`` are told, or all.
+    further on. ``experts`` [L] says how many of the E each layer has, of which ``named`` are told, or all.
+
+    Given are: numbers, float32, or their address and format; and which rows are picked, int64 (those that do not exist
+    are passed over), with the factor of each, float32 (None: 1). All arrays are in one piece.
     """
 
     def __init__(
@@ -142,26 +144,7 @@ class NetworkKernel:
         self._kept = tuple(stages), rows, start, norms
         self._ask = [self._asker(layer) for layer in range(layers)]
 
-    def __call__(self, layer: int, given: Given = None, picked: Picked | None = None) -> list[Prediction]:
-        """What ``ahead`` of ``layer`` says, the best experts first, and their scores. ``given``: float32 numbers, or
-        the address of numbers and their format; ``picked``: which rows, int64 (those that do not exist are passed
-        over), and the factor of each, float32 (None: 1)."""
-        return checked(self._free(layer)(*self._arguments(given, picked), threads_asked() or 1))
-
-    def begin(self, layer: int, given: Given = None, picked: Picked | None = None) -> Callable[[], list[Prediction]]:
-        """As a call, but what this returns tells, and another compute thread does it meanwhile if it is worth it. What
-        is given must not change until then."""
-        ask = self._free(layer)
-        begun = Begun(ask, (given, picked))
-        ask.begin(*self._arguments(given, picked), (threads_asked() or 1) if self._large else 1)
-        return partial(_end, begun)
-
-    def _free(self, layer: int) -> Ask:
-        ask = self._ask[layer]
-        return self._asker(layer) if ask.open else ask
-
-    def _arguments(self, given: Given, picked: Picked | None) -> tuple[Place, ...]:
-        """What the kernel is given; all arrays are in one piece, and kept by whoever calls."""
+    def _arguments(self, given: Given = None, picked: Picked | None = None) -> tuple[Place, ...]:
         at, dtype = given if isinstance(given, tuple) else (given, F32)
         if picked is None:
             return at, dtype, None, None, 0
@@ -183,17 +166,17 @@ class NetworkKernel:
         return ctypes.addressof(self._networks[layer])
 
 
-def _end(begun: Begun) -> list[Prediction]:
-    return checked(begun())
-
-
-class FusionKernel:
+class FusionKernel(LayerKernel):
     """``predictors.fusion.Fusion``'s scores. Matrices L of [R, (2 + H) D] (``dense``), of [A (D + E), R] (``outward``)
     and L A of [E, D] (``routers``); rows L of [E, 2 R + A D] (``picked``) and L A of [E, E] (``repeat``); ``base``
     [L, 2 R + A D] and ``bias`` [L, A, E]. ``state``: ``now`` and ``last``, residuals [L, D] of this token and the one
     before, ``ids`` and ``weights`` [L, K] of the chosen, and what else must outlive a question; a call fills ``now``,
     and those if it is told. All numbers are float32, ids int64 (negative: none). ``experts`` [L] says how many of the E
     each layer has, of which ``named`` are told, or all; ``ahead`` [L] which layers are told at each.
+
+    Given are: where the residual and the pre-attention input lie, [D] numbers each; their format; and where what the
+    layer chose does, [K] like rows of ``ids`` and ``weights``, unless they have it. A question that is open and another
+    are of the same choice.
     """
 
     def __init__(
@@ -225,39 +208,18 @@ class FusionKernel:
         ]  # fmt: skip
         at = [array.ctypes.data for array in (*state[:4], self._counts)]
         self._states = [_State(*at, n, layers, state[2].shape[1], named) for n in range(layers)]
-        jobs = zip(self._layers, self._states, strict=True)
-        known = [(ctypes.addressof(layer), ctypes.addressof(state)) for layer, state in jobs]
+        parts = [[(m, experts[m % layers]) for m in further] for further in ahead]
+        self._told = [partial(Told, asked, named, told) for told in parts]
+        self._ask = [self._asker(layer) for layer in range(layers)]
+
+    def _arguments(self, places: tuple[int, int], dtype: int, chosen: Chosen = (None, None)) -> tuple[Place, ...]:
+        return *places, dtype, *chosen
+
+    def _asker(self, layer: int) -> Ask:
+        known = ctypes.addressof(self._layers[layer]), ctypes.addressof(self._states[layer])
         kept = self._kept, self._layers, self._states, self._routers, self._repeats, self._counts
-
-        def asker(layer: int) -> Ask:
-            told = Told(asked, named, [(m, experts[m % layers]) for m in ahead[layer]])
-            return told.asked_of(loaded(), "foregate_predict_fusion", *known[layer], given=5, kept=kept)
-
-        self._asker = asker
-        self._ask = [asker(layer) for layer in range(layers)]
-
-    def __call__(
-        self, layer: int, places: tuple[int, ...], dtype: int, chosen: tuple[int | None, int | None] = (None, None)
-    ) -> list[Prediction]:
-        """Layers after ``layer``, experts of each, the best first, and their scores. ``places``: where the residual
-        and the pre-attention input lie, [D] numbers of ``dtype`` each; ``chosen``: where what the layer chose does,
-        [K] like rows of ``ids`` and ``weights``, unless they have it."""
-        return checked(self._free(layer)(*places, dtype, *chosen, threads_asked() or 1))
-
-    def begin(
-        self, layer: int, places: tuple[int, ...], dtype: int, chosen: tuple[int | None, int | None] = (None, None)
-    ) -> Callable[[], list[Prediction]]:
-        """As a call, but what this returns tells, and another compute thread does it meanwhile if it is worth it. What
-        lies at the ``places`` stays there until then."""
-        ask = self._free(layer)
-        begun = Begun(ask)
-        ask.begin(*places, dtype, *chosen, (threads_asked() or 1) if self._large else 1)
-        return lambda: checked(begun())
-
-    def _free(self, layer: int) -> Ask:
-        """Who asks: another where a question is open, which must be of the same choice."""
-        ask = self._ask[layer]
-        return self._asker(layer) if ask.open else ask
+        told = self._told[layer]()
+        return told.asked_of(loaded(), "foregate_predict_fusion", *known, given=5, kept=kept)
 
 
 def _part(array: ctypes.Array[Any], number: int) -> int:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from foregate.interfaces import Signals
-from foregate.native.predict import Given, NetworkKernel, Picked, Stage, available
+from foregate.native.asking import LayerKernel
+from foregate.native.predict import Given, Picked, Stage, available
 from foregate.native.products import Products
 from foregate.predictors.activations import silu, unit_rms
 from foregate.predictors.file import Artifact
@@ -42,7 +43,7 @@ class Estimator(LearnedPredictor, NetworkPredictor):
         first, second = self._first.products, self._second.products
         return self.multiplied(first.size + second.size, first.nbytes + second.nbytes)
 
-    def _network(self) -> NetworkKernel | None:
+    def _network(self) -> LayerKernel | None:
         return self._compiled(self._first, self._second, norms=self._norm)
 
     def _given(self, signals: Signals) -> tuple[Given, Picked | None]:

@@ -10,9 +10,10 @@ import numpy as np
 
 from foregate.errors import PredictorError
 from foregate.interfaces import Signals
+from foregate.native.asking import LayerKernel
 from foregate.native.history import MOST_STATE, EncoderBlock, EncoderKernel, LstmKernel
 from foregate.native.matrix import F32
-from foregate.native.predict import Given, NetworkKernel, Picked, Stage
+from foregate.native.predict import Given, Picked, Stage
 from foregate.native.products import Products, Rows
 from foregate.predictors.activations import layer_norm, relu, sigmoid, softmax
 from foregate.predictors.file import Artifact
@@ -48,7 +49,7 @@ class HistoryMlp(RoutedPredictor, NetworkPredictor):
         numbers = picked * self._first.columns + sum(part.size for part in parts)
         return self.multiplied(numbers, picked * self._first.row_bytes + sum(part.nbytes for part in parts))
 
-    def _network(self) -> NetworkKernel | None:
+    def _network(self) -> LayerKernel | None:
         turns = self.model.top_k, self.width
         return self._compiled(self._second, self._third, rows=self._first, start=self._place, turns=turns)
 
@@ -100,7 +101,7 @@ class HistoryTransformer(RoutedPredictor, NetworkPredictor):
         nbytes = sum(stage.products.nbytes for stage in stages) + head.nbytes
         return PredictorCost(flops, nbytes + window * self.model.top_k * self._embed.row_bytes, self.parameters)
 
-    def _network(self) -> NetworkKernel | None:
+    def _network(self) -> LayerKernel | None:
         head = self._compiled(self._head)
         stages = [stage for block in self._blocks for stage in block.stages]
         if head is None or self._size > MOST_STATE or not all(stage.products.matrices for stage in stages):
@@ -177,7 +178,7 @@ class HistoryLstm(RoutedPredictor, NetworkPredictor):
             self._stamp += 1
         self._stamps[step.layer] = 0
 
-    def _network(self) -> NetworkKernel | None:
+    def _network(self) -> LayerKernel | None:
         head, parts = self._compiled(self._head), (self._again, self._again_second, self._second)
         if head is None or not all(part.matrices for part in parts):
             return None

@@ -11,7 +11,8 @@ from functools import partial
 import numpy as np
 
 from foregate.interfaces import Signals
-from foregate.native.predict import Given, NetworkKernel, Picked
+from foregate.native.asking import LayerKernel
+from foregate.native.predict import Given, Picked
 from foregate.native.products import Rows
 from foregate.predictors.activations import relu
 from foregate.predictors.file import Artifact
@@ -64,7 +65,7 @@ class IdsMlp(RoutedPredictor, NetworkPredictor):
         """Whether as many were chosen as the kernel takes for granted."""
         return NOBODY not in self.ids[signals.layer].tolist()
 
-    def _network(self) -> NetworkKernel | None:
+    def _network(self) -> LayerKernel | None:
         return self._compiled(self._second, self._third, rows=self._first, start=self._fixed)
 
     def _given(self, signals: Signals) -> tuple[Given, Picked | None]:

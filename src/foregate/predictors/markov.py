@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foregate.interfaces import Signals
-from foregate.native.predict import Floats, Given, NetworkKernel, Picked
+from foregate.native.asking import LayerKernel
+from foregate.native.predict import Floats, Given, Picked
 from foregate.native.products import Rows
 from foregate.predictors.file import Artifact
 from foregate.predictors.fitted import last_token
@@ -53,7 +54,7 @@ class Markov(NetworkPredictor):
         """See ``interfaces.Beginner``."""
         return super().begin(signals) if len(self._chosen) else tuple
 
-    def _network(self) -> NetworkKernel | None:
+    def _network(self) -> LayerKernel | None:
         return self._compiled(rows=self._rows) if self.asked else None
 
     def _given(self, signals: Signals) -> tuple[Given, Picked | None]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from foregate.interfaces import Signals
+from foregate.native.asking import LayerKernel
 from foregate.native.predict import Floats, Given, NetworkKernel, Picked, Stage, available
 from foregate.predictors.file import Artifact
 from foregate.predictors.fitted import FittedPredictor
@@ -35,7 +36,7 @@ class NetworkPredictor(FittedPredictor, ABC):
 
     asked: int
     """How many layers are told of at once, A."""
-    _kernel: NetworkKernel | None = None
+    _kernel: LayerKernel | None = None
 
     @classmethod
     def from_file(cls: type[N], artifact: Artifact, lookahead: int) -> N:
@@ -70,7 +71,7 @@ class NetworkPredictor(FittedPredictor, ABC):
         self._kernel = self._network() if available() else None
 
     @abstractmethod
-    def _network(self) -> NetworkKernel | None:
+    def _network(self) -> LayerKernel | None:
         """The kernel; None where the kernels cannot have what it is made of."""
 
     @abstractmethod

@@ -9,7 +9,8 @@ import numpy as np
 
 from foregate.errors import PredictorError
 from foregate.interfaces import Signals
-from foregate.native.predict import Given, NetworkKernel, Picked, Stage
+from foregate.native.asking import LayerKernel
+from foregate.native.predict import Given, Picked, Stage
 from foregate.native.products import Products
 from foregate.predictors.activations import gelu, silu
 from foregate.predictors.file import Artifact
@@ -58,7 +59,7 @@ class PreAttention(LearnedPredictor, NetworkPredictor):
     def reset(self) -> None:
         self._last[:] = 0
 
-    def _network(self) -> NetworkKernel | None:
+    def _network(self) -> LayerKernel | None:
         return self._compiled(self._first, self._second)
 
     def _given(self, signals: Signals) -> tuple[Given, Picked | None]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from foregate.interfaces import Signals
+from foregate.native.asking import LayerKernel
 from foregate.native.history import GruKernel
-from foregate.native.predict import Given, NetworkKernel, Picked, Stage
+from foregate.native.predict import Given, Picked, Stage
 from foregate.native.products import Products, Rows
 from foregate.predictors.activations import sigmoid, silu
 from foregate.predictors.file import Artifact
@@ -97,7 +98,7 @@ class Sequence(LearnedPredictor, NetworkPredictor):
         state[:] = (1 - update) * new + update * state
         self._from_state[:] = self._toward(0, state)
 
-    def _network(self) -> NetworkKernel | None:
+    def _network(self) -> LayerKernel | None:
         parts = self._input, self._again, self._toward
         if all(part.matrices for part in parts):
             self._gru = GruKernel(parts, self._biases, self._state, self._from_state)
