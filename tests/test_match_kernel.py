@@ -112,9 +112,32 @@ def test_nothing_of_a_sequence_is_left_in_the_next(made: Callable[[], Any]) -> N
 
 
 @needs_kernels
+@every_method
+def test_an_answer_of_another_length_is_of_the_same_search(made: Callable[[], Any]) -> None:
+    predictor, whole = made(), made()
+    told = predictions(predictor)
+    first = [next(told) for _ in range(12)]
+    predictor.name_at_most(3)
+    rest = [(one.layer, one.experts) for one in told]
+    expected = list(predictions(whole))
+    assert first == expected[:12]
+    assert rest == [(one.layer, one.experts[:3]) for one in expected[12:]]
+
+
+@needs_kernels
+@every_method
+def test_nothing_is_told_where_nothing_is_asked_for(made: Callable[[], Any]) -> None:
+    predictor = made()
+    predictor.lookahead = 0
+    predictor.name_at_most(E)
+    assert not list(predictions(predictor))
+
+
+@needs_kernels
 def test_answers_end_alike_without_pythons_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = list(predictions(expert_map(), place=True))
-    monkeypatch.setattr("foregate.native.asking.calls", lambda: None)
+    for module in ("asking", "library", "products"):
+        monkeypatch.setattr(f"foregate.native.{module}.calls", lambda: None)
     assert list(predictions(expert_map(), place=True)) == expected
 
 

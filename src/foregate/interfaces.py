@@ -241,7 +241,8 @@ class Predictor(Protocol):
         ...
 
     def observe(self, step: RoutingStep) -> None:
-        """The router of one layer has chosen, in prefill (all tokens) or decode."""
+        """The router of one layer has chosen, in prefill (all tokens) or decode. The arrays of ``step`` are not written
+        to afterwards, and not to be changed."""
         ...
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:

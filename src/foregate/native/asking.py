@@ -172,8 +172,15 @@ def _address(given: Place) -> int | None:
 
 def checked(told: list[Prediction] | int) -> list[Prediction]:
     """``told``. Raises MemoryError or IntegrityError where the kernel could not, or would not, do it."""
-    if not isinstance(told, int):
-        return told
-    if told == 2:
+    if isinstance(told, int):
+        check(told)
+        return []
+    return told
+
+
+def check(answer: int) -> None:
+    """Of a predictor's kernel. Raises MemoryError or IntegrityError unless it is 0."""
+    if answer == 2:
         raise MemoryError("no memory for a prediction")
-    raise IntegrityError("the kernels refused the arrays of a predictor")
+    if answer:
+        raise IntegrityError("the kernels refused the arrays of a predictor")

@@ -1,5 +1,6 @@
 /* What predictors/history.py computes up to its head, a network (predict.h) on the last state: an LSTM that steps from
- * layer to layer, and an encoder over a window of layers. Included by kernels.c.
+ * layer to layer, and an encoder over a window of layers; and the step of predictors/sequence.py from token to token.
+ * Included by kernels.c.
  *
  * L layers, E experts, K of them chosen, W window, d width. */
 #ifndef FOREGATE_HISTORY_H
@@ -87,14 +88,14 @@ ALWAYS int run_lstm(const lstm *m, int layer, int64_t stamp) {
 /* ---- A gated recurrent unit, one step a token ---- */
 
 typedef struct {
-    matrix input, again, toward; /* [3 d, d] of what comes in and of the state: forget, update, new; [d, d] of the state */
-    const float *biases[2];      /* [3 d] of the first two */
-    float *state, *given;        /* [d] each; `given`: `toward` times the state */
+    matrix input, again;    /* [3 d, d] of what comes in and of the state: forget, update, new */
+    const float *biases[2]; /* [3 d] each */
+    float *state;           /* [d] */
     int32_t width;
 } gru;
 
 static size_t gru_bytes(const gru *m) {
-    return apply_bytes(&m->input) + apply_bytes(&m->again) + apply_bytes(&m->toward) +
+    return apply_bytes(&m->input) + apply_bytes(&m->again) +
            (size_t)(2 * round_up(m->width, STEP) + 6 * m->width) * 4 + 512;
 }
 
@@ -119,7 +120,6 @@ ALWAYS int run_gru(const gru *m, const float *sum) {
         now[i] = new + update * (now[i] - new);
     }
     memcpy(m->state, now, (size_t)n * 4);
-    apply(&m->toward, now, m->given, 1);
     return 0;
 }
 
@@ -264,8 +264,7 @@ int foregate_predict_lstm(const lstm *m, const network *head, int64_t layer, int
 int foregate_step_gru(const gru *m, const float *sum) {
     choose_best();
     const int n = m->width;
-    if (n < 1 || refuse_shape(&m->input, 3 * n, n) || refuse_shape(&m->again, 3 * n, n) ||
-        refuse_shape(&m->toward, n, n))
+    if (n < 1 || refuse_shape(&m->input, 3 * n, n) || refuse_shape(&m->again, 3 * n, n))
         return 1;
 #ifdef X86
     if (chosen.level == WITH_AVX512)

@@ -1,4 +1,5 @@
-"""``predictors/history.py``, compiled (``native/history.h``): what comes before the head, a network. No torch.
+"""What comes before the head, a network, in ``predictors/history.py`` and ``sequence.py``, compiled
+(``native/history.h``). No torch.
 
 Shapes: L layers, E experts, K of them chosen, W window, d width.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.native.asking import WORTH_BEGINNING, Ask, LayerKernel, Place, checked
+from foregate.native.asking import WORTH_BEGINNING, Ask, LayerKernel, Place, check
 from foregate.native.library import function
 from foregate.native.matrix import Matrix, RowsOf
 from foregate.native.predict import Floats, Given, NetworkKernel, Picked, Stage, loaded, pointer
@@ -42,9 +43,9 @@ class _Gru(ctypes.Structure):
     """``gru`` of history.h."""
 
     _fields_ = [
-        *((name, Matrix) for name in ("input", "again", "toward")),
+        *((name, Matrix) for name in ("input", "again")),
         ("biases", c_void_p * 2),
-        *((name, c_void_p) for name in ("state", "given")),
+        ("state", c_void_p),
         ("width", c_int32),
     ]
 
@@ -170,20 +171,15 @@ class EncoderKernel(_Headed):
 
 
 class GruKernel:
-    """A gated recurrent unit. ``products``: [3 d, d] of the input and of the ``state`` [d], and [d, d], which fills
-    ``given`` [d] from that; ``biases`` [3 d] of the first two."""
+    """A gated recurrent unit: ``products`` [3 d, d] and ``biases`` [3 d] of the input and of the ``state`` [d]."""
 
-    def __init__(
-        self, products: tuple[Products, Products, Products], biases: tuple[Floats, Floats], state: Floats, given: Floats
-    ) -> None:
-        self._gru = _Gru(
-            *(part.matrices[0] for part in products), (c_void_p * 2)(*map(pointer, biases)),
-            pointer(state), pointer(given), len(state),
-        )  # fmt: skip
-        self._kept = products, biases, state, given
+    def __init__(self, products: tuple[Products, Products], biases: tuple[Floats, Floats], state: Floats) -> None:
+        first, second = (part.matrices[0] for part in products)
+        self._gru = _Gru(first, second, (c_void_p * 2)(*map(pointer, biases)), pointer(state), len(state))
+        self._kept = products, biases, state
         self._at, self._step = ctypes.addressof(self._gru), function(loaded(), "foregate_step_gru", 2)
 
     def __call__(self, total: Floats) -> None:
         """A step of ``state``, on what the token's choices add up to, [d] in one piece. Raises MemoryError or
         IntegrityError."""
-        checked(self._step(self._at, pointer(total)) or [])
+        check(self._step(self._at, pointer(total)))

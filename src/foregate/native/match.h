@@ -1,5 +1,5 @@
 /* Which of M stored tokens or requests is most like the one that is computed, and what that one used: the search of
- * predictors/expert_map.py and eam.py. Included by kernels.c.
+ * predictors/stored.py. Included by kernels.c.
  *
  * L layers, E experts of the widest, A layers that are told of. */
 #ifndef FOREGATE_MATCH_H
@@ -92,12 +92,12 @@ AVX512 static int run_match_avx512(const match *m, const int64_t *ids, const flo
 #endif
 
 /* What the stored one that is `given` (negative: the most alike) used, both [A, named], and -1 after the last that is
- * told. First the `count` experts `ids` that the layer chose are noted, by their `weights` (NULL: 1). As foregate_linear. */
+ * told. First the `count` experts `ids` that the layer chose are noted, by their `weights`. As foregate_linear. */
 int foregate_predict_match(const match *m, const int64_t *ids, const float *weights, int64_t count, int64_t given,
                            float *scores, int32_t *order, int64_t threads) {
     (void)threads;
     choose_best();
-    if (refuse_match(m) || given >= m->stored || count < 0 || count > INT32_MAX || (count && !ids))
+    if (refuse_match(m) || given >= m->stored || count < 0 || count > INT32_MAX || (count && (!ids || !weights)))
         return 1;
 #ifdef X86
     if (chosen.level == WITH_AVX512)

@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_int32, c_void_p
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,7 @@ class NetworkKernel(LayerKernel):
         self._kept = tuple(stages), rows, start, norms
         self._ask = [self._asker(layer) for layer in range(layers)]
 
-    def _arguments(self, given: Given = None, picked: Picked | None = None) -> tuple[Place, ...]:
+    def _arguments(self, given: Given, picked: Picked | None) -> tuple[Place, ...]:
         at, dtype = given if isinstance(given, tuple) else (given, F32)
         if picked is None:
             return at, dtype, None, None, 0
@@ -208,17 +208,17 @@ class FusionKernel(LayerKernel):
         ]  # fmt: skip
         at = [array.ctypes.data for array in (*state[:4], self._counts)]
         self._states = [_State(*at, n, layers, state[2].shape[1], named) for n in range(layers)]
-        parts = [[(m, experts[m % layers]) for m in further] for further in ahead]
-        self._told = [partial(Told, asked, named, told) for told in parts]
+        self._told = asked, named
+        self._parts = [[(m, experts[m % layers]) for m in further] for further in ahead]
         self._ask = [self._asker(layer) for layer in range(layers)]
 
-    def _arguments(self, places: tuple[int, int], dtype: int, chosen: Chosen = (None, None)) -> tuple[Place, ...]:
+    def _arguments(self, places: tuple[int, int], dtype: int, chosen: Chosen) -> tuple[Place, ...]:
         return *places, dtype, *chosen
 
     def _asker(self, layer: int) -> Ask:
         known = ctypes.addressof(self._layers[layer]), ctypes.addressof(self._states[layer])
         kept = self._kept, self._layers, self._states, self._routers, self._repeats, self._counts
-        told = self._told[layer]()
+        told = Told(*self._told, self._parts[layer])
         return told.asked_of(loaded(), "foregate_predict_fusion", *known, given=5, kept=kept)
 
 

@@ -52,12 +52,12 @@ class ExpertActivation(StoredPredictor):
         self._remember(library, Rows(np.transpose(unit, (1, 2, 0)).copy(), exact=True))
 
     def cost(self) -> PredictorCost:
-        numbers = self.likeness.size * (self.model.top_k + 3)
+        numbers = self._likeness.size * (self.model.top_k + 3)
         return PredictorCost(numbers, 4 * numbers, self.parameters)
 
     def reset(self) -> None:
         super().reset()
-        for values in (self._counts, self._dots, self._cosines, self.likeness):
+        for values in (self._counts, self._dots, self._cosines, self._likeness):
             values[...] = 0
         self._squares = [0.0] * self.model.layers
 
@@ -65,9 +65,9 @@ class ExpertActivation(StoredPredictor):
         layer = step.layer
         if self._scope == TOKEN:
             if layer == 0:
-                self.likeness[:] = 0
+                self._likeness[:] = 0
             chosen = step.experts[-1]
-            self._columns.add(layer, chosen, self._shares_of[len(chosen)], self.likeness)
+            self._columns.add(layer, chosen, self._shares_of[len(chosen)], self._likeness)
             return
         found, times = _counted(step, self.model.experts[layer])
         counts, dots, last = self._counts[layer], self._dots[layer], self._cosines[layer]
@@ -75,11 +75,12 @@ class ExpertActivation(StoredPredictor):
         self._squares[layer] += float(times @ (2 * before + times))
         counts[found] = before + times
         self._columns.add(layer, found, times, dots)
-        self.likeness -= last
+        self._likeness -= last
         np.divide(dots, max(self._squares[layer] ** 0.5, 1e-12), out=last)
-        self.likeness += last
+        self._likeness += last
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
+        # What a choice adds is not its weights, so that numpy keeps it: here, when demand reads are under way already.
         self._settle()
         return self._told(signals)
 

@@ -12,7 +12,7 @@ import numpy as np
 from foregate.interfaces import Signals
 from foregate.native.products import Products, Rows
 from foregate.predictors.file import Artifact
-from foregate.predictors.stored import StoredPredictor
+from foregate.predictors.stored import GIVEN, SQUARES, StoredPredictor
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
 
@@ -46,7 +46,7 @@ class ExpertMap(StoredPredictor):
         return self.model.top_k
 
     def cost(self) -> PredictorCost:
-        numbers = self.likeness.size * (self.model.top_k + 2)
+        numbers = self._likeness.size * (self.model.top_k + 2)
         return PredictorCost(numbers, 4 * numbers, self.parameters)
 
     def reset(self) -> None:
@@ -56,21 +56,21 @@ class ExpertMap(StoredPredictor):
     def observe(self, step: RoutingStep) -> None:
         super().observe(step)
         if step.layer <= self._seen or self._seen < 0:
-            self.likeness[:] = 0
-            self.known[:] = 0
+            self._likeness[:] = 0
+            self._known[:] = 0
             self._by_input = None
         self._seen = step.layer
 
     def _keep(self, step: RoutingStep) -> None:
         layer, chosen, weights = step.layer, step.experts[-1], step.weights[-1]
-        self._columns.add(layer, chosen, weights, self.likeness)
-        self.known[0] += np.square(weights[(chosen >= 0) & (chosen < self.model.experts[layer])]).sum()
+        self._columns.add(layer, chosen, weights, self._likeness)
+        self._known[SQUARES] += np.square(weights[(chosen >= 0) & (chosen < self.model.experts[layer])]).sum()
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
         if signals.layer >= self._semantic:
             return self._told(signals)
         if self._by_input is None:
-            self._by_input, self.known[1] = self._nearest_input(signals)
+            self._by_input, self._known[GIVEN] = self._nearest_input(signals)
         return self._told(signals, self._by_input)
 
     def _nearest_input(self, signals: Signals) -> tuple[int, float]:

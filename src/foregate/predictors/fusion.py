@@ -23,8 +23,6 @@ from foregate.predictors.pending import PendingChoice
 from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
-"""Where a choice lies that has been copied already."""
-
 
 class Fusion(PendingChoice, LearnedPredictor):
     """With u = r_l / rms(r_l), x the pre-attention input, g the router weights of the chosen experts, and p_h what the

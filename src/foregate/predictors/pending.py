@@ -10,6 +10,7 @@ from foregate.types import RoutingStep
 
 Choice = tuple[int | None, int | None, int]
 NOWHERE: Choice = None, None, 0
+"""Where a choice lies that has been kept already."""
 
 
 class PendingChoice(BasePredictor, ABC):
@@ -19,9 +20,11 @@ class PendingChoice(BasePredictor, ABC):
     """What was told last and is not kept yet."""
 
     def reset(self) -> None:
+        super().reset()
         self._pending = None
 
     def observe(self, step: RoutingStep) -> None:
+        super().observe(step)
         self._settle()
         self._pending = step
 
@@ -47,4 +50,5 @@ class PendingChoice(BasePredictor, ABC):
 
     @abstractmethod
     def _keep(self, step: RoutingStep) -> None:
-        """Note what ``step`` has told; of a choice that a kernel has read it is not called."""
+        """Note what ``step`` has told. Not called for a choice that was handed to a kernel: it is lost with a question
+        that has begun and is dropped."""

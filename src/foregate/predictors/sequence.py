@@ -10,7 +10,7 @@ import numpy as np
 from foregate.interfaces import Signals
 from foregate.native.asking import LayerKernel
 from foregate.native.history import GruKernel
-from foregate.native.predict import Given, Picked, Stage
+from foregate.native.predict import Given, Picked, Stage, available
 from foregate.native.products import Products, Rows
 from foregate.predictors.activations import sigmoid, silu
 from foregate.predictors.file import Artifact
@@ -54,7 +54,9 @@ class Sequence(LearnedPredictor, NetworkPredictor):
         self._state = np.zeros(size, np.float32)
         self._from_state = np.zeros(size, np.float32)
         self._sum = np.zeros((1, 2 * size), np.float32)
-        self._gru: GruKernel | None = None
+        compiled = available() and self._input.matrices and self._again.matrices
+        unit = (self._input, self._again), self._biases, self._state
+        self._gru = GruKernel(*unit) if compiled else None
 
     def _bias(self, name: str, parts: int) -> Floats:
         return self.floats(name, parts * self._size)
@@ -84,6 +86,7 @@ class Sequence(LearnedPredictor, NetworkPredictor):
         if layer == self.layers - 1:
             for total in self._sum:
                 self._step(total[: self._size])
+            self._from_state[:] = self._toward(0, self._state)
 
     def _step(self, total: Floats) -> None:
         """The state after one more token, whose choices add up to ``total`` [d]."""
@@ -96,12 +99,8 @@ class Sequence(LearnedPredictor, NetworkPredictor):
         forget, update = sigmoid(inputs[: 2 * size] + again[: 2 * size]).reshape(2, size)
         new = np.tanh(inputs[2 * size :] + forget * again[2 * size :])
         state[:] = (1 - update) * new + update * state
-        self._from_state[:] = self._toward(0, state)
 
     def _network(self) -> LayerKernel | None:
-        parts = self._input, self._again, self._toward
-        if all(part.matrices for part in parts):
-            self._gru = GruKernel(parts, self._biases, self._state, self._from_state)
         return self._compiled(self._head, start=self._place)
 
     def _given(self, signals: Signals) -> tuple[Given, Picked | None]:

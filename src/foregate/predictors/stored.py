@@ -18,11 +18,13 @@ from foregate.predictors.pending import PendingChoice
 from foregate.predictors.targets import targets
 from foregate.types import Prediction
 
+SQUARES, GIVEN = 0, 1
+
 
 class StoredPredictor(PendingChoice, FittedPredictor):
-    """One compiled call notes a choice and finds the match, where there is a compiler; else numpy does.
+    """One compiled call keeps a choice that is pending and finds the match, where there is a compiler; else numpy does.
 
-    Subclasses call ``_remember`` when they are made, and say how a choice is noted (``_keep``).
+    Subclasses call ``_remember`` when they are made, and say how a choice is kept (``_keep``).
     """
 
     fading = False
@@ -31,14 +33,14 @@ class StoredPredictor(PendingChoice, FittedPredictor):
 
     def _remember(self, used: Floats, columns: Rows, lengths: Floats | None = None) -> None:
         """``used`` [M, L, E]: what a stored one used, and how much. ``columns`` [L, E, M]: what a choice adds to
-        ``likeness``; that divided by ``lengths`` [L, M] is compared."""
+        the likeness; that divided by ``lengths`` [L, M] is compared."""
         order = np.argsort(-used, axis=2, kind="stable")
         self._shares = np.take_along_axis(used, order, axis=2)
         self._order, self._columns = order.astype(np.int32), columns
         self._inverse = None if lengths is None else np.float32(1) / lengths
-        self.likeness = np.zeros(len(used), np.float32)
-        self.known = np.zeros(2, np.float32)
-        """The sum of squares of what was noted, and the likeness of a match that is given."""
+        self._likeness = np.zeros(len(used), np.float32)
+        self._known = np.zeros(2, np.float32)
+        """Of the weights kept, the sum of squares (``SQUARES``); the likeness of a match that is given (``GIVEN``)."""
         self._compile()
 
     def _least(self) -> int:
@@ -54,7 +56,7 @@ class StoredPredictor(PendingChoice, FittedPredictor):
         if self._kernel is not None:
             return self._kernel(signals.layer, *self._choice(signals), match)
         self._settle()
-        score = float(self.known[1])
+        score = float(self._known[GIVEN])
         if match == MOST_ALIKE:
             match, score = self._most_alike(signals.layer)
         return [
@@ -62,9 +64,9 @@ class StoredPredictor(PendingChoice, FittedPredictor):
         ]
 
     def _most_alike(self, layer: int) -> tuple[int, float]:
-        values = self.likeness if self._inverse is None else self.likeness * self._inverse[layer]
+        values = self._likeness if self._inverse is None else self._likeness * self._inverse[layer]
         match = int(values.argmax())
-        return match, float(values[match]) / max(float(self.known[0]) ** 0.5, 1e-12)
+        return match, float(values[match]) / max(float(self._known[SQUARES]) ** 0.5, 1e-12)
 
     def _kept(self, match: int, score: float, target: int, layer: int) -> Prediction:
         there = target % self.model.layers
@@ -79,10 +81,11 @@ class StoredPredictor(PendingChoice, FittedPredictor):
 
     def _compile(self) -> None:
         """Anew where what is asked for has changed."""
-        if not available() or not self._columns.given:
-            return
         ahead = [list(targets(self, layer, self.model.layers)) for layer in range(self.model.layers)]
+        self._kernel = None
+        if not available() or not self._columns.given or not all(ahead):
+            return
         self._kernel = MatchKernel(
-            self._columns, self.likeness, self._inverse, self.known, self._order, self._shares,
+            self._columns, self._likeness, self._inverse, self._known, self._order, self._shares,
             self.model.experts, ahead, self.named, self._least(), fading=self.fading,
         )  # fmt: skip
