@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from operator import index as index_of
-from time import perf_counter, perf_counter_ns
+from time import perf_counter_ns
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +21,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from foregate.engine.clock import Clock
 from foregate.engine.signals import ModelSignals
-from foregate.events import ControllerDecided, Part, TimeSpent, ns
+from foregate.engine.speculation import Speculation
+from foregate.events import ControllerDecided, Part, TimeSpent
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import SlotViews, Weights, begun_experts_of, expert_forward, experts_forward, experts_of
 from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
@@ -31,7 +31,7 @@ from foregate.native.decoder_layer import Choice, DecoderLayer
 from foregate.predictors.choice import beginning, reach
 from foregate.prefetch.pipeline import Compute, Pipeline, Together
 from foregate.prefetch.prefetcher import Prefetcher
-from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, Prediction, RoutingStep
+from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, RoutingStep
 
 IMPLEMENTATION = "foregate"
 """Name under which the function is registered in transformers' ExpertsInterface."""
@@ -56,7 +56,7 @@ STREAM_SHARE = 0.5
 idle, and what turns out not to be needed is cancelled at once."""
 
 
-class ExpertRuntime:
+class ExpertRuntime(Speculation):
     """Runs the experts of every MoE layer of one model. ``phase`` and ``position`` are set before each forward."""
 
     _computes_less = False
@@ -76,24 +76,17 @@ class ExpertRuntime:
         decode_staging: int,
         clock: Clock,
     ) -> None:
-        self.phase = Phase.PREFILL
+        super().__init__(predictor, prefetcher, signals)
         self.position = 0
         self.observers: list[RoutingObserver] = []
-        self.predictor = predictor
         self._cache = cache
         self._pipeline = pipeline
-        self._prefetcher = prefetcher
-        self._events = prefetcher.events
         self._since = 0
-        self._signals = signals
         self._views = views
         self._layout_of = layout_of
         self._experts = experts
         self._decode_staging = decode_staging
         self._clock = clock
-        self._beginning: Callable[[ModelSignals], Callable[[], Sequence[Prediction]]] | None = None
-        self._begun: Callable[[], Sequence[Prediction]] | None = None
-        """How the predictor begins, and what tells the predictions that are being computed, if any."""
         signals.reached = self._reached
         self._informed = cache.policy if isinstance(cache.policy, RoutingAware) else None
         signals.listen(on=self._informed is not None)
@@ -200,9 +193,6 @@ class ExpertRuntime:
             for observer in self.observers:
                 observer.on_route(seen)
 
-    def _observe(self, step: RoutingStep) -> None:
-        self._tried(self.predictor.observe, step)
-
     def _gather(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if len(index) == 1:
             ranks = index[0].tolist()
@@ -297,77 +287,6 @@ class ExpertRuntime:
             self._events.emit(TimeSpent(self._since, perf_counter_ns(), part, layer))
         self._since = 0
 
-    def _ask_at(self, layer: int, moment: Moment) -> None:
-        if self.predictor.moment is moment:
-            consider = self._predict(layer, moment)
-            if consider is not None:
-                consider()
-
-    def _begin_predicting(self, layer: int) -> None:
-        """The sooner the better, with a predictor that computes while this layer's experts are looked up."""
-        if self._beginning is None or not self._asks():
-            return
-        began = perf_counter()
-        self._begun = self._asked(layer, Moment.AFTER_ROUTING, self._beginning, self._signals)
-        self._tell_prediction(began, layer)
-
-    def _predict(self, layer: int, moment: Moment) -> Callable[[], None] | None:
-        """The predictor is asked at ``moment`` of ``layer``; what this returns, if anything, reads ahead."""
-        if self.predictor.moment is not moment or self.phase is Phase.PREFILL:
-            return None
-        begun, self._begun = self._begun, None
-        if begun is None and not self._asks():
-            return None
-        began = perf_counter()
-        ask, given = (self.predictor.predict, (self._signals,)) if begun is None else (begun, ())
-        predictions = self._asked(layer, moment, _told, ask, *given)
-        self._tell_prediction(began, layer)
-        if predictions is None or not self._prefetcher.wanted:
-            return None
-        return partial(self._consider, layer, moment, predictions)
-
-    def _consider(self, layer: int, moment: Moment, predictions: Sequence[Prediction]) -> None:
-        began = perf_counter()
-        self._prefetcher.consider(layer, moment, predictions)
-        self._tell_prediction(began, layer)
-
-    def _asks(self) -> bool:
-        """Whether the predictor is to be asked."""
-        return self._prefetcher.wanted > 0 or self._prefetcher.controller.rehearsing
-
-    def _asked(self, layer: int, moment: Moment, ask: Callable[..., T], *given: Any) -> T | None:
-        """What ``ask`` tells there; None if it fails."""
-        self._signals.layer, self._signals.moment = layer, moment
-        return self._tried(ask, *given)
-
-    def _tried(self, call: Callable[..., T], *given: Any) -> T | None:
-        """What a predictor's ``call`` gives; None if it fails, which ends speculation."""
-        try:
-            return call(*given)
-        except Exception as error:  # a stranger's predictor must not decide whether the text comes out
-            self.give_up_predicting(f"predictor {self.predictor.name!r} failed: {type(error).__name__}: {error}")
-            return None
-
-    def _tell_prediction(self, began: float, layer: int) -> None:
-        ended = perf_counter()
-        self._prefetcher.stats.predict_s += ended - began
-        self._prefetcher.controller.saw_prediction(ended - began)
-        if self._events.on:
-            self._events.emit(TimeSpent(ns(began), ns(ended), Part.PREDICT, layer))
-
-    def drop_begun(self) -> None:
-        """Nobody wants to know any more; what is being computed reads memory that is about to change."""
-        begun, self._begun = self._begun, None
-        if begun is not None:
-            with suppress(Exception):
-                begun()
-
-    def give_up_predicting(self, reason: str) -> None:
-        """No speculation from now on, and say why, once."""
-        if not self._prefetcher.controller.off_reason:
-            self._prefetcher.controller.switch_off(reason)
-            log.warning("speculation is off: %s", reason)
-
     def _make_staging(self, layer: int) -> None:
         """Room for the next layer: what no resident needs, and at least a quarter of a pool that cannot hold all."""
         if not self._prefetcher.may_stream:
@@ -408,18 +327,6 @@ class _Groups:
         """Tokens [n] of ``expert``, ascending, and their weights [n, 1]."""
         here = slice(self._bounds[expert], self._bounds[expert + 1])
         return self._token[here], self._weight[here]
-
-
-def _told(ask: Callable[..., Sequence[Prediction]], *given: ModelSignals) -> list[Prediction]:
-    """What ``ask`` tells, in the form that it promises: strangers may give anything that can be read as that."""
-    return [
-        p if type(p) is Prediction and type(p.layer) is int and type(p.experts) is tuple else _read(p)
-        for p in ask(*given)
-    ]
-
-
-def _read(p: Prediction) -> Prediction:
-    return Prediction(index_of(p.layer), tuple(p.experts), tuple(p.scores))
 
 
 def _few(index: Tensor) -> bool:
