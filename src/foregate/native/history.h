@@ -88,18 +88,18 @@ ALWAYS int run_lstm(const lstm *m, int layer, int64_t stamp) {
 /* ---- A gated recurrent unit, one step a token ---- */
 
 typedef struct {
-    matrix input, again;    /* [3 d, d] of what comes in and of the state: forget, update, new */
-    const float *biases[2]; /* [3 d] each */
-    float *state;           /* [d] */
+    matrix input, again, toward; /* [3 d, d] of what comes in and of the state: forget, update, new; [d, d] of the state */
+    const float *biases[2];      /* [3 d] of the first two */
+    float *state;                /* [d] */
     int32_t width;
 } gru;
 
 static size_t gru_bytes(const gru *m) {
-    return apply_bytes(&m->input) + apply_bytes(&m->again) +
+    return apply_bytes(&m->input) + apply_bytes(&m->again) + apply_bytes(&m->toward) +
            (size_t)(2 * round_up(m->width, STEP) + 6 * m->width) * 4 + 512;
 }
 
-ALWAYS int run_gru(const gru *m, const float *sum) {
+ALWAYS int run_gru(const gru *m, float *sum) {
     const int n = m->width;
     if (!reserve(gru_bytes(m)))
         return 2;
@@ -120,6 +120,8 @@ ALWAYS int run_gru(const gru *m, const float *sum) {
         now[i] = new + update * (now[i] - new);
     }
     memcpy(m->state, now, (size_t)n * 4);
+    memset(sum, 0, (size_t)n * 4);
+    apply(&m->toward, now, sum + n, 1);
     return 0;
 }
 
@@ -228,8 +230,8 @@ ALWAYS int run_encoder(const encoder *m, int layer, float *last) {
 #ifdef X86
 AVX2 static int run_lstm_avx2(const lstm *m, int layer, int64_t stamp) { return run_lstm(m, layer, stamp); }
 AVX512 static int run_lstm_avx512(const lstm *m, int layer, int64_t stamp) { return run_lstm(m, layer, stamp); }
-AVX2 static int run_gru_avx2(const gru *m, const float *sum) { return run_gru(m, sum); }
-AVX512 static int run_gru_avx512(const gru *m, const float *sum) { return run_gru(m, sum); }
+AVX2 static int run_gru_avx2(const gru *m, float *sum) { return run_gru(m, sum); }
+AVX512 static int run_gru_avx512(const gru *m, float *sum) { return run_gru(m, sum); }
 AVX2 static int run_encoder_avx2(const encoder *m, int layer, float *last) { return run_encoder(m, layer, last); }
 AVX512 static int run_encoder_avx512(const encoder *m, int layer, float *last) { return run_encoder(m, layer, last); }
 #endif
@@ -260,11 +262,13 @@ int foregate_predict_lstm(const lstm *m, const network *head, int64_t layer, int
     return failed ? failed : foregate_predict_network(head, last, F32, NULL, NULL, 0, scores, order, threads);
 }
 
-/* The state after a token whose choices add up to `sum` [d]. As foregate_linear. */
-int foregate_step_gru(const gru *m, const float *sum) {
+/* The state after a token whose choices add up to the first half of `sum` [2, d], which is then the next token's: zeros,
+ * and `toward` times the state. As foregate_linear. */
+int foregate_step_gru(const gru *m, float *sum) {
     choose_best();
     const int n = m->width;
-    if (n < 1 || refuse_shape(&m->input, 3 * n, n) || refuse_shape(&m->again, 3 * n, n))
+    if (n < 1 || refuse_shape(&m->input, 3 * n, n) || refuse_shape(&m->again, 3 * n, n) ||
+        refuse_shape(&m->toward, n, n))
         return 1;
 #ifdef X86
     if (chosen.level == WITH_AVX512)

@@ -43,7 +43,7 @@ class _Gru(ctypes.Structure):
     """``gru`` of history.h."""
 
     _fields_ = [
-        *((name, Matrix) for name in ("input", "again")),
+        *((name, Matrix) for name in ("input", "again", "toward")),
         ("biases", c_void_p * 2),
         ("state", c_void_p),
         ("width", c_int32),
@@ -171,15 +171,18 @@ class EncoderKernel(_Headed):
 
 
 class GruKernel:
-    """A gated recurrent unit: ``products`` [3 d, d] and ``biases`` [3 d] of the input and of the ``state`` [d]."""
+    """A gated recurrent unit: ``products`` [3 d, d] and ``biases`` [3 d] of the input and of the ``state`` [d], and a
+    third product [d, d] of that."""
 
-    def __init__(self, products: tuple[Products, Products], biases: tuple[Floats, Floats], state: Floats) -> None:
-        first, second = (part.matrices[0] for part in products)
-        self._gru = _Gru(first, second, (c_void_p * 2)(*map(pointer, biases)), pointer(state), len(state))
+    def __init__(
+        self, products: tuple[Products, Products, Products], biases: tuple[Floats, Floats], state: Floats
+    ) -> None:
+        matrices = [part.matrices[0] for part in products]
+        self._gru = _Gru(*matrices, (c_void_p * 2)(*map(pointer, biases)), pointer(state), len(state))
         self._kept = products, biases, state
         self._at, self._step = ctypes.addressof(self._gru), function(loaded(), "foregate_step_gru", 2)
 
-    def __call__(self, total: Floats) -> None:
-        """A step of ``state``, on what the token's choices add up to, [d] in one piece. Raises MemoryError or
-        IntegrityError."""
-        check(self._step(self._at, pointer(total)))
+    def __call__(self, row: Floats) -> None:
+        """A step of ``state`` on the first half of ``row`` [2 d], in one piece, which becomes zero; the other half
+        becomes the third product. Raises MemoryError or IntegrityError."""
+        check(self._step(self._at, pointer(row)))

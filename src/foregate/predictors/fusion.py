@@ -103,7 +103,9 @@ class Fusion(PendingChoice, LearnedPredictor):
         self._ids[:] = NOBODY
 
     def observe(self, step: RoutingStep) -> None:
-        super().observe(step)
+        if self._pending is not None:
+            self._keep(self._pending)
+        self._pending = step
         if step.layer == 0:
             self._last[:] = self._now
 

@@ -16,7 +16,6 @@ from foregate.native.predict import Given, Picked
 from foregate.native.products import Rows
 from foregate.predictors.activations import relu
 from foregate.predictors.file import Artifact
-from foregate.predictors.fitted import NOBODY
 from foregate.predictors.learned import Floats, RoutedPredictor
 from foregate.predictors.network import NetworkPredictor
 from foregate.types import Prediction, PredictorCost
@@ -63,7 +62,8 @@ class IdsMlp(RoutedPredictor, NetworkPredictor):
 
     def _usual(self, signals: Signals) -> bool:
         """Whether as many were chosen as the kernel takes for granted."""
-        return NOBODY not in self.ids[signals.layer].tolist()
+        ids = self.ids[signals.layer].tolist()
+        return min(ids) >= 0 and max(ids) < self.width
 
     def _network(self) -> LayerKernel | None:
         return self._compiled(self._second, self._third, rows=self._first, start=self._fixed)

@@ -90,11 +90,11 @@ class RoutedPredictor(LearnedPredictor):
             row[:] = NOBODY
             row[: len(chosen)] = chosen[: len(row)]
         there = self.model.experts[step.layer]
-        if max(row.tolist()) >= there:  # sooner than numpy's, when caches are cold
+        if there < self.width:  # what the widest layer has not, nobody reads
             row[row >= there] = NOBODY
 
     def of_layer(self, layer: int) -> NDArray[np.int64]:
         """What ``layer`` chose, without what is no expert of it."""
         ids = self.ids[self.before + layer]
-        real: NDArray[np.int64] = ids[ids >= 0]
+        real: NDArray[np.int64] = ids[(ids >= 0) & (ids < self.width)]
         return real

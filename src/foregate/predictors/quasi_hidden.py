@@ -46,6 +46,8 @@ class QuasiHidden(FittedPredictor):
         self._ids = np.full(self.model.top_k, NOBODY, np.int64)
         self._weights = np.zeros(self.model.top_k, np.float32)
         self._own = self._ids.ctypes.data, self._weights.ctypes.data
+        every = [targets(self, layer, layers) for layer in range(layers)]
+        self._ahead = [range(ahead.start, min(ahead.stop, layers)) for ahead in every]
         self._step: RoutingStep | None = None
         """What the last layer chose."""
         self._shift = Shift(self._vectors, self._rest, self._ids, self._weights) if self._vectors.given else None
@@ -69,8 +71,7 @@ class QuasiHidden(FittedPredictor):
 
     def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
         """See ``interfaces.Beginner``: of the nearest layer, while this thread sees to the others."""
-        ahead = targets(self, signals.layer, signals.layers)
-        ahead = range(ahead.start, min(ahead.stop, signals.layers))
+        ahead = self._ahead[signals.layer]
         if self._step is None or not ahead:
             return tuple
         if self._shift is not None:
@@ -79,9 +80,10 @@ class QuasiHidden(FittedPredictor):
 
     def _places(self, signals: Signals, step: RoutingStep) -> tuple[int, int]:
         """Where the kernel finds what ``step`` chose: as a rule nobody needs to copy it before."""
-        chosen, most = step.experts[0], len(self._ids)
-        places = signals.choice_of(step) if len(chosen) == most else None
+        most = self.model.top_k
+        places = signals.choice_of(step) if step.experts.shape[1] == most else None
         if places is None:
+            chosen = step.experts[0]
             self._ids[:] = NOBODY
             self._ids[: len(chosen)], self._weights[: len(chosen)] = chosen[:most], step.weights[0, :most]
         return places or self._own

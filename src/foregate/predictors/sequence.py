@@ -52,11 +52,14 @@ class Sequence(LearnedPredictor, NetworkPredictor):
             "silu",
         )
         self._state = np.zeros(size, np.float32)
-        self._from_state = np.zeros(size, np.float32)
-        self._sum = np.zeros((1, 2 * size), np.float32)
-        compiled = available() and self._input.matrices and self._again.matrices
-        unit = (self._input, self._again), self._biases, self._state
-        self._gru = GruKernel(*unit) if compiled else None
+        self._row = np.zeros(2 * size, np.float32)
+        """Of the last token: the sum of its choices, and what the heads see."""
+        self._rows = self._row[None]
+        """Of the tokens that are observed at once."""
+        self._seen, self._whole = self._row[size:], False
+        parts = self._input, self._again, self._toward
+        compiled = available() and all(part.matrices for part in parts)
+        self._gru = GruKernel(parts, self._biases, self._state) if compiled else None
 
     def _bias(self, name: str, parts: int) -> Floats:
         return self.floats(name, parts * self._size)
@@ -69,44 +72,48 @@ class Sequence(LearnedPredictor, NetworkPredictor):
 
     def reset(self) -> None:
         self._state[:] = 0
-        self._from_state[:] = 0
-        self._sum = np.zeros((1, 2 * self._size), np.float32)
+        self._row[:] = 0
+        self._whole = False
 
     def observe(self, step: RoutingStep) -> None:
-        layer = step.layer
+        layer, chosen, count = step.layer, step.experts, len(step.experts)
         if layer == 0:
-            self._sum = np.zeros((len(step.experts), 2 * self._size), np.float32)
-            self._sum[:, self._size :] = self._from_state
-        if len(step.experts) == 1:
-            self._adds.add(layer, step.experts[0], None, self._sum[0])
+            if self._whole:
+                self._step(self._row)
+            if count > 1:
+                self._rows = np.tile(self._row, (count, 1))
+        if count == 1:
+            self._adds.add(layer, chosen[0], None, self._row)
         else:
-            real = (step.experts >= 0) & (step.experts < self.model.experts[layer])
-            rows = self._adds.of(layer, np.where(real, step.experts, 0))
-            self._sum += (rows * real[..., None]).sum(axis=1)
-        if layer == self.layers - 1:
-            for total in self._sum:
-                self._step(total[: self._size])
-            self._from_state[:] = self._toward(0, self._state)
+            real = (chosen >= 0) & (chosen < self.model.experts[layer])
+            self._rows += (self._adds.of(layer, np.where(real, chosen, 0)) * real[..., None]).sum(axis=1)
+            self._row[:] = self._rows[-1]
+        # The heads of the last layer see the state before its token, so that the unit steps when the next one begins.
+        self._whole = layer == self.layers - 1
+        if self._whole and count > 1:
+            for row in self._rows[:-1]:
+                self._step(row)
 
-    def _step(self, total: Floats) -> None:
-        """The state after one more token, whose choices add up to ``total`` [d]."""
+    def _step(self, row: Floats) -> None:
+        """The state after one more token, whose choices add up to the first half of ``row`` [2 d]: it becomes that of
+        the next token."""
         if self._gru is not None:
-            self._gru(total)
+            self._gru(row)
             return
         size, state = self._size, self._state
-        inputs = self._input(0, silu(total)) + self._biases[0]
+        inputs = self._input(0, silu(row[:size])) + self._biases[0]
         again = self._again(0, state) + self._biases[1]
         forget, update = sigmoid(inputs[: 2 * size] + again[: 2 * size]).reshape(2, size)
         new = np.tanh(inputs[2 * size :] + forget * again[2 * size :])
         state[:] = (1 - update) * new + update * state
+        row[:size], row[size:] = 0, self._toward(0, state)
 
     def _network(self) -> LayerKernel | None:
         return self._compiled(self._head, start=self._place)
 
     def _given(self, signals: Signals) -> tuple[Given, Picked | None]:
-        # At the last layer the state has stepped already; this has the one before, on which the heads were trained.
-        return self._sum[-1, self._size :], None
+        return self._seen, None
 
     def _scores(self, signals: Signals) -> Floats:
-        seen = self._sum[-1, self._size :] + self._place[signals.layer]
+        seen = self._seen + self._place[signals.layer]
         return self._head(signals.layer, silu(seen)).reshape(self.asked, self.width)
