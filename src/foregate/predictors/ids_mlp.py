@@ -62,7 +62,7 @@ class IdsMlp(RoutedPredictor, NetworkPredictor):
 
     def _usual(self, signals: Signals) -> bool:
         """Whether as many were chosen as the kernel takes for granted."""
-        ids = self.ids[signals.layer].tolist()
+        ids: list[int] = self.ids[signals.layer].tolist()
         return min(ids) >= 0 and max(ids) < self.width
 
     def _network(self) -> LayerKernel | None:
