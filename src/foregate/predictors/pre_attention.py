@@ -63,15 +63,22 @@ class PreAttention(LearnedPredictor, NetworkPredictor):
         return self._compiled(self._first, self._second)
 
     def _given(self, signals: Signals) -> tuple[Given, Picked | None]:
+        where = None if self._previous else signals.addresses("pre_attention", numbers=self.hidden_size)
+        if where is None:
+            return self._input(signals), None
+        (at,), dtype = where
+        return (at, dtype), None
+
+    def _input(self, signals: Signals) -> Floats:
+        """What the first map reads."""
         now = self.told(signals, "pre_attention")
         if not self._previous:
-            return now, None
+            return now
         given = np.concatenate([now, self._last[signals.layer]])
         self._last[signals.layer] = now
-        return given, None
+        return given
 
     def _scores(self, signals: Signals) -> Floats:
-        given, _ = self._given(signals)
-        assert isinstance(given, np.ndarray)
+        given = self._input(signals)
         inner = ACTIVATIONS[self._second.activation](self._first(signals.layer, given))
         return self._second(signals.layer, inner)[None]
