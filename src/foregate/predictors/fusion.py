@@ -103,7 +103,7 @@ class Fusion(PendingChoice, LearnedPredictor):
         self._ids[:] = NOBODY
 
     def observe(self, step: RoutingStep) -> None:
-        if self._pending is not None:
+        if self._pending is not None:  # as ``PendingChoice`` does, without the call: 9 us where caches are cold are 3
             self._keep(self._pending)
         self._pending = step
         if step.layer == 0:
