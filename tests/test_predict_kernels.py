@@ -226,7 +226,9 @@ def test_a_shorter_ranking_is_the_beginning_of_the_whole(made: Callable[[], Any]
 
 
 @needs_kernels
-@pytest.mark.parametrize("made", [lambda: fusion(2), lambda: pre_attention(0), estimator])
+@pytest.mark.parametrize(
+    "made", [lambda: fusion(2), lambda: pre_attention(0), estimator, history_lstm, history_transformer]
+)
 def test_states_read_where_they_lie_are_those_that_are_told(made: Callable[[], Any]) -> None:
     assert list(predictions(made(), place=True)) == list(predictions(made()))
     now_and_then = {"asked": lambda turn: turn % 3 == 1}

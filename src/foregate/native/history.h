@@ -22,6 +22,12 @@ static void apply_rows(const matrix *m, const float *bias, const float *x, int s
 
 static size_t apply_rows_bytes(const matrix *m, int n) { return (size_t)n * (input_bytes(m) + 64); }
 
+/* To `row` [K], what a layer of `there` experts chose, unless it is there (`choice` NULL): negative is what none of them is. */
+static void note_choice(int64_t *row, const int64_t *choice, int k, int there) {
+    for (int i = 0; choice && i < k; i++)
+        row[i] = choice[i] < there ? choice[i] : -1;
+}
+
 /* ---- Two recurrent layers ---- */
 
 typedef struct {
@@ -29,7 +35,8 @@ typedef struct {
     const float *biases[2]; /* [4 d] each */
     matrix again[2];        /* [4 d, d]: of the state before; of what the first gives: */
     matrix second;          /* [4 d, d] */
-    const int64_t *ids;     /* [L, K] of this token up to the layer that is asked; negative: none */
+    int64_t *ids;           /* [L, K] of this token up to the layer that is asked; negative: none */
+    const int32_t *there;   /* [L]: experts that exist */
     float *states;          /* [L, 2, 2, d]: hidden and cell of both after a layer */
     int64_t *stamps;        /* [L]: of which token that is */
     int32_t width, chosen, experts, layers;
@@ -137,7 +144,8 @@ typedef struct {
 typedef struct {
     rows embed;             /* [E, d] */
     const float *positions; /* [L, d] */
-    const int64_t *ids;     /* [W - 1 + L, K]: nothing was chosen in the first W - 1 */
+    int64_t *ids;           /* [W - 1 + L, K]: nothing was chosen in the first W - 1 */
+    const int32_t *there;   /* [L]: experts that exist */
     encoder_block blocks[BLOCKS];
     int32_t window, width, heads, chosen, experts, layers;
 } encoder;
@@ -240,15 +248,16 @@ static int refuse_shape(const matrix *m, int rows, int columns) {
     return refuse(m, 1) || m->dtype == INT4 || m->rows != rows || m->columns != columns;
 }
 
-/* What `head` says of the state after `layer` of the token `stamp`; the layers before it that nobody asked about are
- * stepped through. As foregate_linear. */
-int foregate_predict_lstm(const lstm *m, const network *head, int64_t layer, int64_t stamp, float *scores,
-                          int32_t *order, int64_t threads) {
+/* What `head` says of the state after `layer`, whose `choice` is noted, of the token `stamp`; the layers before it that
+ * nobody asked about are stepped through. As foregate_linear. */
+int foregate_predict_lstm(const lstm *m, const network *head, int64_t layer, int64_t stamp, const int64_t *choice,
+                          float *scores, int32_t *order, int64_t threads) {
     choose_best();
     const int n = m->width;
     if (layer < 0 || layer >= m->layers || n < 1 || m->chosen < 1 || m->experts < 1 ||
         refuse_shape(m->again, 4 * n, n) || refuse_shape(m->again + 1, 4 * n, n) || refuse_shape(&m->second, 4 * n, n))
         return 1;
+    note_choice(m->ids + layer * m->chosen, choice, m->chosen, m->there[layer]);
     int failed;
 #ifdef X86
     if (chosen.level == WITH_AVX512)
@@ -279,9 +288,9 @@ int foregate_step_gru(const gru *m, float *sum) {
     return run_gru(m, sum);
 }
 
-/* What `head` says of the window that ends with `layer`. As foregate_linear. */
-int foregate_predict_encoder(const encoder *m, const network *head, int64_t layer, float *scores, int32_t *order,
-                             int64_t threads) {
+/* What `head` says of the window that ends with `layer`, whose `choice` is noted. As foregate_linear. */
+int foregate_predict_encoder(const encoder *m, const network *head, int64_t layer, const int64_t *choice, float *scores,
+                             int32_t *order, int64_t threads) {
     choose_best();
     const int n = m->width;
     if (layer < 0 || layer >= m->layers || n < 1 || n > MOST_STATE || m->window < 1 || m->heads < 1 || n % m->heads ||
@@ -293,6 +302,7 @@ int foregate_predict_encoder(const encoder *m, const network *head, int64_t laye
             refuse_shape(&b->down, n, b->up.rows))
             return 1;
     }
+    note_choice(m->ids + (m->window - 1 + layer) * m->chosen, choice, m->chosen, m->there[layer]);
     float last[MOST_STATE];
     int failed;
 #ifdef X86

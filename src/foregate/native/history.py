@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from foregate.native.asking import WORTH_BEGINNING, Ask, LayerKernel, Place, check
 from foregate.native.library import function
 from foregate.native.matrix import Matrix, RowsOf
-from foregate.native.predict import Floats, Given, NetworkKernel, Picked, Stage, loaded, pointer
+from foregate.native.predict import Floats, NetworkKernel, Stage, loaded, pointer
 from foregate.native.products import Products, Rows
 
 MOST_STATE = 4096
@@ -34,7 +34,7 @@ class _Lstm(ctypes.Structure):
         ("biases", c_void_p * 2),
         ("again", Matrix * 2),
         ("second", Matrix),
-        *((name, c_void_p) for name in ("ids", "states", "stamps")),
+        *((name, c_void_p) for name in ("ids", "there", "states", "stamps")),
         *((name, c_int32) for name in ("width", "chosen", "experts", "layers")),
     ]
 
@@ -65,7 +65,7 @@ class _Encoder(ctypes.Structure):
 
     _fields_ = [
         ("embed", RowsOf),
-        *((name, c_void_p) for name in ("positions", "ids")),
+        *((name, c_void_p) for name in ("positions", "ids", "there")),
         ("blocks", _Block * 2),
         *((name, c_int32) for name in ("window", "width", "heads", "chosen", "experts", "layers")),
     ]
@@ -98,8 +98,9 @@ class _Headed(LayerKernel):
 class LstmKernel(_Headed):
     """``head`` on the state after a layer. ``picked`` [1, E, 4 d] are what an expert adds to the gates; ``products``
     [4 d, d] are of both layers' own state and of the second's input. ``states`` [L, 2, 2, d] of the tokens ``stamps``
-    [L] are filled, from ``ids`` [L, K]. Given is the stamp, not 0, of the token, in place of an address.
-    Questions share the states: what is open is of the same token.
+    [L] are filled, from ``ids`` [L, K]; ``there`` [L] experts, int32, exist. Given are the stamp, not 0, of the token
+    and where what the layer chose lies [K], which goes to ``ids``, unless that has it. Questions share the states: what
+    is open is of the same token.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class LstmKernel(_Headed):
         biases: Sequence[Floats],
         products: tuple[Products, Products, Products],
         ids: NDArray[np.int64],
+        there: NDArray[np.int32],
         states: Floats,
         stamps: NDArray[np.int64],
     ) -> None:
@@ -116,24 +118,24 @@ class LstmKernel(_Headed):
         first, *others = (part.matrices[0] for part in products)
         self._lstm = _Lstm(
             picked.given[0], (c_void_p * 2)(*map(pointer, biases)), (Matrix * 2)(first, others[0]), others[1],
-            ids.ctypes.data, pointer(states), stamps.ctypes.data, states.shape[-1], ids.shape[1], picked.count,
-            len(states),
+            ids.ctypes.data, there.ctypes.data, pointer(states), stamps.ctypes.data,
+            states.shape[-1], ids.shape[1], picked.count, len(states),
         )  # fmt: skip
-        self._mine = self._lstm, picked, tuple(biases), products, ids, states, stamps
+        self._mine = self._lstm, picked, tuple(biases), products, ids, there, states, stamps
         self._ask = [self._asker(layer) for layer in range(len(states))]
 
-    def _arguments(self, given: Given, picked: Picked | None) -> tuple[Place, ...]:
-        assert isinstance(given, tuple)
-        return given[:1]
+    def _arguments(self, stamp: int, choice: int | None) -> tuple[Place, ...]:
+        return stamp, choice
 
     def _asker(self, layer: int) -> Ask:
         known = ctypes.addressof(self._lstm), self._head.place(layer), layer
-        return self._head.asker(layer, "foregate_predict_lstm", *known, given=1, kept=self._mine)
+        return self._head.asker(layer, "foregate_predict_lstm", *known, given=2, kept=self._mine)
 
 
 class EncoderKernel(_Headed):
     """``head`` on what two ``blocks`` make of the window's last position: of ``embed`` [1, E, d] rows and ``positions``
-    [L, d], by ``ids`` [W - 1 + L, K], of which the first W - 1 are of nobody."""
+    [L, d], by ``ids`` [W - 1 + L, K], of which the first W - 1 are of nobody; ``there`` [L] experts, int32, exist.
+    Given is where what the layer chose lies [K], which goes to ``ids``, unless that has it."""
 
     def __init__(
         self,
@@ -142,6 +144,7 @@ class EncoderKernel(_Headed):
         embed: Rows,
         positions: Floats,
         ids: NDArray[np.int64],
+        there: NDArray[np.int32],
         window: int,
         heads: int,
     ) -> None:
@@ -156,18 +159,18 @@ class EncoderKernel(_Headed):
         ]
         layers, width = positions.shape
         self._encoder = _Encoder(
-            embed.given[0], pointer(positions), ids.ctypes.data, (_Block * 2)(*made),
+            embed.given[0], pointer(positions), ids.ctypes.data, there.ctypes.data, (_Block * 2)(*made),
             window, width, heads, ids.shape[1], embed.count, layers,
         )  # fmt: skip
-        self._mine = self._encoder, tuple(blocks), embed, positions, ids
+        self._mine = self._encoder, tuple(blocks), embed, positions, ids, there
         self._ask = [self._asker(layer) for layer in range(layers)]
 
-    def _arguments(self, given: Given, picked: Picked | None) -> tuple[Place, ...]:
-        return ()
+    def _arguments(self, choice: int | None) -> tuple[Place, ...]:
+        return (choice,)
 
     def _asker(self, layer: int) -> Ask:
         known = ctypes.addressof(self._encoder), self._head.place(layer), layer
-        return self._head.asker(layer, "foregate_predict_encoder", *known, given=0, kept=self._mine)
+        return self._head.asker(layer, "foregate_predict_encoder", *known, given=1, kept=self._mine)
 
 
 class GruKernel:

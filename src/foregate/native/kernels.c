@@ -1156,4 +1156,4 @@ int foregate_post(chunk_fn fn, void *context, int64_t threads) { return pool_pos
 void foregate_join(void) { pool_join(); }
 
 /* library.py says when this is counted up. */
-int foregate_version_5(void) { return 5; }
+int foregate_version_6(void) { return 6; }

@@ -102,12 +102,8 @@ class Fusion(PendingChoice, LearnedPredictor):
         self._last[:] = 0
         self._ids[:] = NOBODY
 
-    def observe(self, step: RoutingStep) -> None:
-        if self._pending is not None:  # as ``PendingChoice`` does, without the call: 9 us where caches are cold are 3
-            self._keep(self._pending)
-        self._pending = step
-        if step.layer == 0:
-            self._last[:] = self._now
+    def _begin_token(self) -> None:
+        self._last[:] = self._now
 
     def _keep(self, step: RoutingStep) -> None:
         layer, chosen, weights, most = step.layer, step.experts[-1], step.weights[-1], self._ids.shape[1]

@@ -6,20 +6,22 @@ Shapes: L MoE layers, E experts, W window, H hops, d width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from foregate.errors import PredictorError
 from foregate.interfaces import Signals
 from foregate.native.asking import LayerKernel
 from foregate.native.history import MOST_STATE, EncoderBlock, EncoderKernel, LstmKernel
-from foregate.native.matrix import F32
 from foregate.native.predict import Given, Picked, Stage
 from foregate.native.products import Products, Rows
 from foregate.predictors.activations import layer_norm, relu, sigmoid, softmax
 from foregate.predictors.file import Artifact
 from foregate.predictors.learned import Floats, RoutedPredictor
 from foregate.predictors.network import NetworkPredictor
-from foregate.types import PredictorCost, RoutingStep
+from foregate.predictors.pending import PendingChoice
+from foregate.types import Prediction, PredictorCost, RoutingStep
 
 SOURCE = "pipelined inference with a lightweight gating network"
 BLOCKS = 2
@@ -64,7 +66,26 @@ class HistoryMlp(RoutedPredictor, NetworkPredictor):
         return self._third(0, relu(self._second(0, relu(inner)))).reshape(self.asked, self.width)
 
 
-class HistoryTransformer(RoutedPredictor, NetworkPredictor):
+class _Awaiting(PendingChoice, RoutedPredictor, NetworkPredictor):
+    """Whose kernel itself notes what the layer chose at which it is asked."""
+
+    def __init__(self, artifact: Artifact, lookahead: int, before: int = 0) -> None:
+        super().__init__(artifact, lookahead, before)
+        self._there = np.array(self.model.experts, np.int32)
+
+    def _keep(self, step: RoutingStep) -> None:
+        RoutedPredictor.observe(self, step)
+
+    def _chosen(self, signals: Signals) -> int | None:
+        """Where the kernel finds what this layer chose, unless that is kept."""
+        return self._choice(signals, self.model.top_k)[0]
+
+    def _computed(self, signals: Signals) -> Sequence[Prediction]:
+        self._settle()
+        return super()._computed(signals)
+
+
+class HistoryTransformer(_Awaiting):
     """Two encoder blocks over the window; the last position's state scores the experts."""
 
     name = "history-transformer"
@@ -106,10 +127,12 @@ class HistoryTransformer(RoutedPredictor, NetworkPredictor):
         stages = [stage for block in self._blocks for stage in block.stages]
         if head is None or self._size > MOST_STATE or not all(stage.products.matrices for stage in stages):
             return None
-        return EncoderKernel(head, self._blocks, self._embed, self._positions, self.ids, self._window, self._heads)
+        return EncoderKernel(
+            head, self._blocks, self._embed, self._positions, self.ids, self._there, self._window, self._heads
+        )
 
-    def _given(self, signals: Signals) -> tuple[Given, Picked | None]:
-        return None, None
+    def _given(self, signals: Signals) -> tuple[int | None]:
+        return (self._chosen(signals),)
 
     def _scores(self, signals: Signals) -> Floats:
         layer = signals.layer
@@ -136,7 +159,7 @@ def _rows(stage: Stage, x: Floats) -> Floats:
     return np.stack([stage(0, row).copy() for row in x])
 
 
-class HistoryLstm(RoutedPredictor, NetworkPredictor):
+class HistoryLstm(_Awaiting):
     """Two recurrent layers that step from layer to layer of a token; they begin anew at layer 0."""
 
     name = "history-lstm"
@@ -172,20 +195,21 @@ class HistoryLstm(RoutedPredictor, NetworkPredictor):
         super().reset()
         self._stamp += 1
 
-    def observe(self, step: RoutingStep) -> None:
-        super().observe(step)
-        if step.layer == 0:
-            self._stamp += 1
+    def _begin_token(self) -> None:
+        self._stamp += 1
+
+    def _keep(self, step: RoutingStep) -> None:
+        super()._keep(step)
         self._stamps[step.layer] = 0
 
     def _network(self) -> LayerKernel | None:
         head, parts = self._compiled(self._head), (self._again, self._again_second, self._second)
         if head is None or not all(part.matrices for part in parts):
             return None
-        return LstmKernel(head, self._first, self._biases, parts, self.ids, self._states, self._stamps)
+        return LstmKernel(head, self._first, self._biases, parts, self.ids, self._there, self._states, self._stamps)
 
-    def _given(self, signals: Signals) -> tuple[Given, Picked | None]:
-        return (self._stamp, F32), None
+    def _given(self, signals: Signals) -> tuple[int, int | None]:
+        return self._stamp, self._chosen(signals)
 
     def _scores(self, signals: Signals) -> Floats:
         layer = signals.layer

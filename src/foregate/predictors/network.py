@@ -14,7 +14,7 @@ import numpy as np
 
 from foregate.interfaces import Signals
 from foregate.native.asking import LayerKernel
-from foregate.native.predict import Floats, Given, NetworkKernel, Picked, Stage, available
+from foregate.native.predict import Floats, NetworkKernel, Stage, available
 from foregate.predictors.file import Artifact
 from foregate.predictors.fitted import FittedPredictor
 from foregate.predictors.targets import targets
@@ -75,8 +75,8 @@ class NetworkPredictor(FittedPredictor, ABC):
         """The kernel; None where the kernels cannot have what it is made of."""
 
     @abstractmethod
-    def _given(self, signals: Signals) -> tuple[Given, Picked | None]:
-        """What the kernel is given."""
+    def _given(self, signals: Signals) -> tuple[Any, ...]:
+        """What the kernel is given, in its form."""
 
     @abstractmethod
     def _scores(self, signals: Signals) -> Floats:

@@ -14,7 +14,8 @@ NOWHERE: Choice = None, None, 0
 
 
 class PendingChoice(BasePredictor, ABC):
-    """Subclasses say how a choice is kept (``_keep``), and ask for ``_choice`` where they predict."""
+    """Subclasses say how a choice is kept (``_keep``), and ask for ``_choice`` where they predict. They may note that a
+    token begins (``_begin_token``)."""
 
     _pending: RoutingStep | None = None
     """What was told last and is not kept yet."""
@@ -28,6 +29,11 @@ class PendingChoice(BasePredictor, ABC):
         if self._pending is not None:
             self._keep(self._pending)
         self._pending = step
+        if step.layer == 0:
+            self._begin_token()
+
+    def _begin_token(self) -> None:
+        """What the last token chose is kept, what this one chooses is not."""
 
     def _settle(self) -> None:
         """Keep what waits for it."""
