@@ -17,6 +17,7 @@ from foregate.config import RunConfig, SamplingConfig
 from foregate.engine import decoder_layer, dense
 from foregate.engine.decoder_layer import TrialExperts
 from foregate.engine.engine import Engine
+from foregate.errors import ConfigError
 from foregate.events import Part, TimeSpent
 from foregate.native import kernels
 from foregate.native.decoder_layer import DecoderLayer, turned
@@ -77,7 +78,12 @@ class Spy(BasePredictor):
         early = self.moment is Moment.BEFORE_ATTENTION
         for name in ("pre_attention",) if early else ("pre_attention", "residual", "router_input"):
             self.seen.append(signals.hidden(name))
-        if not early:
+        if early:
+            (place,), _ = signals.addresses("pre_attention", numbers=SIZES["hidden_size"])
+            self.seen.append(bf16_at(place, SIZES["hidden_size"]).copy())
+            with pytest.raises(ConfigError, match="has no residual"):
+                signals.addresses("pre_attention", "residual", numbers=SIZES["hidden_size"])
+        else:
             self.seen.append(signals.normed(signals.layer, self.seen[-2]))
             places, _ = signals.addresses("residual", "pre_attention", "router_input", numbers=SIZES["hidden_size"])
             self.seen += [bf16_at(place, SIZES["hidden_size"]) for place in places]

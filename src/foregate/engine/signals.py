@@ -153,11 +153,10 @@ class ModelSignals:
 
     def addresses(self, *names: str, numbers: int) -> tuple[tuple[int, ...], int] | None:
         """See ``interfaces.Signals``."""
-        part = self._flow.parts[self.layer]
-        kernel: DecoderLayer | None = part.compiled
+        kernel: DecoderLayer | None = self._flow.parts[self.layer].compiled
         # Before attention the rest is the last token's.
         there = self.moment is not Moment.BEFORE_ATTENTION or names == ("pre_attention",)
-        if kernel is not None and there and kernel.normed is part.pre_attention and numbers <= kernel.width:
+        if kernel is not None and there and numbers <= kernel.width:
             placed = kernel.placed(names)
             if placed is not None:
                 return placed

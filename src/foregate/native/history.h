@@ -22,10 +22,12 @@ static void apply_rows(const matrix *m, const float *bias, const float *x, int s
 
 static size_t apply_rows_bytes(const matrix *m, int n) { return (size_t)n * (input_bytes(m) + 64); }
 
-/* To `row` [K], what a layer of `there` experts chose, unless it is there (`choice` NULL): negative is what none of them is. */
-static void note_choice(int64_t *row, const int64_t *choice, int k, int there) {
-    for (int i = 0; choice && i < k; i++)
-        row[i] = choice[i] < there ? choice[i] : -1;
+/* The `choice` of a layer of `experts`, if any, to `row` [K]: -1 for what is none of them. */
+static void note_choice(int64_t *row, const int64_t *choice, int k, int experts) {
+    if (!choice)
+        return;
+    for (int i = 0; i < k; i++)
+        row[i] = choice[i] < experts ? choice[i] : -1;
 }
 
 /* ---- Two recurrent layers ---- */

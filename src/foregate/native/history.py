@@ -92,15 +92,16 @@ class _Headed(LayerKernel):
 
     def __init__(self, head: NetworkKernel, products: Sequence[Products]) -> None:
         self._head = head
+        self._there = np.array(head.experts, np.int32)
         self._large = sum(part.nbytes for part in products) >= WORTH_BEGINNING // 4
 
 
 class LstmKernel(_Headed):
     """``head`` on the state after a layer. ``picked`` [1, E, 4 d] are what an expert adds to the gates; ``products``
     [4 d, d] are of both layers' own state and of the second's input. ``states`` [L, 2, 2, d] of the tokens ``stamps``
-    [L] are filled, from ``ids`` [L, K]; ``there`` [L] experts, int32, exist. Given are the stamp, not 0, of the token
-    and where what the layer chose lies [K], which goes to ``ids``, unless that has it. Questions share the states: what
-    is open is of the same token.
+    [L] are filled, from ``ids`` [L, K]. Given are the stamp, not 0, of the token and where what the layer chose lies,
+    [K], which goes to ``ids``, unless that has it. Questions share the states: what is open is of the same token, and
+    one that is given a choice ends before one that is not.
     """
 
     def __init__(
@@ -110,7 +111,6 @@ class LstmKernel(_Headed):
         biases: Sequence[Floats],
         products: tuple[Products, Products, Products],
         ids: NDArray[np.int64],
-        there: NDArray[np.int32],
         states: Floats,
         stamps: NDArray[np.int64],
     ) -> None:
@@ -118,10 +118,10 @@ class LstmKernel(_Headed):
         first, *others = (part.matrices[0] for part in products)
         self._lstm = _Lstm(
             picked.given[0], (c_void_p * 2)(*map(pointer, biases)), (Matrix * 2)(first, others[0]), others[1],
-            ids.ctypes.data, there.ctypes.data, pointer(states), stamps.ctypes.data,
+            ids.ctypes.data, self._there.ctypes.data, pointer(states), stamps.ctypes.data,
             states.shape[-1], ids.shape[1], picked.count, len(states),
         )  # fmt: skip
-        self._mine = self._lstm, picked, tuple(biases), products, ids, there, states, stamps
+        self._mine = self._lstm, picked, tuple(biases), products, ids, self._there, states, stamps
         self._ask = [self._asker(layer) for layer in range(len(states))]
 
     def _arguments(self, stamp: int, choice: int | None) -> tuple[Place, ...]:
@@ -134,8 +134,9 @@ class LstmKernel(_Headed):
 
 class EncoderKernel(_Headed):
     """``head`` on what two ``blocks`` make of the window's last position: of ``embed`` [1, E, d] rows and ``positions``
-    [L, d], by ``ids`` [W - 1 + L, K], of which the first W - 1 are of nobody; ``there`` [L] experts, int32, exist.
-    Given is where what the layer chose lies [K], which goes to ``ids``, unless that has it."""
+    [L, d], by ``ids`` [W - 1 + L, K], of which the first W - 1 are of nobody. Given is where what
+    the layer chose lies [K], which goes to ``ids``, unless that has it; a question that is given a choice ends before
+    one that is not."""
 
     def __init__(
         self,
@@ -144,7 +145,6 @@ class EncoderKernel(_Headed):
         embed: Rows,
         positions: Floats,
         ids: NDArray[np.int64],
-        there: NDArray[np.int32],
         window: int,
         heads: int,
     ) -> None:
@@ -159,10 +159,10 @@ class EncoderKernel(_Headed):
         ]
         layers, width = positions.shape
         self._encoder = _Encoder(
-            embed.given[0], pointer(positions), ids.ctypes.data, there.ctypes.data, (_Block * 2)(*made),
+            embed.given[0], pointer(positions), ids.ctypes.data, self._there.ctypes.data, (_Block * 2)(*made),
             window, width, heads, ids.shape[1], embed.count, layers,
         )  # fmt: skip
-        self._mine = self._encoder, tuple(blocks), embed, positions, ids, there
+        self._mine = self._encoder, tuple(blocks), embed, positions, ids, self._there
         self._ask = [self._asker(layer) for layer in range(layers)]
 
     def _arguments(self, choice: int | None) -> tuple[Place, ...]:

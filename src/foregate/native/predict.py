@@ -123,7 +123,7 @@ class NetworkKernel(LayerKernel):
     ) -> None:
         layers, most = len(experts), max(experts)
         entry = len(stages[0].products.x) if stages else hops * most
-        self._named, self._hops, self._ahead, self._experts = min(named, most), hops, ahead, experts
+        self._named, self._hops, self._ahead, self.experts = min(named, most), hops, ahead, experts
         nbytes = sum(stage.products.nbytes for stage in stages)
         self._large = nbytes >= WORTH_BEGINNING // 4  # one stage waits for the other
         self._stages = [(_Stage * max(1, len(stages)))(*[s.of(layer) for s in stages]) for layer in range(layers)]
@@ -155,8 +155,8 @@ class NetworkKernel(LayerKernel):
 
     def asker(self, layer: int, kernel: str, *known: int, given: int, kept: object = None) -> Ask:
         """Asks ``kernel``, which answers as this network at ``layer`` would. See ``Told.asked_of``."""
-        layers = len(self._experts)
-        parts = [(target, self._experts[target % layers]) for target in self._ahead[layer]]
+        layers = len(self.experts)
+        parts = [(target, self.experts[target % layers]) for target in self._ahead[layer]]
         told = Told(self._hops, self._named, parts)
         mine = self._kept, self._networks, self._stages, self._counts
         return told.asked_of(loaded(), kernel, *known, given=given, kept=(mine, kept))
@@ -176,7 +176,7 @@ class FusionKernel(LayerKernel):
 
     Given are: where the residual and the pre-attention input lie, [D] numbers each; their format; and where what the
     layer chose does, [K] like rows of ``ids`` and ``weights``, unless they have it. A question that is open and another
-    are of the same choice.
+    are of the same choice, and one that is given it ends before one that is not.
     """
 
     def __init__(

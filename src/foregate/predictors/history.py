@@ -69,10 +69,6 @@ class HistoryMlp(RoutedPredictor, NetworkPredictor):
 class _Awaiting(PendingChoice, RoutedPredictor, NetworkPredictor):
     """Whose kernel itself notes what the layer chose at which it is asked."""
 
-    def __init__(self, artifact: Artifact, lookahead: int, before: int = 0) -> None:
-        super().__init__(artifact, lookahead, before)
-        self._there = np.array(self.model.experts, np.int32)
-
     def _keep(self, step: RoutingStep) -> None:
         RoutedPredictor.observe(self, step)
 
@@ -127,9 +123,7 @@ class HistoryTransformer(_Awaiting):
         stages = [stage for block in self._blocks for stage in block.stages]
         if head is None or self._size > MOST_STATE or not all(stage.products.matrices for stage in stages):
             return None
-        return EncoderKernel(
-            head, self._blocks, self._embed, self._positions, self.ids, self._there, self._window, self._heads
-        )
+        return EncoderKernel(head, self._blocks, self._embed, self._positions, self.ids, self._window, self._heads)
 
     def _given(self, signals: Signals) -> tuple[int | None]:
         return (self._chosen(signals),)
@@ -198,15 +192,11 @@ class HistoryLstm(_Awaiting):
     def _begin_token(self) -> None:
         self._stamp += 1
 
-    def _keep(self, step: RoutingStep) -> None:
-        super()._keep(step)
-        self._stamps[step.layer] = 0
-
     def _network(self) -> LayerKernel | None:
         head, parts = self._compiled(self._head), (self._again, self._again_second, self._second)
         if head is None or not all(part.matrices for part in parts):
             return None
-        return LstmKernel(head, self._first, self._biases, parts, self.ids, self._there, self._states, self._stamps)
+        return LstmKernel(head, self._first, self._biases, parts, self.ids, self._states, self._stamps)
 
     def _given(self, signals: Signals) -> tuple[int, int | None]:
         return self._stamp, self._chosen(signals)
