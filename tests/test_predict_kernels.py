@@ -192,8 +192,10 @@ def step(layer: int, token: int) -> RoutingStep:
     return RoutingStep(layer, Phase.DECODE, token, ids[None].copy(), rng.random((1, count), np.float32))
 
 
-def predictions(predictor: Any, *, place: bool = False, asked: Callable[[int], bool] = bool) -> Iterator[Prediction]:
-    """Of 8 tokens, at the layers whose turn, counted from 1, is to be ``asked``."""
+def predictions(
+    predictor: Any, *, place: bool = False, asked: Callable[[int], bool] = bool, silent: bool = False
+) -> Iterator[Prediction]:
+    """Of 8 tokens, at the layers whose turn, counted from 1, is to be ``asked``; ``silent``: by addresses alone."""
     turn = 0
     for token in range(8):
         for layer in range(len(EXPERTS)):
@@ -201,7 +203,7 @@ def predictions(predictor: Any, *, place: bool = False, asked: Callable[[int], b
             told = step(layer, token)
             predictor.observe(told)
             if asked(turn):
-                yield from predictor.predict(States(layer, token, place=place, told=told, silent=place))
+                yield from predictor.predict(States(layer, token, place=place, told=told, silent=silent))
 
 
 @needs_kernels
@@ -233,9 +235,10 @@ def test_a_shorter_ranking_is_the_beginning_of_the_whole(made: Callable[[], Any]
     "made", [lambda: fusion(2), lambda: pre_attention(0), estimator, history_lstm, history_transformer]
 )
 def test_states_read_where_they_lie_are_those_that_are_told(made: Callable[[], Any]) -> None:
-    assert list(predictions(made(), place=True)) == list(predictions(made()))
-    now_and_then = {"asked": lambda turn: turn % 2 == 0}
-    some_of_them = list(predictions(made(), place=True, **now_and_then))
+    places: dict[str, Any] = {"place": True, "silent": True}
+    assert list(predictions(made(), **places)) == list(predictions(made()))
+    now_and_then: dict[str, Any] = {"asked": lambda turn: turn % 2 == 0}
+    some_of_them = list(predictions(made(), **places, **now_and_then))
     assert some_of_them == list(predictions(made(), **now_and_then))
     assert len(some_of_them) >= 12
 
@@ -408,6 +411,21 @@ def test_what_was_told_is_not_told_again(threads: int) -> None:
     end()
     with pytest.raises(RuntimeError, match="told before"):
         end()
+
+
+@needs_kernels
+def test_who_has_begun_is_not_asked_before_it_has_told(threads: int) -> None:
+    predictor, states = fusion(2), States(0, 1)
+    end = predictor.begin(states)
+    ask: Any = predictor._kernel._ask[0]  # type: ignore[union-attr]
+    if ask.open:
+        with pytest.raises(RuntimeError, match="asked again"):
+            ask()
+        with pytest.raises(RuntimeError, match="begun again"):
+            ask.begin(None)
+    assert end() == fusion(2).predict(states)
+    assert not ask.open
+    assert predictor.predict(states) == fusion(2).predict(states)
 
 
 @needs_kernels

@@ -215,7 +215,7 @@ class ModelSignals:
     def begin_shifted(self, target: int, shift: Shift, most: int) -> Callable[[], Prediction | None] | None:
         """See ``interfaces.Signals``."""
         asked = self._asked(target, "residual")
-        if asked is None or self.fed_with(self.layer, target, "residual") != "residual":
+        if asked is None or not asked[0].normed:
             return None
         return asked[0].begin(target, asked[1], most, shift.place(self.layer), shift)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
 from struct import Struct
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,68 +30,41 @@ Place = int | NDArray[Any] | None
 
 
 class Ask(Protocol):
-    """Asks a kernel: for each of its layers a prediction, or the kernel's own answer where that is not 0."""
+    """Asks a kernel: for each of its layers a prediction, or what is made of an answer of the kernel that is not 0."""
 
     @property
     def open(self) -> bool | int:
-        """Whether it has begun and not ended: then its answer's place is taken."""
+        """Whether it has begun and not told: then its answer's place is taken, and it must not be asked."""
         ...
 
-    def __call__(self, *given: Place) -> list[Prediction] | int: ...
+    def __call__(self, *given: Place) -> list[Prediction]: ...
 
-    def begin(self, *given: Place) -> None:
-        """As a call whose answer ``end`` has: another thread computes meanwhile if one is there."""
+    def begin(self, kept: object, *given: Place) -> Callable[[], list[Prediction]]:
+        """As a call, but what is returned tells, once (RuntimeError the second time): another thread computes meanwhile
+        if one is there. Thrown away instead, it drops that: the other thread is free again, and only then what is
+        ``kept`` for it."""
         ...
-
-    def end(self) -> list[Prediction] | int: ...
-
-    def drop(self) -> None:
-        """Nobody wants to know what has begun: nothing is computed any more, and nobody works on it."""
-        ...
-
-
-class Begun:
-    """Tells, once, what ``ask`` begins. Thrown away instead, it drops that: the other thread is free again, and
-    only then what is ``kept`` for it."""
-
-    __slots__ = ("_ask", "_kept")
-
-    def __init__(self, ask: Ask, kept: object = None) -> None:
-        self._ask: Ask | None = ask
-        self._kept = kept
-
-    def __call__(self) -> list[Prediction] | int:
-        """The kernel's answer. Raises RuntimeError the second time."""
-        ask, self._ask = self._ask, None
-        if ask is None:
-            raise RuntimeError("what had begun was told before")
-        return ask.end()
-
-    def __del__(self) -> None:
-        if self._ask is not None:
-            self._ask.drop()
 
 
 class _SlowAsk:
     """Without Python's headers: all at the end."""
 
-    def __init__(self, ask: Callable[..., list[Prediction] | int], kept: object) -> None:
+    def __init__(self, ask: Callable[..., list[Prediction]], kept: object) -> None:
         self._ask, self._kept = ask, kept
-        self._given: tuple[Place, ...] = ()
         self.open = False
 
-    def __call__(self, *given: Place) -> list[Prediction] | int:
+    def __call__(self, *given: Place) -> list[Prediction]:
         return self._ask(*[_address(one) for one in given])
 
-    def begin(self, *given: Place) -> None:
-        self._given, self.open = given, True
+    def begin(self, kept: object, *given: Place) -> Callable[[], list[Prediction]]:
+        left: list[tuple[Place, ...]] = [given]
 
-    def end(self) -> list[Prediction] | int:
-        self.open = False
-        return self(*self._given)
+        def tell() -> list[Prediction]:
+            if not left:
+                raise RuntimeError("what had begun was told before")
+            return self(*left.pop())
 
-    def drop(self) -> None:
-        self.open = False
+        return tell
 
 
 class Told:
@@ -108,16 +80,31 @@ class Told:
         self._half = half
         self._parts = tuple((layer, hop * named, min(named, there)) for hop, (layer, there) in enumerate(layers))
 
-    def asked_of(self, found: Any, name: str, *known: int, given: int = 0, kept: object = None) -> Ask:
+    def asked_of(
+        self,
+        found: Any,
+        name: str,
+        *known: int,
+        given: int = 0,
+        kept: object = None,
+        refused: Callable[[int], list[Prediction]] | None = None,
+    ) -> Ask:
         """What calls the kernel ``name`` of ``found`` with ``known``, as many arguments as are to be ``given``, where
-        its answer goes, and a last one, threads, that is given. ``kept`` lives as long: what ``known`` points to."""
+        its answer goes, and a last one, threads, that is given. ``kept`` lives as long: what ``known`` points to.
+        ``refused`` says what becomes of an answer that is not 0; without it MemoryError or IntegrityError."""
+        refused = refused or refuse
         fast = calls()
         if fast is None:
             run = function(found, name, len(known) + given + 3)
-            return _SlowAsk(lambda *rest: run(*known, *rest[:-1], *self._to, rest[-1]) or self._read(), kept)
+
+            def run_and_read(*rest: Place) -> list[Prediction]:
+                answer = run(*known, *rest[:-1], *self._to, rest[-1])
+                return refused(answer) if answer else self._read()
+
+            return _SlowAsk(run_and_read, kept)
         kernel, post, join = (address(getattr(found, part)) for part in (name, *_BESIDE))
         kept = self._memory, kept
-        ask: Ask = fast.Asker(kernel, known, given, self._to, self._parts, Prediction, post, join, kept)
+        ask: Ask = fast.Asker(kernel, known, given, self._to, self._parts, Prediction, refused, post, join, kept)
         return ask
 
     def _read(self) -> list[Prediction]:
@@ -139,15 +126,13 @@ class LayerKernel(ABC):
 
     def __call__(self, layer: int, *given: Any) -> list[Prediction]:
         """What is said at ``layer``: the best experts first, and their scores. Raises MemoryError or IntegrityError."""
-        return checked(self._free(layer)(*self._arguments(*given), threads_asked() or 1))
+        return self._free(layer)(*self._arguments(*given), threads_asked() or 1)
 
     def begin(self, layer: int, *given: Any) -> Callable[[], list[Prediction]]:
         """As a call, but what this returns tells, and another compute thread does it meanwhile if it is worth it. What
         is given must not change until then."""
-        ask = self._free(layer)
-        begun = Begun(ask, given)
-        ask.begin(*self._arguments(*given), (threads_asked() or 1) if self._large else 1)
-        return partial(_end, begun)
+        threads = (threads_asked() or 1) if self._large else 1
+        return self._free(layer).begin(given, *self._arguments(*given), threads)
 
     def _free(self, layer: int) -> Ask:
         """Who asks: another where a question is open."""
@@ -162,25 +147,12 @@ class LayerKernel(ABC):
     def _asker(self, layer: int) -> Ask: ...
 
 
-def _end(begun: Begun) -> list[Prediction]:
-    return checked(begun())
-
-
 def _address(given: Place) -> int | None:
     return given.ctypes.data if isinstance(given, np.ndarray) else given
 
 
-def checked(told: list[Prediction] | int) -> list[Prediction]:
-    """``told``. Raises MemoryError or IntegrityError where the kernel could not, or would not, do it."""
-    if isinstance(told, int):
-        check(told)
-        return []
-    return told
-
-
-def check(answer: int) -> None:
-    """Of a predictor's kernel. Raises MemoryError or IntegrityError unless it is 0."""
+def refuse(answer: int) -> NoReturn:
+    """For an answer of a predictor's kernel that is not 0. Raises MemoryError or IntegrityError."""
     if answer == 2:
         raise MemoryError("no memory for a prediction")
-    if answer:
-        raise IntegrityError("the kernels refused the arrays of a predictor")
+    raise IntegrityError("the kernels refused the arrays of a predictor")

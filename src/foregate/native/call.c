@@ -213,8 +213,16 @@ typedef struct {
     int known, asked, count;
     int state, answer;
     a values[MOST];
-    PyObject *parts, *type, *kept;
+    PyObject *parts, *type, *refused, *kept;
 } asker;
+
+/* What a kernel has begun to compute, and what is `kept` until it has: called once, it tells. */
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc call;
+    asker *asked;
+    PyObject *kept;
+} begun;
 
 static int read_question(const asker *f, PyObject *const *given, size_t flags, PyObject *names, a *values) {
     memcpy(values, f->values, sizeof f->values);
@@ -223,10 +231,10 @@ static int read_question(const asker *f, PyObject *const *given, size_t flags, P
            read_values(given + f->asked, 1, values + f->count - 1);
 }
 
-/* What the kernel told, or the number that it answered where that is not 0. */
+/* What the kernel told, or where its answer is not 0 what `refused` makes of that. */
 static PyObject *read_answer(const asker *f, int answer) {
     if (answer)
-        return PyLong_FromLong(answer);
+        return PyObject_CallFunction(f->refused, "i", answer);
     const a *places = f->values + f->known + f->asked;
     return told((const float *)(uintptr_t)places[0], (const int32_t *)(uintptr_t)places[1], f->parts,
                 (PyTypeObject *)f->type);
@@ -246,61 +254,90 @@ static void drop(asker *f) {
 }
 
 static PyObject *ask(PyObject *self, PyObject *const *given, size_t flags, PyObject *names) {
-    asker *f = (asker *)self;
+    const asker *f = (const asker *)self;
     a values[MOST];
-    drop(f);
+    if (f->state != NOT_BEGUN)
+        return PyErr_Format(PyExc_RuntimeError, "asked again before it told what it has begun");
     if (read_question(f, given, flags, names, values))
         return NULL;
     return read_answer(f, run_unlocked(f->run, f->count, values));
 }
 
-
-/* begin(*arguments): as a call, but whoever is idle computes; `end` has the answer. */
-static PyObject *begin(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    asker *f = (asker *)self;
-    a values[MOST];
-    drop(f);
-    if (read_question(f, given, (size_t)count, NULL, values))
+static PyObject *tell(PyObject *self, PyObject *const *given, size_t flags, PyObject *names) {
+    (void)given;
+    begun *b = (begun *)self;
+    asker *f = b->asked;
+    if (refuse_count(flags, names, 0))
         return NULL;
-    const int64_t threads = values[f->count - 1];
-    values[f->count - 1] = 1;
-    memcpy(f->values, values, sizeof values);
-    f->state = f->post(compute, f, threads) ? POSTED : LEFT;
-    Py_RETURN_NONE;
-}
-
-static PyObject *end_asked(PyObject *self, PyObject *nothing) {
-    (void)nothing;
-    asker *f = (asker *)self;
-    const int state = f->state;
-    if (state == NOT_BEGUN)
-        return PyErr_Format(PyExc_RuntimeError, "nothing has begun");
-    f->state = NOT_BEGUN;
+    if (!f)
+        return PyErr_Format(PyExc_RuntimeError, "what had begun was told before");
+    b->asked = NULL;
     Py_BEGIN_ALLOW_THREADS
-    if (state == POSTED)
+    if (f->state == POSTED)
         f->join();
     else
         compute(f, 0);
     Py_END_ALLOW_THREADS
-    return read_answer(f, f->answer);
+    f->state = NOT_BEGUN;
+    PyObject *found = read_answer(f, f->answer);
+    Py_DECREF(f);
+    return found;
 }
 
-static PyObject *drop_asked(PyObject *self, PyObject *nothing) {
-    (void)nothing;
-    drop((asker *)self);
-    Py_RETURN_NONE;
+/* Thrown away before it was called: the other thread is free again, and only then what is kept for it. */
+static void free_begun(PyObject *self) {
+    begun *b = (begun *)self;
+    if (b->asked)
+        drop(b->asked);
+    Py_XDECREF(b->asked);
+    Py_XDECREF(b->kept);
+    Py_TYPE(self)->tp_free(self);
 }
 
-/* Asker(address, known, asked, places, parts, Prediction, post, join, kept): calls the function at `address` with the tuple
- * `known`, then `asked` arguments and a last one (threads) that are given, and between those the tuple `places`, where
- * its answer will lie. `kept` lives as long. */
+static PyTypeObject Begun = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "foregate.native._call.Begun",
+    .tp_doc = "What an Asker has begun: called once, it tells; thrown away instead, it drops that.",
+    .tp_basicsize = sizeof(begun),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .tp_vectorcall_offset = offsetof(begun, call),
+    .tp_call = PyVectorcall_Call,
+    .tp_dealloc = free_begun,
+};
+
+/* begin(kept, *arguments): as a call, but whoever is idle computes, and what is returned tells. */
+static PyObject *begin(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    asker *f = (asker *)self;
+    a values[MOST];
+    if (count < 1 || f->state != NOT_BEGUN)
+        return PyErr_Format(PyExc_RuntimeError, "begun again before it was told, or nothing is said to be kept");
+    if (read_question(f, given + 1, (size_t)count - 1, NULL, values))
+        return NULL;
+    begun *made = (begun *)Begun.tp_alloc(&Begun, 0);
+    if (!made)
+        return NULL;
+    const int64_t threads = values[f->count - 1];
+    values[f->count - 1] = 1;
+    memcpy(f->values, values, sizeof values);
+    made->call = tell;
+    made->asked = (asker *)Py_NewRef(self);
+    made->kept = Py_NewRef(given[0]);
+    f->state = f->post(compute, f, threads) ? POSTED : LEFT;
+    return (PyObject *)made;
+}
+
+/* Asker(address, known, asked, places, parts, Prediction, refused, post, join, kept): calls the function at `address` with
+ * the tuple `known`, then `asked` arguments and a last one (threads) that are given, and between those the tuple
+ * `places`, where its answer will lie. An answer that is not 0 goes to `refused`. `kept` lives as long. */
 static PyObject *make_asker(PyTypeObject *type, PyObject *given, PyObject *named) {
     unsigned long long address, post, join;
     int asked;
-    PyObject *known, *places, *parts, *prediction, *kept;
-    static char *names[] = {"address", "known", "asked", "places", "parts", "prediction", "post", "join", "kept", NULL};
-    if (!PyArg_ParseTupleAndKeywords(given, named, "KO!iO!O!OKKO", names, &address, &PyTuple_Type, &known, &asked,
-                                     &PyTuple_Type, &places, &PyTuple_Type, &parts, &prediction, &post, &join, &kept))
+    PyObject *known, *places, *parts, *prediction, *refused, *kept;
+    static char *names[] = {"address", "known", "asked", "places", "parts", "prediction",
+                            "refused", "post", "join", "kept", NULL};
+    if (!PyArg_ParseTupleAndKeywords(given, named, "KO!iO!O!OOKKO", names, &address, &PyTuple_Type, &known, &asked,
+                                     &PyTuple_Type, &places, &PyTuple_Type, &parts, &prediction, &refused, &post, &join,
+                                     &kept))
         return NULL;
     const Py_ssize_t first = PyTuple_GET_SIZE(known), count = first + asked + 3;
     if (!address || !post || !join || asked < 0 || PyTuple_GET_SIZE(places) != 2 || count > MOST || !can_run((int)count) ||
@@ -318,37 +355,39 @@ static PyObject *make_asker(PyTypeObject *type, PyObject *given, PyObject *named
     made->count = (int)count;
     made->parts = Py_NewRef(parts);
     made->type = Py_NewRef(prediction);
+    made->refused = Py_NewRef(refused);
     made->kept = Py_NewRef(kept);
     if (read_tuple(known, made->values) || read_tuple(places, made->values + first + asked))
         Py_CLEAR(made);
     return (PyObject *)made;
 }
 
+/* Whatever it has begun holds it, so that nothing has. */
 static void free_asker(PyObject *self) {
-    drop((asker *)self);
     Py_XDECREF(((asker *)self)->parts);
     Py_XDECREF(((asker *)self)->type);
+    Py_XDECREF(((asker *)self)->refused);
     Py_XDECREF(((asker *)self)->kept);
     Py_TYPE(self)->tp_free(self);
 }
 
 static PyMethodDef asker_methods[] = {
-    {"begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL, "As a call, but whoever is idle computes."},
-    {"end", end_asked, METH_NOARGS, "What has begun, answered."},
-    {"drop", drop_asked, METH_NOARGS, "What has begun, if anything, is not wanted."},
+    {"begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL,
+     "begin(kept, *arguments): as a call, but whoever is idle computes, and what is returned tells; `kept` lives as long."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef asker_members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(asker, call), READONLY, NULL},
-    {"open", T_INT, offsetof(asker, state), READONLY, "Whether something has begun and not ended."},
+    {"open", T_INT, offsetof(asker, state), READONLY, "Whether something has begun and was not told."},
     {NULL, 0, 0, 0, NULL},
 };
 
 static PyTypeObject Asker = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "foregate.native._call.Asker",
-    .tp_doc = "Asker(address, known, asked, places, parts, Prediction, post, join, kept): a kernel's predictions in one call.",
+    .tp_doc = "Asker(address, known, asked, places, parts, Prediction, refused, post, join, kept): a kernel's predictions "
+              "in one call.",
     .tp_basicsize = sizeof(asker),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL,
     .tp_vectorcall_offset = offsetof(asker, call),
@@ -362,12 +401,12 @@ static PyTypeObject Asker = {
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_call", .m_size = -1};
 
 PyMODINIT_FUNC PyInit__call(void) {
-    if (PyType_Ready(&Function) < 0 || PyType_Ready(&Asker) < 0)
+    if (PyType_Ready(&Function) < 0 || PyType_Ready(&Asker) < 0 || PyType_Ready(&Begun) < 0)
         return NULL;
     PyObject *made = PyModule_Create(&module);
     if (made && (PyModule_AddObjectRef(made, "Function", (PyObject *)&Function) < 0 ||
                  PyModule_AddObjectRef(made, "Asker", (PyObject *)&Asker) < 0 ||
-                 PyModule_AddIntConstant(made, "VERSION", 3) < 0))
+                 PyModule_AddIntConstant(made, "VERSION", 4) < 0))
         Py_CLEAR(made);
     return made;
 }

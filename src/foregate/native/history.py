@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.native.asking import WORTH_BEGINNING, Ask, LayerKernel, Place, check
+from foregate.native.asking import WORTH_BEGINNING, Ask, LayerKernel, Place, refuse
 from foregate.native.library import function
 from foregate.native.matrix import Matrix, RowsOf
 from foregate.native.predict import Floats, NetworkKernel, Stage, loaded, pointer
@@ -188,4 +188,6 @@ class GruKernel:
     def __call__(self, row: Floats) -> None:
         """A step of ``state`` on the first half of ``row`` [2 d], in one piece, which becomes zero; the other half
         becomes the third product. Raises MemoryError or IntegrityError."""
-        check(self._step(self._at, pointer(row)))
+        answer = self._step(self._at, pointer(row))
+        if answer:
+            refuse(answer)

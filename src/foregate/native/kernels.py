@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foregate.errors import IntegrityError
-from foregate.native.asking import Ask, Begun, Told, checked
+from foregate.native.asking import Ask, Told, refuse
 from foregate.native.library import function, load
 from foregate.native.matrix import BF16, F32, INT4, INT8, threads_asked
 from foregate.native.matrix import MOST_COLUMNS as MOST_COLUMNS
@@ -242,6 +242,7 @@ class Ranker:
         self._kept = gate, weight
         self._job = _Ranking(matrix(gate, None), None if weight is None else weight.data_ptr(), epsilon)
         self.rows, self.width = gate.shape
+        self.normed = norm is not None
         self._top_k = top_k
         self._scores, self._order = np.empty(self.rows, np.float32), np.empty(self.rows, np.int32)
         self._to = self._scores.ctypes.data, self._order.ctypes.data
@@ -269,8 +270,7 @@ class Ranker:
         """As ``best``, but what this returns tells, and another compute thread does it meanwhile; ``kept`` lives as
         long as that takes."""
         ask = self._asked(layer, most, shift)
-        begun = Begun(ask, kept)
-        ask.begin(at, num_threads())
+        begun = ask.begin(kept, at, num_threads())
         return lambda: _one(begun())
 
     def _asked(self, layer: int, most: int, shift: int) -> Ask:
@@ -280,15 +280,18 @@ class Ranker:
             room = min(max(most, self._top_k + 1), self.rows)
             given = ctypes.addressof(self._job), self._top_k, most, shift
             told = Told(1, room, [(layer, min(most, self.rows))])
-            ask = told.asked_of(loaded(), "foregate_rank", *given, given=1, kept=(self._job, self._kept))
+            kept = self._job, self._kept
+            ask = told.asked_of(loaded(), "foregate_rank", *given, given=1, kept=kept, refused=_undecided)
             self._asks.setdefault((layer, most, shift), ask)
         return ask
 
 
-def _one(told: list[Prediction] | int) -> Prediction | None:
-    if isinstance(told, int) and told == UNDECIDED:
-        return None
-    return checked(told)[0]
+def _undecided(answer: int) -> list[Prediction]:
+    return [] if answer == UNDECIDED else refuse(answer)
+
+
+def _one(told: list[Prediction]) -> Prediction | None:
+    return told[0] if told else None
 
 
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -12,7 +12,7 @@ from ctypes import c_int32, c_void_p
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.native.asking import Ask, Place, Told, checked
+from foregate.native.asking import Ask, Place, Told
 from foregate.native.matrix import RowsOf
 from foregate.native.predict import Floats, loaded, pointer
 from foregate.native.products import Rows
@@ -81,4 +81,4 @@ class MatchKernel:
     ) -> list[Prediction]:
         """What is told at ``layer``, of the stored ``match``, after the ``count`` experts ``ids`` (int64) with
         ``weights`` (float32) that it chose have been noted; those that do not exist are passed over."""
-        return checked(self._ask[layer](ids, weights, count, match, 1))
+        return self._ask[layer](ids, weights, count, match, 1)

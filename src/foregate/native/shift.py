@@ -35,6 +35,7 @@ class Shift:
         self._layers = [
             _Shift(given, added.ctypes.data, *at, *sizes) for given, added in zip(rows.given, base, strict=True)
         ]
+        self._places = [ctypes.addressof(layer) for layer in self._layers]
 
     def read(self, layer: int, ids: int, weights: int) -> None:
         """From now on those of ``layer`` are [k] numbers at these addresses; whoever asks sees to it that they are."""
@@ -43,4 +44,4 @@ class Shift:
 
     def place(self, layer: int) -> int:
         """Where the shift of ``layer`` lies, as long as this one lives."""
-        return ctypes.addressof(self._layers[layer])
+        return self._places[layer]

@@ -63,30 +63,31 @@ class QuasiHidden(FittedPredictor):
         self._step = None
 
     def observe(self, step: RoutingStep) -> None:
-        if len(step.experts) == 1:
-            self._step = step
+        self._step = step
 
     def predict(self, signals: Signals) -> Sequence[Prediction]:
         return self.begin(signals)()
 
     def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
         """See ``interfaces.Beginner``: of the nearest layer, while this thread sees to the others."""
-        ahead = self._ahead[signals.layer]
-        if self._step is None or not ahead:
+        step, ahead = self._step, self._ahead[signals.layer]
+        if step is None or not ahead:
+            return tuple
+        rows, found = step.experts.shape
+        if rows > 1:
             return tuple
         if self._shift is not None:
-            self._shift.read(signals.layer, *self._places(signals, self._step))
+            # As a rule a kernel finds what was chosen where it lies: nobody needs to copy it.
+            places = signals.choice_of(step) if found == self.model.top_k else None
+            self._shift.read(signals.layer, *(self._copied(step) if places is None else places))
         return partial(self._told, signals, ahead, self._asked(signals, ahead[0]))
 
-    def _places(self, signals: Signals, step: RoutingStep) -> tuple[int, int]:
-        """Where the kernel finds what ``step`` chose: as a rule nobody needs to copy it before."""
-        most = self.model.top_k
-        places = signals.choice_of(step) if step.experts.shape[1] == most else None
-        if places is None:
-            chosen = step.experts[0]
-            self._ids[:] = NOBODY
-            self._ids[: len(chosen)], self._weights[: len(chosen)] = chosen[:most], step.weights[0, :most]
-        return places or self._own
+    def _copied(self, step: RoutingStep) -> tuple[int, int]:
+        """Where a copy of what ``step`` chose lies."""
+        chosen, most = step.experts[0], self.model.top_k
+        self._ids[:] = NOBODY
+        self._ids[: len(chosen)], self._weights[: len(chosen)] = chosen[:most], step.weights[0, :most]
+        return self._own
 
     def _told(self, signals: Signals, ahead: range, first: Asked) -> Sequence[Prediction]:
         nearest = self._end(signals, ahead[0], first)
