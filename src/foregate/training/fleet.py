@@ -19,7 +19,7 @@ from foregate.training.standing import Standing, read
 
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pre-attention-1": ("pre-attention", ("arch=1", "epochs=5")),
-    "pre-attention-256": ("pre-attention", ("hidden=256", "epochs=5")),
+    "pre-attention-128": ("pre-attention", ("hidden=128", "epochs=5")),
 }
 """Trained beside each method's defaults: name of the file → predictor, options."""
 
