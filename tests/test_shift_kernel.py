@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,9 @@ def test_quasi_hidden_reads_each_choice_where_it_lies_or_from_its_own_copy() -> 
         ids, weights = told.experts[0, :K].tolist(), told.weights[0, :K].tolist()
         assert prediction.experts == (*ids, *[NOBODY] * (K - len(ids)))
         assert prediction.scores[: len(ids)] == tuple(weights)
+    several = replace(placed, experts=placed.experts.repeat(3, axis=0), weights=placed.weights.repeat(3, axis=0))
+    predictor.observe(several)
+    assert list(predictor.predict(Shifted(several, place=True))) == [], "nobody is asked about several tokens"
 
 
 @needs_kernels
@@ -99,7 +103,8 @@ def test_a_compiled_quasi_hidden_state_is_the_one_of_the_live_model(
 ) -> None:
     monkeypatch.setattr("foregate.engine.dense.SMALLEST", 1)
     model = build("qwen3_moe", tmp_path / "model", dtype="bfloat16", hidden_size=128, num_hidden_layers=4)
-    with Engine(RunConfig(model=str(model), predictor="next-gate", memory_budget="50%")) as engine:
+    config = RunConfig(model=str(model), predictor="next-gate", memory_budget="50%", prefetch="2")
+    with Engine(config) as engine:  # a fixed limit: on a busy disk the controller would not ask
         there, spec = engine._identity(), engine.spec
         arrays = {
             "experts": some(there.layers, max(there.experts), there.hidden_size),

@@ -202,7 +202,8 @@ class Signals(Protocol):
 
     def begin_shifted(self, target: int, shift: Shift, most: int) -> Callable[[], Prediction | None] | None:
         """``begin_best`` on ``"residual"`` and what a compiled predictor adds to it (``native.shift.Shift``). None, or
-        None from what this returns: only ``normed`` and ``scores`` tell.
+        None from what this returns: only ``normed`` and ``scores`` tell. What is returned keeps ``shift``, which must
+        not keep that.
         """
         ...
 

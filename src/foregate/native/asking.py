@@ -57,12 +57,15 @@ class _SlowAsk:
         return self._ask(*[_address(one) for one in given])
 
     def begin(self, kept: object, *given: Place) -> Callable[[], list[Prediction]]:
-        left: list[tuple[Place, ...]] = [given]
+        left = [(kept, given)]
 
         def tell() -> list[Prediction]:
             if not left:
                 raise RuntimeError("what had begun was told before")
-            return self(*left.pop())
+            held, places = left.pop()
+            told = self(*places)
+            del held
+            return told
 
         return tell
 

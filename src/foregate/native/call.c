@@ -254,13 +254,16 @@ static void drop(asker *f) {
 }
 
 static PyObject *ask(PyObject *self, PyObject *const *given, size_t flags, PyObject *names) {
-    const asker *f = (const asker *)self;
+    asker *f = (asker *)self;
     a values[MOST];
     if (f->state != NOT_BEGUN)
         return PyErr_Format(PyExc_RuntimeError, "asked again before it told what it has begun");
     if (read_question(f, given, flags, names, values))
         return NULL;
-    return read_answer(f, run_unlocked(f->run, f->count, values));
+    f->state = LEFT; /* the answer's place is taken till it is read */
+    PyObject *found = read_answer(f, run_unlocked(f->run, f->count, values));
+    f->state = NOT_BEGUN;
+    return found;
 }
 
 static PyObject *tell(PyObject *self, PyObject *const *given, size_t flags, PyObject *names) {
@@ -278,8 +281,9 @@ static PyObject *tell(PyObject *self, PyObject *const *given, size_t flags, PyOb
     else
         compute(f, 0);
     Py_END_ALLOW_THREADS
-    f->state = NOT_BEGUN;
     PyObject *found = read_answer(f, f->answer);
+    f->state = NOT_BEGUN;
+    Py_CLEAR(b->kept);
     Py_DECREF(f);
     return found;
 }
@@ -309,8 +313,10 @@ static PyTypeObject Begun = {
 static PyObject *begin(PyObject *self, PyObject *const *given, Py_ssize_t count) {
     asker *f = (asker *)self;
     a values[MOST];
-    if (count < 1 || f->state != NOT_BEGUN)
-        return PyErr_Format(PyExc_RuntimeError, "begun again before it was told, or nothing is said to be kept");
+    if (count < 1)
+        return PyErr_Format(PyExc_TypeError, "begin takes what is to be kept, and then the arguments");
+    if (f->state != NOT_BEGUN)
+        return PyErr_Format(PyExc_RuntimeError, "begun again before it was told");
     if (read_question(f, given + 1, (size_t)count - 1, NULL, values))
         return NULL;
     begun *made = (begun *)Begun.tp_alloc(&Begun, 0);

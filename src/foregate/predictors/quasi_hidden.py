@@ -90,8 +90,11 @@ class QuasiHidden(FittedPredictor):
         return self._own
 
     def _told(self, signals: Signals, ahead: range, first: Asked) -> Sequence[Prediction]:
-        nearest = self._end(signals, ahead[0], first)
-        return [nearest, *[self._end(signals, target, self._asked(signals, target)) for target in ahead[1:]]]
+        try:
+            others = [self._end(signals, target, self._asked(signals, target)) for target in ahead[1:]]
+        finally:  # whatever happens, another thread may be at it
+            nearest = self._end(signals, ahead[0], first)
+        return [nearest, *others]
 
     def _asked(self, signals: Signals, target: int) -> Asked:
         if self._shift is None:
