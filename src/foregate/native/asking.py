@@ -62,10 +62,8 @@ class _SlowAsk:
         def tell() -> list[Prediction]:
             if not left:
                 raise RuntimeError("what had begun was told before")
-            held, places = left.pop()
-            told = self(*places)
-            del held
-            return told
+            last = left.pop()
+            return self(*last[1])
 
         return tell
 
