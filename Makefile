@@ -36,10 +36,10 @@ gallery: $(VENV)/.installed  ## The figures of docs/gallery.md, from the referen
 	$(BIN)/python scripts/gallery.py $(STEPS)
 
 leaderboard: $(VENV)/.installed  ## dev/LEADERBOARD.md: traces, every predictor trained and judged (an hour; resumes). DATA=directory with gsm8k_test.jsonl
-	$(BIN)/python -m foregate.evaluation.leaderboard --data-dir $(DATA) --out $(OUT)/leaderboard
+	$(BIN)/python -m foregate.evaluation.leaderboard $(if $(DATA),--data-dir $(DATA)) --out $(OUT)/leaderboard
 
-studies: $(VENV)/.installed  ## docs/studies.md: the published tables and figures on our model (after leaderboard, whose traces it reads; resumes)
-	$(BIN)/python -m foregate.evaluation.studies --leaderboard $(OUT)/leaderboard --out $(OUT)/studies
+studies: $(VENV)/.installed  ## docs/studies.md: the published tables and figures on our model (after leaderboard, whose traces it reads; resumes). DATA as there
+	$(BIN)/python -m foregate.evaluation.studies $(if $(DATA),--data-dir $(DATA)) --leaderboard $(OUT)/leaderboard --out $(OUT)/studies
 
 reference: $(VENV)/.installed  ## Train the reference model on (hours; resumes). DATA=directory with gsm8k_train.jsonl
 	$(BIN)/foregate reference train --resume --data-dir $(DATA)

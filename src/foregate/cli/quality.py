@@ -153,13 +153,14 @@ def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
 def _table(title: str, against: str | None, lines: list[DomainQuality]) -> Table:
     from rich.table import Table
 
-    columns = ["domain", "tokens", "loss (nats)"]
-    columns += [f"of {against}", "difference", "same greedy choice"] if against else []
+    columns = ["domain", "tokens", "loss (nats)", "text's own token"]
+    columns += [f"loss of {against}", "difference", "its text's own token", "same greedy choice"] if against else []
     table = Table(*columns, title=title, title_justify="left")
     for line in lines:
-        row: list[Any] = [line.domain, f"{line.tokens:,}", f"{line.loss:.4f}"]
-        if line.against is not None and line.delta is not None and line.agreement is not None:
+        row: list[Any] = [line.domain, f"{line.tokens:,}", f"{line.loss:.4f}", f"{line.accuracy:.1%}"]
+        if line.against is not None:
             spread = "" if line.delta_error is None else f" ± {line.delta_error:.4f}"
-            row += [f"{line.against:.4f}", f"{line.delta:+.4f}{spread}", f"{line.agreement:.1%}"]
+            row += [f"{line.against:.4f}", f"{line.delta:+.4f}{spread}"]
+            row += [f"{line.accuracy_against:.1%}", f"{line.agreement:.1%}"]
         table.add_row(*row)
     return table

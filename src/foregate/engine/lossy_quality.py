@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
-from torch.nn import functional as F
-
 from foregate.config import RunConfig
 from foregate.engine.deviation import Deviation
 from foregate.engine.engine import Engine
-from foregate.engine.quality import DomainQuality, Score, Text, choose_texts, compare
+from foregate.engine.quality import DomainQuality, Score, Text, choose_texts, compare, score_of
 from foregate.errors import ConfigError
 
 GIVEN = 16
@@ -89,11 +87,9 @@ def lossy_quality(
 def follow_score(engine: Engine, text: Text, given: int) -> tuple[Score, float]:
     """Score of the tokens of ``text`` after the first ``given``, and the seconds of the whole text."""
     began = perf_counter()
-    logits = engine.follow(list(text.ids), given).float()
+    logits = engine.follow(list(text.ids), given)
     seconds = perf_counter() - began
-    wanted = logits.new_tensor(text.ids[given:]).long()
-    losses = F.cross_entropy(logits, wanted, reduction="none")
-    return Score(text.domain, tuple(losses.tolist()), tuple(logits.argmax(dim=-1).tolist())), seconds
+    return score_of(text, logits, given), seconds
 
 
 def _scores(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
+from torch import Tensor
 from torch.nn import functional as F
 
 from foregate.engine.engine import Engine
@@ -26,26 +27,34 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of one text: loss in nats of every predicted token, and what the model would have chosen instead of it."""
+    """Of one text: loss in nats of every predicted token, and what the model would have chosen instead of it.
+
+    ``right``: how many of its choices are the text's own token.
+    """
 
     domain: str
     losses: tuple[float, ...]
     choices: tuple[int, ...]
+    right: int
 
 
 @dataclass(frozen=True, slots=True)
 class DomainQuality:
-    """``loss`` in nats per token. The other fields compare with another model and are None where there is none:
-    ``delta`` = loss - its loss, ``delta_error`` the standard error of that over texts (None for a single text),
+    """``loss`` in nats per token, ``accuracy`` the share of tokens for which the greedy choice is the text's own.
+
+    The other fields compare with another model and are None where there is none: ``delta`` = loss - its loss,
+    ``delta_error`` the standard error of that over texts (None for a single text), ``accuracy_against`` its accuracy,
     ``agreement`` the share of tokens for which both would choose the same."""
 
     domain: str
     texts: int
     tokens: int
     loss: float
+    accuracy: float
     against: float | None = None
     delta: float | None = None
     delta_error: float | None = None
+    accuracy_against: float | None = None
     agreement: float | None = None
 
 
@@ -66,10 +75,16 @@ def choose_texts(
 
 def score(engine: Engine, text: Text) -> Score:
     """One pass over ``text``. Raises PromptError where the model does not take it."""
-    logits = engine.logits(list(text.ids))[:-1].float()
-    wanted = logits.new_tensor(text.ids[1:]).long()
+    return score_of(text, engine.logits(list(text.ids))[:-1], 1)
+
+
+def score_of(text: Text, logits: Tensor, given: int) -> Score:
+    """``logits`` [T - given, V] predict the tokens of ``text`` after the first ``given``."""
+    logits = logits.float()
+    wanted = logits.new_tensor(text.ids[given:]).long()
     losses = F.cross_entropy(logits, wanted, reduction="none")
-    return Score(text.domain, tuple(losses.tolist()), tuple(logits.argmax(dim=-1).tolist()))
+    choices = logits.argmax(dim=-1)
+    return Score(text.domain, tuple(losses.tolist()), tuple(choices.tolist()), int((choices == wanted).sum()))
 
 
 def compare(scores: Sequence[Score], others: Sequence[Score] | None = None) -> list[DomainQuality]:
@@ -83,12 +98,13 @@ def compare(scores: Sequence[Score], others: Sequence[Score] | None = None) -> l
 def _domain(name: str, pairs: Sequence[tuple[Score, Score | None]]) -> DomainQuality:
     tokens = sum(len(one.losses) for one, _ in pairs)
     loss = sum(sum(one.losses) for one, _ in pairs) / tokens
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"accuracy": sum(one.right for one, _ in pairs) / tokens}
     both = [(one, other) for one, other in pairs if other is not None]
     if both:
         against = sum(sum(other.losses) for _, other in both) / tokens
         same = sum(a == b for one, other in both for a, b in zip(one.choices, other.choices, strict=True))
-        facts = {"against": against, "delta": loss - against, "delta_error": _error(both), "agreement": same / tokens}
+        facts |= {"against": against, "delta": loss - against, "delta_error": _error(both), "agreement": same / tokens}
+        facts["accuracy_against"] = sum(other.right for _, other in both) / tokens
     return DomainQuality(name, len(pairs), tokens, loss, **facts)
 
 
