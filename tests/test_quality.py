@@ -13,7 +13,7 @@ from foregate.checkpoint.pack import pack
 from foregate.checkpoint.precision import Precision
 from foregate.checkpoint.quantise import parse_scheme
 from foregate.cli.quality import quality
-from foregate.engine.quality import Score, choose_texts, compare
+from foregate.engine.quality import Score, Text, choose_texts, compare, score_of
 from foregate.errors import ConfigError
 from test_checkpoint_support import tiny
 
@@ -46,17 +46,14 @@ def test_loss_is_transformers_own(model: Path, data: Path, capsys: pytest.Captur
     found = judge(capsys, model, data)
     stock = AutoModelForCausalLM.from_pretrained(model, experts_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    total, tokens, right = 0.0, 0, 0
+    total, tokens = 0.0, 0
     for text in TEXTS[:2]:
         ids = tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
-            logits = stock(ids).logits[0, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
-        right += int((logits.argmax(dim=-1) == ids[0, 1:]).sum())
+            loss = torch.nn.functional.cross_entropy(stock(ids).logits[0, :-1].float(), ids[0, 1:])
         total, tokens = total + loss.item() * (ids.shape[1] - 1), tokens + ids.shape[1] - 1
     assert (found["one"]["texts"], found["one"]["tokens"]) == (2, tokens)
     assert found["one"]["loss"] == pytest.approx(total / tokens, abs=0.02)
-    assert found["one"]["accuracy"] == pytest.approx(right / tokens)
     assert found["one"]["delta"] is None
 
 
@@ -71,6 +68,13 @@ def test_a_pack_is_compared_with_its_original(model: Path, data: Path, capsys: p
     assert other["two"]["delta_error"] is None
 
 
+def test_a_choice_that_is_the_text_and_one_that_is_not() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
+    found = score_of(Text("a", (2, 0, 1, 0, 1)), logits, 2)
+    assert (found.choices, found.right) == ((1, 0, 2), 2)
+    assert found.losses == pytest.approx((-logits.log_softmax(dim=-1)[torch.arange(3), [1, 0, 1]]).tolist())
+
+
 def test_differences_by_hand() -> None:
     ours = [Score("a", (1.0, 2.0), (5, 6), 1), Score("a", (4.0,), (7,), 0), Score("b", (1.5,), (1,), 1)]
     theirs = [Score("a", (1.5, 1.0), (5, 9), 2), Score("a", (3.0,), (7,), 0), Score("b", (1.5,), (1,), 1)]
@@ -78,6 +82,8 @@ def test_differences_by_hand() -> None:
     assert (a.domain, a.tokens, a.texts, a.agreement) == ("a", 3, 2, pytest.approx(2 / 3))
     assert (a.loss, a.against, a.delta) == (pytest.approx(7 / 3), pytest.approx(5.5 / 3), pytest.approx(0.5))
     assert (a.accuracy, a.accuracy_against) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    # residuals of 1/3 and -1/3 right tokens, in 3 tokens
+    assert a.accuracy_error == pytest.approx(2**0.5 / 3 * 2**0.5 / 3)
     # residuals -0.5 and 0.5 of two texts of 1.5 tokens on average
     assert a.delta_error == pytest.approx((0.5**0.5) / 1.5 / 2**0.5)
     assert (b.delta, b.agreement, b.delta_error) == (0, 1, None)

@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from foregate.datasets.prompt import Prompt
 from foregate.errors import TraceError
 from foregate.evaluation import published
-from foregate.evaluation.executed import EXACT, Executed, _number, held_texts, overall
 from foregate.evaluation.judge import Bench
 from foregate.evaluation.law import law_rows, speed_up
 from foregate.evaluation.settings import Settings
@@ -67,25 +65,3 @@ def test_a_cosine_of_the_wrong_layer() -> None:
     found = cosines(bench, PlainSignal(), 20)
     assert found[0] is None
     assert found[1:] == pytest.approx([1.0] * (bench.shape.layers - 1), abs=1e-5)
-
-
-def test_a_guess_that_costs_no_quality(tmp_path: Path) -> None:
-    bench = Bench(Settings((SAMPLE,), residencies=(0.25,), policies=("lru",), tokens=100))
-    texts = held_texts("reference", bench.prompts[:2])
-    assert texts[0][0] == bench.prompts[0].domain
-    study = Executed("reference", tmp_path, tmp_path / "out")
-    good, bad = (study.loss(name, texts[:1], 60) for name in ("next-gate", "previous-token"))
-    assert good["deviation"]["predicted_share"] > 0.9
-    assert overall(bad)["delta"] > overall(good)["delta"]
-    assert overall(bad)["agreement"] < overall(good)["agreement"]
-    assert Executed("nothing", tmp_path, tmp_path / "out").loss("next-gate", (), 1) == good, "measured again"
-
-
-def test_solutions_that_are_told_from_the_text_around(tmp_path: Path) -> None:
-    assert _number("so <<6*2=12>>12 eggs\n#### 12") == 12
-    assert _number("#### $1,234.50 a year") == 1234.5
-    assert _number("#### -3") == -3
-    assert _number("the answer is 12") is None
-    problem = Prompt("one", "mathematics", "Question: Tom has 3 apples and buys 2. How many has he?\nAnswer:", "#### 5")
-    found = Executed("reference", tmp_path, tmp_path / "out").answers(EXACT, [problem])
-    assert found["problems"] == 1 >= found["in_format"] >= found["right"]

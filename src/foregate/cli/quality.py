@@ -1,4 +1,4 @@
-"""``foregate quality``: what quantising costs, as loss on held-out texts and as greedy choices that change."""
+"""``foregate quality``: what quantising costs, as loss and accuracy on held-out texts and as choices that change."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def quality(
     low_precision_pack: Annotated[str | None, typer.Option(help="Of --lossy low-precision-miss.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Held-out loss per domain, and against another model: its difference, and the share of equal greedy choices.
+    """Held-out loss and next-token accuracy per domain; against another model: the difference, and equal choices.
+
+    Accuracy: the share of tokens for which the greedy choice is the text's own.
 
     With --lossy MODE: of that mode against the exact run of the same model, decoded token by token.
     """
@@ -153,8 +155,8 @@ def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
 def _table(title: str, against: str | None, lines: list[DomainQuality]) -> Table:
     from rich.table import Table
 
-    columns = ["domain", "tokens", "loss (nats)", "text's own token"]
-    columns += [f"loss of {against}", "difference", "its text's own token", "same greedy choice"] if against else []
+    columns = ["domain", "tokens", "loss (nats)", "accuracy"]
+    columns += [f"loss of {against}", "difference", f"accuracy of {against}", "same greedy choice"] if against else []
     table = Table(*columns, title=title, title_justify="left")
     for line in lines:
         row: list[Any] = [line.domain, f"{line.tokens:,}", f"{line.loss:.4f}", f"{line.accuracy:.1%}"]

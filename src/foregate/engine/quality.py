@@ -44,7 +44,8 @@ class DomainQuality:
 
     The other fields compare with another model and are None where there is none: ``delta`` = loss - its loss,
     ``delta_error`` the standard error of that over texts (None for a single text), ``accuracy_against`` its accuracy,
-    ``agreement`` the share of tokens for which both would choose the same."""
+    ``accuracy_error`` that of the difference, ``agreement`` the share of tokens for which both would choose the same.
+    """
 
     domain: str
     texts: int
@@ -55,6 +56,7 @@ class DomainQuality:
     delta: float | None = None
     delta_error: float | None = None
     accuracy_against: float | None = None
+    accuracy_error: float | None = None
     agreement: float | None = None
 
 
@@ -103,17 +105,18 @@ def _domain(name: str, pairs: Sequence[tuple[Score, Score | None]]) -> DomainQua
     if both:
         against = sum(sum(other.losses) for _, other in both) / tokens
         same = sum(a == b for one, other in both for a, b in zip(one.choices, other.choices, strict=True))
-        facts |= {"against": against, "delta": loss - against, "delta_error": _error(both), "agreement": same / tokens}
+        facts |= {"against": against, "delta": loss - against, "agreement": same / tokens}
         facts["accuracy_against"] = sum(other.right for _, other in both) / tokens
+        lengths = [len(one.losses) for one, _ in both]
+        facts["delta_error"] = _error([sum(one.losses) - sum(other.losses) for one, other in both], lengths)
+        facts["accuracy_error"] = _error([one.right - other.right for one, other in both], lengths)
     return DomainQuality(name, len(pairs), tokens, loss, **facts)
 
 
-def _error(pairs: Sequence[tuple[Score, Score]]) -> float | None:
-    """Standard error of the mean difference, texts (not tokens, which hang together) being the sample."""
-    if len(pairs) < 2:
+def _error(sums: Sequence[float], lengths: Sequence[int]) -> float | None:
+    """Standard error of ``sum(sums) / sum(lengths)``, texts (not tokens, which hang together) being the sample."""
+    if len(sums) < 2:
         return None
-    tokens = sum(len(one.losses) for one, _ in pairs) / len(pairs)
-    sums = [sum(one.losses) - sum(other.losses) for one, other in pairs]
-    mean = sum(sums) / sum(len(one.losses) for one, _ in pairs)
-    residuals = [total - mean * len(one.losses) for total, (one, _) in zip(sums, pairs, strict=True)]
-    return stdev(residuals) / tokens / math.sqrt(len(pairs))
+    mean = sum(sums) / sum(lengths)
+    residuals = [total - mean * length for total, length in zip(sums, lengths, strict=True)]
+    return stdev(residuals) * math.sqrt(len(sums)) / sum(lengths)

@@ -21,7 +21,8 @@ from foregate.analysis.figures import draw
 from foregate.datasets.catalogue import open_dataset
 from foregate.errors import ForegateError, TraceError
 from foregate.evaluation import published
-from foregate.evaluation.executed import EXACT, Executed, held_texts, overall
+from foregate.evaluation.executed import Executed, held_texts
+from foregate.evaluation.executed_table import PREDICTED, PROBLEMS, executed_section
 from foregate.evaluation.judge import Bench
 from foregate.evaluation.law import LawRow, law_rows
 from foregate.evaluation.leaderboard import REAL, run_command, trace_options
@@ -38,12 +39,6 @@ ARCHITECTURES = (1, 2)
 LAW = ("previous-token", "stale-gate", "next-gate", "oracle")
 LAW_SHARE = 0.25
 METRICS = ("recall_at_k", "rank_alignment")
-EXECUTED = (
-    "stale-gate", "next-gate", "quasi-hidden", "estimator", "hybrid", "pre-attention-gate", "pre-attention",
-    "previous-token",
-)  # fmt: skip
-PROBLEMS = 40
-"""Of GSM8K, its last: none is in a trace of the leaderboard."""
 PASSES = ("--epochs", "3")
 """Of the history networks: nine are trained beside the leaderboard's, and the order of the three is the question."""
 QUICK = ("--budget", "25%", "--policies", POLICY, "--sim-tokens", "60", "--no-figures")
@@ -84,8 +79,11 @@ class Studies:
     """``board``: the directory of ``make leaderboard``; ``out``: of these trainings. ``text`` grows by sections."""
 
     def __init__(self, board: Path, out: Path, docs: Path, tokens: int, data: Path | None = None) -> None:
-        """``data``: where gsm8k_test.jsonl lies; None: the hub. Raises TraceError without a leaderboard."""
-        self._board, self._out, self._tokens, self._data = board, out, tokens, data
+        """``data``: where gsm8k_test.jsonl lies; None: the hub.
+
+        Raises TraceError without a leaderboard, or where its model is not at hand; DatasetError.
+        """
+        self._board, self._out, self._tokens = board, out, tokens
         self._figures = docs / "studies"
         self._figures.mkdir(parents=True, exist_ok=True)
         self._traces = [board / "traces" / domain for domain in REAL]
@@ -94,6 +92,13 @@ class Studies:
             raise TraceError(f"{result}: file is missing; run make leaderboard first")
         self._main: dict[str, Any] = json.loads(result.read_text())
         self._bench = Bench(Settings(tuple(self._traces), residencies=(LAW_SHARE,), policies=(POLICY,), tokens=tokens))
+        if self._bench.routers is None:
+            raise TraceError(self._bench.no_routers)
+        self._study = Executed(self._bench.held.model.name, board / "zoo", out / "executed")
+        self._study.expect(PREDICTED)
+        traced = {entry.prompt for _, entry in self._bench.held.found}
+        known = open_dataset("gsm8k", data_dir=data).prompts
+        self._problems = [one for one in known if one.id not in traced][-PROBLEMS:]
         self.text: list[str] = []
 
     def train(self, jobs: int) -> None:
@@ -207,34 +212,9 @@ class Studies:
 
     def executed(self) -> None:
         """Guessed experts computed in place of the router's: loss, next tokens, problems."""
-        study = Executed(self._bench.held.model.name, self._board / "zoo", self._out / "executed")
-        texts = held_texts(study.model, self._bench.prompts)
-        problems = open_dataset("gsm8k", data_dir=self._data).prompts[-PROBLEMS:]
-        loss = {name: study.loss(name, texts, self._tokens) for name in EXECUTED}
-        total = {name: overall(facts) for name, facts in loss.items()}
-        solved = {name: study.answers(name, problems) for name in (EXACT, *EXECUTED)}
-        lines = loss[EXECUTED[0]]["domains"]
-        answers = {name: [str(facts["in_format"]), str(facts["right"])] for name, facts in solved.items()}
-        body = [["the router's own", "100", *("0" for _ in lines), "100", "100", "100", "0", *answers[EXACT]]]
-        for name, facts in loss.items():
-            theirs = f"{published.EXECUTED[name]:.1f}" if name in published.EXECUTED else "–"
-            apart = facts["deviation"]
-            shares = (total[name]["kept"], total[name]["agreement"], apart["set_agreement"])
-            lost = _percent(apart["router_mass_not_run"])
-            body.append([name, theirs, *map(_nats, facts["domains"]), *map(_percent, shares), lost, *answers[name]])
-        head = ["computed", "published: score kept", *(f"loss, {line['domain']}" for line in lines)]
-        head += ["accuracy kept", "same choice", "own set", "weight not run", "in format", "right"]
-        best = max(published.EXECUTED, key=published.EXECUTED.__getitem__)
-        self._add("Executing the guessed experts", markdown(head, body), (
-            f"Lossy (`--lossy execute-predicted`), {sum(line['tokens'] for line in lines):,} tokens of the held-out "
-            "texts, token by token. Loss: difference to the exact run in thousandths of a nat, ± its standard error "
-            "over texts. Accuracy: the greedy choice is the text's own next token "
-            f"({_percent(total[best]['accuracy_against'])} exactly). In format, right: of {PROBLEMS} GSM8K problems "
-            "that are solved greedily, those that end in a number in its format, and in the right one: "
-            f"{_solved(solved[EXACT]['right'])} "
-            + published.compared(total[best]["kept"], published.EXECUTED[best], published.EXECUTED_SETUP)
-            + f" {published.EXECUTED_OTHER}"
-        ))  # fmt: skip
+        texts = held_texts(self._study.model, self._bench.prompts)
+        tokens = self._tokens // len(REAL)
+        self._add("Executing the guessed experts", *executed_section(self._study, texts, self._problems, tokens))
 
     # Pre-attention prediction
 
@@ -336,19 +316,6 @@ def _flaw(rows: Sequence[LawRow]) -> str:
     )
 
 
-def _nats(line: Mapping[str, Any]) -> str:
-    """Thousandths of a nat; without an error where a domain has but one text."""
-    error = "" if line["delta_error"] is None else f" ± {1000 * line['delta_error']:.0f}"
-    return f"{1000 * line['delta']:+.0f}{error}"
-
-
-def _solved(right: int) -> str:
-    """Whether the number of problems that are solved exactly can show a loss."""
-    if right < PROBLEMS / 4:
-        return f"the exact model solves {right}, too few to see a loss in."
-    return f"the exact model solves {right}."
-
-
 def _spread(values: Sequence[float]) -> str:
     return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
 
@@ -369,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/studies"), help="trainings and evaluations")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where studies.md and studies/ are written")
     parser.add_argument("--data-dir", type=Path, default=None, help="directory with gsm8k_test.jsonl")
-    parser.add_argument("--tokens", type=int, default=4000, help="held-out tokens that are scored at most")
+    parser.add_argument("--tokens", type=int, default=4000, help="held-out tokens that are judged at most")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     given = parser.parse_args(arguments)
     studies = Studies(given.leaderboard, given.out, given.docs, given.tokens, given.data_dir)
