@@ -35,7 +35,7 @@ notebook: $(VENV)/.installed  ## Run notebooks/routing_predictability.ipynb on t
 gallery: $(VENV)/.installed  ## The figures of docs/gallery.md, from the reference model. STEPS="name …" for some of them
 	$(BIN)/python scripts/gallery.py $(STEPS)
 
-leaderboard: $(VENV)/.installed  ## dev/LEADERBOARD.md: traces, every predictor trained and judged (an hour; resumes). DATA=directory with gsm8k_test.jsonl
+leaderboard: $(VENV)/.installed  ## dev/LEADERBOARD.md: traces, every predictor trained and judged (an hour and a half; resumes). DATA=directory with gsm8k_test.jsonl
 	$(BIN)/python -m foregate.evaluation.leaderboard $(if $(DATA),--data-dir $(DATA)) --out $(OUT)/leaderboard
 
 studies: $(VENV)/.installed  ## docs/studies.md: the published tables and figures on our model (after leaderboard, whose traces it reads; resumes). DATA as there

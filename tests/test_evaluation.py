@@ -22,7 +22,7 @@ from foregate.evaluation.controls import check_controls
 from foregate.evaluation.held_out import HeldOut
 from foregate.evaluation.judge import Bench, Judged
 from foregate.evaluation.misses import covered, residents
-from foregate.evaluation.result import result
+from foregate.evaluation.result import _ratio, result
 from foregate.evaluation.run import judge_all
 from foregate.evaluation.settings import Settings, parse_budgets
 from foregate.evaluation.table import rows, terminal
@@ -180,6 +180,14 @@ def test_two_predictors_under_one_name(tmp_path: Path) -> None:
         candidates(["random", "random"], None)
     with pytest.raises(ConfigError, match="no predictor files"):
         candidates([], tmp_path)
+
+
+def test_a_share_of_a_gain_that_is_a_loss() -> None:
+    draws = Bootstrap(2, 100, 0)
+    assert np.isnan(draws.ratio(np.array([1.0, 1.0]), np.array([-2.0, -1.0]))).all()
+    assert np.isnan(draws.ratio(np.array([1.0, 1.0]), np.array([-2.0, 1.0]))).all()
+    assert draws.ratio(np.array([1.0, 1.0]), np.array([3.0, 1.0]))[0] == 0.5
+    assert np.isnan(_ratio(np.array([1.0]), np.array([-2.0])))
 
 
 def test_an_interval_that_treats_tokens_as_independent() -> None:

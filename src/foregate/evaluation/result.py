@@ -215,7 +215,7 @@ def _echo_sees(bench: Bench) -> str | None:
 
 def _ratio(above: Array, below: Array) -> float:
     total = float(np.sum(below))
-    return float(np.sum(above)) / total if total else float("nan")
+    return float(np.sum(above)) / total if total > 0 else float("nan")
 
 
 def _number(value: float, absent: float | None = None) -> float | None:

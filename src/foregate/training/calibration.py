@@ -17,9 +17,11 @@ from foregate.checkpoint.anatomy import FlowWatcher
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import open_checkpoint
 from foregate.errors import CheckpointError, ConfigError, TraceError
-from foregate.trace.routing import MoeLayer, chosen, hidden_states, moe_layers
+from foregate.trace.routing import MoeLayer, chosen, chosen_scaled, hidden_states, moe_layers
 from foregate.training.dataset import TRAIN, Dataset
 from foregate.training.trainer import Fitted, Options, Trainer, Watch
+
+_LEAST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,11 @@ class Calibrator:
         self._flow = FlowWatcher(model, [layer.path for layer in layers], [layer.experts for layer in layers])
         self._given: list[Tensor | None] = [None] * len(layers)
         self._handles: list[Any] = []
+        self._chosen: list[tuple[Tensor, Tensor] | None] = [None] * len(layers)
         for number, (layer, part) in enumerate(zip(layers, self._flow.parts, strict=True)):
-            hook = self._after_experts(number, layer)
+            if layer.scaled and part.router is not None:
+                self._handles.append(part.router.register_forward_hook(self._after_router(number)))
+            hook = self._after_scaled(number) if layer.scaled else self._after_experts(number, layer)
             self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
             self._handles.append(part.decoder.register_forward_hook(self._after_layer(number)))
 
@@ -60,10 +65,10 @@ class Calibrator:
         self._flow.close()
 
     def vectors(self) -> Tensor:
-        """Mean output [L, E, D]; of an expert that no token went to, the mean of its layer."""
+        """Mean output [L, E, D] at weight 1; of an expert that no token went to, the mean of its layer."""
         seen = self.counts[..., None]
-        average = self.sums.sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
-        return torch.where(seen > 0, self.sums / seen.clamp(min=1), average) * self._scale
+        average = self.sums.sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=_LEAST)
+        return torch.where(seen > 0, self.sums / seen.clamp(min=_LEAST), average) * self._scale
 
     def others(self) -> Tensor:
         """Mean [L, D] of what a layer adds to the residual stream after attention besides its routed experts."""
@@ -91,6 +96,28 @@ class Calibrator:
 
         return after
 
+    def _after_router(self, number: int) -> Callable[..., None]:
+        def after(router: Any, _: Any, output: Any) -> None:
+            self._chosen[number] = chosen_scaled(output, int(router.top_k))
+
+        return after
+
+    def _after_scaled(self, number: int) -> Callable[..., None]:
+        """Llama 4's form: weights are in what the experts get, so outputs are those of their weights."""
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            found = self._chosen[number]
+            assert found is not None
+            index, weights = found
+            outputs = output.reshape(-1, len(index), output.shape[-1]).float()  # [E, T, D]
+            self._given[number] = outputs.sum(0)
+            token, rank = torch.where(index >= 0)
+            experts = index[token, rank]
+            self.sums[number].index_add_(0, experts, outputs[experts, token])
+            self.counts[number].index_add_(0, experts, weights[token, rank].float())
+
+        return after
+
     def _after_layer(self, number: int) -> Callable[..., None]:
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             residual, given = self._flow.parts[number].residual, self._given[number]
@@ -111,9 +138,6 @@ def fit_default_vectors(data: Dataset, options: CalibrationOptions, watch: Watch
     name = options.model or data.model.name
     model = _load(name, data)
     layers = moe_layers(model)
-    scaled = next((layer.path for layer in layers if layer.scaled), None)
-    if scaled is not None:
-        raise ConfigError(f"{name}: {scaled} gets every token for every expert; it has no default vectors")
     calibrator = Calibrator(model, layers, data.model.hidden_size)
     watch.begin("calibrate", min(options.tokens, data.tokens(TRAIN)))
     try:
