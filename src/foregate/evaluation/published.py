@@ -32,9 +32,9 @@ EXECUTED = {"quasi-hidden": 78.5, "hybrid": 93.8}
 """Speculating experts, Qwen3-30B: share of the average score of 0.817 that is kept when guesses are computed (0.641;
 0.766, the second at second hand)."""
 EXECUTED_SETUP = (
-    "theirs is the average score of Qwen3-30B (8 of 128 experts) on benchmarks, ours the next tokens of given texts, in "
-    "which no wrong token stands in the way of the next, and 4 of 32 experts. Of GPT-OSS a loss of about 2 points was "
-    "reported"
+    "theirs is the average score of Qwen3-30B (8 of 128 experts) on benchmarks, ours the next tokens of given texts, "
+    "in which no wrong token stands in the way of the next, and 4 of 32 experts. Of GPT-OSS a loss of about 2 points "
+    "was reported"
 )
 
 
