@@ -44,7 +44,8 @@ class DomainQuality:
 
     The other fields compare with another model and are None where there is none: ``delta`` = loss - its loss,
     ``delta_error`` the standard error of that over texts (None for a single text), ``accuracy_against`` its accuracy,
-    ``accuracy_error`` that of the difference, ``agreement`` the share of tokens for which both would choose the same.
+    ``accuracy_error`` the standard error of accuracy - its accuracy, over texts too, ``agreement`` the share of tokens
+    for which both would choose the same.
     """
 
     domain: str

@@ -44,13 +44,15 @@ Texts = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Executed:
-    """Measurements of ``model`` with predictors of the directory ``zoo`` (or, where they need no training, by name).
+    """Measurements of ``model``, of this ``fingerprint``, with predictors of the directory ``zoo`` (or, where they need
+    no training, by name).
 
     Each is kept as a file in ``out``, under everything that it depends on but the code: interrupted, the next one
     continues.
     """
 
     model: str
+    fingerprint: str
     zoo: Path
     out: Path
 
@@ -101,7 +103,7 @@ class Executed:
     def _kept(self, what: str, predictor: str, asked: Mapping[str, Any], measure: Callable[[], Facts]) -> Facts:
         given = Path(self._given(predictor))
         trained = xxhash.xxh3_64_hexdigest(given.read_bytes()) if given.is_file() else None
-        known = json.dumps({**asked, "model": self.model, "mode": MODE, "trained": trained}, sort_keys=True)
+        known = json.dumps({**asked, "model": self.fingerprint, "mode": MODE, "trained": trained}, sort_keys=True)
         name = re.sub(r"\W+", "-", predictor)
         file = self.out / f"{what}-{name}-{xxhash.xxh3_64_hexdigest(known.encode())}.json"
         if not file.is_file():

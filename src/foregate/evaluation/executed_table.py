@@ -10,7 +10,7 @@ from typing import Any
 
 from foregate.datasets.prompt import Prompt
 from foregate.evaluation import published
-from foregate.evaluation.executed import EXACT, MODE, Executed, Facts, Texts
+from foregate.evaluation.executed import ANSWER_TOKENS, EXACT, MODE, Executed, Facts, Texts
 from foregate.evaluation.table import markdown
 
 PREDICTED = (
@@ -25,7 +25,8 @@ _ANSWER = re.compile(r"#### *(-?\$?-?[\d,]*\.?\d+)")
 @dataclass(frozen=True)
 class Overall:
     """Of all domains together, by tokens. ``delta`` in nats a token; ``exact``: accuracy of the exact run, ``kept`` the
-    share of it that is kept (None where it is 0). Errors are standard errors, None where a domain has but one text."""
+    share of it that is kept (None where it is 0). Errors are standard errors, that of ``kept`` with ``exact`` taken as
+    known; None where a domain has but one text."""
 
     delta: float
     delta_error: float | None
@@ -88,7 +89,7 @@ def sentences(loss: Mapping[str, Facts], problems: Sequence[Prompt], solved: int
     plain, ours = overall(loss["quasi-hidden"]), overall(loss["hybrid"])
     judged = sum(line["tokens"] for line in loss["hybrid"]["domains"])
     order = "holds" if ours.delta < plain.delta else "does not hold"
-    doubt = "" if _apart(plain, ours) else ", within the errors"
+    doubt = _doubt(plain, ours)
     costs = f"{_thousandths(ours.delta, ours.delta_error)} and {_thousandths(plain.delta, plain.delta_error)}{doubt}"
     return [
         f"`--lossy {MODE}`, {judged:,} tokens of the held-out prompts and of what followed them, token by token. "
@@ -99,7 +100,8 @@ def sentences(loss: Mapping[str, Facts], problems: Sequence[Prompt], solved: int
         "layer's own router weighs the predicted experts.",
         f"The last columns: {len(problems)} GSM8K problems ({problems[0].id} to {problems[-1].id}), solved greedily: "
         "solutions that are the exact run's, word for word, that end with a number in the format of GSM8K, and with "
-        f"the right one; the exact run gets {solved} right{', too few to show a loss' * (solved < len(problems) / 4)}.",
+        f"the right one; the exact run gets {solved} right{', too few to show a loss' * (solved < len(problems) / 4)}. "
+        f"A solution without an end after {ANSWER_TOKENS} tokens counts in none of them.",
         f"That `hybrid` costs less than `quasi-hidden` {order} here by loss ({costs}). Of accuracy they keep "
         f"{_share_kept(ours)} and {_share_kept(plain)} %, where of a score of 0.817 {published.EXECUTED['hybrid']:g} "
         f"and {published.EXECUTED['quasi-hidden']:g} % were reported; what differs: {published.EXECUTED_SETUP}.",
@@ -114,10 +116,12 @@ def _cells(facts: Facts) -> list[str]:
     return [*cells, *(f"{100 * share:.1f}" for share in shares)]
 
 
-def _apart(one: Overall, other: Overall) -> bool:
+def _doubt(one: Overall, other: Overall) -> str:
+    """Of two losses on the same texts: their errors, taken as independent, are at least those of the difference."""
     if one.delta_error is None or other.delta_error is None:
-        return False
-    return abs(one.delta - other.delta) > math.hypot(one.delta_error, other.delta_error)
+        return ", of unknown errors"
+    error = math.hypot(one.delta_error, other.delta_error)
+    return "" if abs(one.delta - other.delta) > error else ", within the errors"
 
 
 def _thousandths(value: float, error: float | None) -> str:

@@ -30,6 +30,10 @@ PRE_ATTENTION_SETUP = (
     "tokens, few epochs, "
     "4 of 32 experts; the papers do not say whether accuracy is recall or equality of sets, so both are given"
 )
+LOSSES_SETUP = (
+    "published: one epoch of 10 M samples of MMLU, DeepSeek-V2-Lite (6 of 64); here one epoch of some ten thousand "
+    "tokens, 4 of 32 experts, and recall@k, where the papers do not say which accuracy they mean"
+)
 STALE_GATE = 78.79
 """The cross-layer baseline in the same paper (FATE)."""
 

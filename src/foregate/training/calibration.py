@@ -36,6 +36,9 @@ class CalibrationOptions(Options):
 class Calibrator:
     """Sums what experts give, while the model runs; ``close`` takes its hooks off. For models with all experts in
     memory, or under an engine: experts are asked once more, through the model's own module, for what each gives alone.
+
+    Llama 4's experts are not: they get their router weight before, so what they give is divided by the sum of these
+    weights, which ``counts`` holds there.
     """
 
     def __init__(self, model: nn.Module, layers: list[MoeLayer], hidden: int) -> None:
@@ -65,7 +68,7 @@ class Calibrator:
         self._flow.close()
 
     def vectors(self) -> Tensor:
-        """Mean output [L, E, D] at weight 1; of an expert that no token went to, the mean of its layer."""
+        """Mean output [L, E, D] per router weight; of an expert that no token went to, the mean of its layer."""
         seen = self.counts[..., None]
         average = self.sums.sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=_LEAST)
         return torch.where(seen > 0, self.sums / seen.clamp(min=_LEAST), average) * self._scale
