@@ -39,7 +39,7 @@ def begin(held: list[Weights], x: Tensor, threads: int) -> tuple[int, Callable[[
     ctypes.memset(at, 0, ctypes.sizeof(places))
 
     def end() -> Tensor:
-        assert kernels.called("foregate_experts_end", 1)(0) == 0
+        assert kernels.called("foregate_experts_end", 1)(0) >= 0
         return out
 
     return code, end

@@ -118,8 +118,8 @@ class PredictorCost:
 class StepStats:
     """Counters and seconds of one forward pass (or, summed, of a whole run). Bytes are bytes read from the store.
 
-    Seconds are of the thread that generates: ``compute_s`` and ``product_s`` leave out what other threads compute while
-    it looks up what is predicted, which is in ``predict_s``.
+    Seconds are of the thread that generates, but for ``product_s``: the time in which any thread computed products.
+    ``compute_s`` leaves out what others compute while that one looks ahead, which is in ``predict_s``.
     """
 
     hits: int = 0

@@ -14,6 +14,7 @@ from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
 from foregate.errors import ConfigError
 from foregate.interfaces import Predictor, Signals
+from foregate.native.kernels import helped_s
 from foregate.predictors.choice import beginning
 from foregate.types import Phase, Prediction, RoutingStep
 
@@ -65,7 +66,8 @@ class Timed:
 
     def _end(self, end: Callable[[], Sequence[Prediction]], before: Spent) -> Sequence[Prediction]:
         predictions, after = _timed(end)
-        self.asked.append((before[0] + after[0], before[1] + after[1]))
+        helped = helped_s()  # is not the predictor's
+        self.asked.append((before[0] + after[0] - helped, before[1] + after[1] - helped))
         return predictions
 
 

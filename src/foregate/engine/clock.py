@@ -10,16 +10,25 @@ Made = TypeVar("Made")
 
 
 class Clock:
-    """``ns``: nanoseconds in all calls so far. One thread."""
+    """``ns``: nanoseconds in which a product was being computed, by any thread. ``now``: when the last call of this
+    clock returned. One thread asks."""
 
-    __slots__ = ("ns",)
+    __slots__ = ("now", "ns")
 
     def __init__(self) -> None:
         self.ns = 0
+        self.now = 0
 
     def timed(self, product: Callable[..., Made], *args: object) -> Made:
         """``product(*args)``, its time added."""
         began = perf_counter_ns()
         made = product(*args)
-        self.ns += perf_counter_ns() - began
+        self.now = perf_counter_ns()
+        self.ns += self.now - began
         return made
+
+    def ended(self, since: int, end: Callable[[], int]) -> None:
+        """``end()``, of what others have computed from ``since`` on but for the nanoseconds that it returns."""
+        idle = end()
+        self.now = perf_counter_ns()
+        self.ns += self.now - since - idle

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
@@ -30,8 +32,12 @@ from foregate.engine.signals import ModelSignals
 from foregate.engine.unchanged import Unchanged
 from foregate.native import kernels
 from foregate.native.decoder_layer import DecoderLayer, Turns, fits, turned
+from foregate.native.residents import Residents
+from foregate.types import ExpertKey, ExpertLayout
 
 Forward = Callable[..., Any]
+OnOff = NDArray[np.int32]
+"""[1]: 0 is off."""
 
 log = logging.getLogger("foregate")
 
@@ -49,9 +55,24 @@ class DecoderLayers:
                 self.layers.append(found)
                 object.__setattr__(part.decoder, "forward", found.forward)
 
+    def watch(self, where: NDArray[np.int32], slots: int, layout_of: Callable[[ExpertKey], ExpertLayout]) -> OnOff:
+        """Have the layers begin experts that are resident in one of ``slots`` according to ``where`` [L, E], while what
+        this returns is not 0: to be set by whoever ends them."""
+        on = np.zeros(1, np.int32)
+        tables: list[tuple[ExpertLayout, int, NDArray[np.uint64]]] = []
+        for layer in self.layers:
+            layout, width = layout_of(ExpertKey(layer.number, 0)), layer.part.experts_module.down_proj.shape[-1]
+            table = next((there for known, size, there in tables if (known, size) == (layout, width)), None)
+            if table is None:
+                table = np.zeros(slots, np.uint64)
+                tables.append((layout, width, table))
+            layer.kernel.begin_residents(Residents(where[layer.number], table, on, width))
+        return on
+
     def close(self) -> None:
         """The model is as it was."""
         for layer in self.layers:
+            layer.kernel.begin_residents(None)
             layer.part.decoder.__dict__.pop("forward", None)
         self.layers.clear()
 
@@ -92,7 +113,7 @@ class Layer:
         self.part, self.kernel, self.index = part, kernel, attention_block.layer_of(part.mixer)
         self.theirs: Forward = part.decoder.forward
         self.signals = signals
-        self._number, self._after, self._clock = number, after, clock
+        self.number, self._after, self._clock = number, after, clock
         self._router = part.router
         self._experts: Any = part.experts_module
         decoder, *inner = part.decoder.modules()
@@ -106,7 +127,7 @@ class Layer:
 
     def alone(self) -> bool:
         """Whether nobody but the signals watches the parts, they have learned what they watch, and all is as before."""
-        return self._inner(self.signals.hooks(self._number)) and self.part.norm is self._after
+        return self._inner(self.signals.hooks(self.number)) and self.part.norm is self._after
 
     def ours(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """[1, 1, D] for ``x`` [1, 1, D]; None where that or the cache is another one."""
@@ -120,7 +141,7 @@ class Layer:
     def one(self, x: Tensor, turns: Turns, held: RoomyLayer) -> Tensor | None:
         """[1, 1, D], overwritten by the next token, for ``x`` [1, 1, D] as ``AttentionBlock`` takes it; None, and
         nothing done, where ``held`` does not suit."""
-        kernel, signals, number = self.kernel, self.signals, self._number
+        kernel, signals, number = self.kernel, self.signals, self.number
         place = held.place(kernel.attention.shared, kernel.attention.width)
         if place is None:
             return None
@@ -141,7 +162,7 @@ class Layer:
             runtime.forward_one(layer, experts, kernel)
             return
         routing = self._router.forward(kernel.routed)
-        self.signals.chosen(self._number, routing)
+        self.signals.chosen(self.number, routing)
         _, weights, index = routing
         kernel.take(runtime.forward(layer, experts, kernel.routed, index, weights))
 

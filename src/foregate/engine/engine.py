@@ -10,6 +10,7 @@ from time import perf_counter, perf_counter_ns
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -271,6 +272,7 @@ class Engine:
         # Where every expert fits, nothing is ever evicted: then the cheapest policy does, and none watches the routing.
         policy = config.cache_policy if self.plan.slots < spec.experts else "lru"
         self.cache = ExpertCache(self.pool, POLICIES.load(policy)(), events=self.events)
+        self.cache.where = where = np.full((spec.layers, max(spec.experts_per_layer)), -1, np.int32)
         controller = Controller(
             parse_prefetch(config.prefetch),
             expert_bytes=spec.expert_slot_bytes,
@@ -305,6 +307,7 @@ class Engine:
             experts=spec.experts_per_layer,
             decode_staging=self.staging.slots,
             clock=self.dense.clock,
+            early=self.layers.watch(where, self.pool.slots, self.checkpoint.layout_of),
             **(self._extra if config.lossy else {}),
         )
         self._meter = Meter(self.cache, self.transfer, self.pipeline, self.prefetcher, self.dense.clock)

@@ -133,12 +133,11 @@ class PredictedRuntime(_Lossy):
             if ((chosen >= 0) & (chosen < len(scores))).all():
                 self._weigher.see(scores, chosen, given)
 
-    def _predict(self, layer: int, moment: Moment) -> Callable[[], None] | None:
+    def _predict(self, layer: int, moment: Moment) -> None:
         if self._prefetcher.wanted:
-            return super()._predict(layer, moment)
-        if self.predictor.moment is moment and self.phase is Phase.DECODE and not self._gave_up:
+            super()._predict(layer, moment)
+        elif self.predictor.moment is moment and self.phase is Phase.DECODE and not self._gave_up:
             self._ask_alone(layer, moment)
-        return None
 
     def _ask_alone(self, layer: int, moment: Moment) -> None:
         """Nothing is to be read ahead, but the layers will run what is predicted."""

@@ -24,7 +24,7 @@ from foregate.engine.signals import ModelSignals
 from foregate.engine.speculation import Speculation
 from foregate.events import ControllerDecided, Part, TimeSpent
 from foregate.experts.cache import ExpertCache
-from foregate.experts.compute import SlotViews, Weights, begun_experts_of, expert_forward, experts_forward, experts_of
+from foregate.experts.compute import SlotViews, Weights, at_the_end, begun_experts_of, expert_forward, experts_forward, experts_of
 from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
 from foregate.native import kernels
 from foregate.native.decoder_layer import Choice, DecoderLayer
@@ -45,8 +45,8 @@ T = TypeVar("T")
 Floats = NDArray[np.float32]
 Product = Callable[[Sequence[Weights], Sequence[int]], None]
 """Writes what experts give to rows of a token's outputs."""
-Begin = Callable[[Sequence[Weights], Sequence[int]], Callable[[], None]]
-"""Has other threads begin a ``Product``; what it returns ends it."""
+Begin = Callable[[Sequence[Weights], Sequence[int]], Callable[[], int]]
+"""Has other threads begin a ``Product``; what it returns ends it, and tells for how many ns nobody has computed."""
 
 STAGING_SHARE = 4
 """One slot in so many is set aside for reading the next layer ahead, if the pool cannot hold all experts."""
@@ -75,6 +75,7 @@ class ExpertRuntime(Speculation):
         experts: Sequence[int],
         decode_staging: int,
         clock: Clock,
+        early: NDArray[np.int32] | None = None,
     ) -> None:
         super().__init__(predictor, prefetcher, signals)
         self.position = 0
@@ -87,12 +88,15 @@ class ExpertRuntime(Speculation):
         self._experts = experts
         self._decode_staging = decode_staging
         self._clock = clock
+        self._early = np.zeros(1, np.int32) if early is None else early
+        """Whether layers have what is resident begun before they say what they have chosen."""
         signals.reached = self._reached
         self._informed = cache.policy if isinstance(cache.policy, RoutingAware) else None
         signals.listen(on=self._informed is not None)
 
     def begin_prefill(self) -> None:
         """A prompt starts: staging will hold whole layers."""
+        self._early[0] = 0
         self.phase, self.position = Phase.PREFILL, 0
         self._prefetcher.begin()
         self._tried(self.predictor.reset)
@@ -113,6 +117,8 @@ class ExpertRuntime(Speculation):
         moment, listened = self.predictor.moment, self._events.on
         self._signals.early = listened or moment is Moment.BEFORE_ATTENTION
         self._signals.late = listened or moment is Moment.AFTER_ATTENTION
+        # Who is asked before the choice is told may change what lies where.
+        self._early[0] = not self._signals.late and not self._computes_less
         self._beginning = beginning(self.predictor) if moment is Moment.AFTER_ROUTING else None
         controller = self._prefetcher.controller
         controller.begin_step()
@@ -128,6 +134,7 @@ class ExpertRuntime(Speculation):
 
     def finish(self) -> None:
         """The sequence ended, or broke: nothing stays staged, in flight or being predicted."""
+        self._early[0] = 0
         self.drop_begun()
         kernels.drop_begun_experts()
         self._prefetcher.expire()
@@ -135,17 +142,27 @@ class ExpertRuntime(Speculation):
 
     def forward(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Output [T, D] of MoE layer ``layer`` for ``x`` [T, D], routed to ``index`` [T, k] with ``weights`` [T, k]."""
-        self._route(layer, index, weights)
-        accumulate = self._gather if _few(index) else self._sum
-        return accumulate(layer, module, x, index, weights)
+        step = self._routed(layer, *_numbers(index, weights))
+        if _few(index):
+            return self._gather(layer, module, x, index, weights, step)
+        self._tell(step)
+        return self._sum(layer, module, x, index, weights)
 
     def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> None:
         """``forward`` for the one token that ``kernel`` has routed, into what it hands on."""
         choice = kernel.choice
         ranks: list[int] = choice.experts[0].tolist()
-        self._tell(layer, choice.experts, choice.shares, choice)
-        product, begin = partial(experts_of, kernel, module), partial(begun_experts_of, kernel, module)
-        self._compute_one(layer, ranks, choice.parts, product, begin)
+        begun = kernel.residents.begun if self._early[0] and kernel.residents is not None else 0
+        since = self._clock.now if begun else 0
+        product, begin = partial(experts_of, kernel, module), partial(begun_experts_of, kernel, module, begun=begun)
+        try:
+            step = self._routed(layer, choice.experts, choice.shares, choice)
+            self._compute_one(layer, ranks, choice.parts, product, begin, step, since)
+        except BaseException:
+            kernels.drop_begun_experts()
+            raise
+        if begun and self._events.on:  # somebody listens since, and they were computed one by one
+            kernels.drop_begun_experts()
         kernel.mix()
 
     def forward_scaled(self, layer: int, module: nn.Module, repeated: Tensor) -> Tensor:
@@ -164,13 +181,15 @@ class ExpertRuntime(Speculation):
         return out.view_as(repeated)
 
     def _route(self, layer: int, index: Tensor, weights: Tensor) -> None:
-        self._tell(layer, index.numpy().astype(np.int64, copy=False), weights.float().numpy())
+        self._tell(self._routed(layer, *_numbers(index, weights)))
 
-    def _tell(self, layer: int, experts: NDArray[np.int64], weights: Floats, choice: Choice | None = None) -> None:
-        """The router of ``layer`` has chosen; ``choice`` is what it gave, where that is at hand.
+    def _routed(
+        self, layer: int, experts: NDArray[np.int64], weights: Floats, choice: Choice | None = None
+    ) -> RoutingStep:
+        """The router of ``layer`` has chosen; ``choice`` is what it gave, where that is at hand. The policy is told:
+        slots are asked for next. Everybody else waits for ``_tell``, until there is something to wait for.
 
-        Strangers get copies: what they change must reach neither what is computed nor what the policy is told. It is
-        told after the predictor, which computes meanwhile if it has begun.
+        Strangers get copies: what they change must reach neither what is computed nor what the policy is told.
         """
         self._tell_until_now(Part.ROUTING, layer)
         if self.phase is Phase.DECODE:
@@ -178,22 +197,38 @@ class ExpertRuntime(Speculation):
         step = RoutingStep(layer, self.phase, self.position, experts.copy(), weights.copy())
         self._signals.told = None if choice is None else (step, choice.places)
         self._signals.on_route(step)
-        informed, scores = self._informed, None
-        if informed is not None:
+        if self._informed is not None:
             scores = self._signals.routed(step, None if choice is None else choice.scores)
+            self._informed.observe(layer, experts, scores)
+        return step
+
+    def _tell(self, step: RoutingStep) -> None:
+        """The predictor, and observers, are told."""
         self.drop_begun()
         self._observe(step)
-        if self.phase is Phase.DECODE and len(experts) <= GATHER_TOKENS:
-            self._begin_predicting(layer)
-        if informed is not None:
-            informed.observe(layer, experts, scores)
+        if self.phase is Phase.DECODE and len(step.experts) <= GATHER_TOKENS:
+            self._begin_predicting(step.layer)
         if self.observers:
             # What they change must not reach the predictor either, which need not have looked yet.
-            seen = replace(step, experts=experts.copy(), weights=weights.copy())
+            seen = replace(step, experts=step.experts.copy(), weights=step.weights.copy())
             for observer in self.observers:
                 observer.on_route(seen)
 
-    def _gather(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def _speculate(self, layer: int, step: RoutingStep | None) -> Callable[[], None]:
+        """``step``, if any, is told; what this returns asks the predictor and reads ahead."""
+        if step is not None:
+            self._tell(step)
+        return partial(self._predict, layer, Moment.AFTER_ROUTING)
+
+    def _gather(
+        self,
+        layer: int,
+        module: nn.Module,
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        step: RoutingStep | None = None,
+    ) -> Tensor:
         if len(index) == 1:
             ranks = index[0].tolist()
             outs = x.new_empty((len(ranks), x.shape[-1]))
@@ -201,7 +236,7 @@ class ExpertRuntime(Speculation):
             def product(held: Sequence[Weights], rows: Sequence[int]) -> None:
                 experts_forward(module, x, held, outs, rows)
 
-            self._compute_one(layer, ranks, outs, product, lambda held, rows: partial(product, held, rows))
+            self._compute_one(layer, ranks, outs, product, partial(at_the_end, product), step)
             if kernels.combines(x, weights):
                 return kernels.combine(outs, weights)
             return (outs * weights[0, :, None]).sum(dim=0, keepdim=True).to(x.dtype)
@@ -212,11 +247,21 @@ class ExpertRuntime(Speculation):
             out = self._expert(ExpertKey(layer, expert), module, x[token], slot)
             parts[token, rank] = (out * weights[token, rank, None]).to(parts.dtype)
 
-        self._decode(layer, self._needed(layer, index.flatten().tolist()), compute)
+        self._decode(layer, self._needed(layer, index.flatten().tolist()), compute, step)
         return parts.sum(dim=1).to(x.dtype)
 
-    def _compute_one(self, layer: int, ranks: list[int], parts: Tensor, product: Product, begin: Begin) -> None:
-        """Fill ``parts`` [k, D] with what the experts ``ranks`` [k] give for one token, by ``product``."""
+    def _compute_one(
+        self,
+        layer: int,
+        ranks: list[int],
+        parts: Tensor,
+        product: Product,
+        begin: Begin,
+        step: RoutingStep | None,
+        since: int = 0,
+    ) -> None:
+        """Fill ``parts`` [k, D] with what the experts ``ranks`` [k] give for one token, by ``product``. ``step`` is
+        still to be told, unless there is none. ``since``: when others have begun already, by the clock; 0: not yet."""
         needed = self._needed(layer, ranks)
         views, layout_of, timed = self._views, self._layout_of, self._clock.timed
         if self._computes_less or len(needed) < len(ranks):  # what nobody computes counts as zero
@@ -228,9 +273,10 @@ class ExpertRuntime(Speculation):
         def together(experts: Sequence[int], slots: Sequence[int]) -> Callable[[], None]:
             pairs = zip(experts, slots, strict=True)
             held = [views.weights(slot, layout_of(ExpertKey(layer, expert))) for expert, slot in pairs]
-            return partial(timed, timed(begin, held, [ranks.index(expert) for expert in experts]))
+            end = timed(begin, held, [ranks.index(expert) for expert in experts])
+            return partial(self._clock.ended, since or self._clock.now, end)
 
-        self._decode(layer, needed, compute, together)
+        self._decode(layer, needed, compute, step, together)
         if len(needed) < len(ranks):
             for rank, expert in enumerate(ranks):
                 parts[rank] = parts[ranks.index(expert)]
@@ -250,7 +296,7 @@ class ExpertRuntime(Speculation):
     def _run(self, layer: int, index: Tensor, compute: Compute) -> None:
         needed = self._needed(layer, index.flatten().tolist())
         if _few(index):
-            self._decode(layer, needed, compute)
+            self._decode(layer, needed, compute, None)
             return
         began = perf_counter_ns()
         self._make_staging(layer)
@@ -258,9 +304,16 @@ class ExpertRuntime(Speculation):
         self._signals.forget_all_but_last(layer)
         self._tell_experts(began, layer)
 
-    def _decode(self, layer: int, needed: list[int], compute: Compute, together: Together | None = None) -> None:
+    def _decode(
+        self,
+        layer: int,
+        needed: list[int],
+        compute: Compute,
+        step: RoutingStep | None,
+        together: Together | None = None,
+    ) -> None:
         began = perf_counter_ns()
-        self._pipeline.decode(layer, needed, compute, partial(self._predict, layer, Moment.AFTER_ROUTING), together)
+        self._pipeline.decode(layer, needed, compute, partial(self._speculate, layer, step), together)
         self._tell_experts(began, layer)
 
     def _tell_experts(self, began: int, layer: int) -> None:
@@ -327,6 +380,10 @@ class _Groups:
         """Tokens [n] of ``expert``, ascending, and their weights [n, 1]."""
         here = slice(self._bounds[expert], self._bounds[expert + 1])
         return self._token[here], self._weight[here]
+
+
+def _numbers(index: Tensor, weights: Tensor) -> tuple[NDArray[np.int64], Floats]:
+    return index.numpy().astype(np.int64, copy=False), weights.float().numpy()
 
 
 def _few(index: Tensor) -> bool:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from operator import index as index_of
 from time import perf_counter
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from foregate.engine.signals import ModelSignals
 from foregate.events import Part, TimeSpent, ns
 from foregate.interfaces import Predictor
+from foregate.native.kernels import helped_s
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import Moment, Phase, Prediction, RoutingStep
 
@@ -39,36 +39,29 @@ class Speculation:
 
     def _ask_at(self, layer: int, moment: Moment) -> None:
         if self.predictor.moment is moment:
-            consider = self._predict(layer, moment)
-            if consider is not None:
-                consider()
+            self._predict(layer, moment)
 
     def _begin_predicting(self, layer: int) -> None:
-        """The sooner the better, with a predictor that computes while this layer's experts are looked up."""
+        """A predictor that can compute beside does so while the engine has this layer's experts computed."""
         if self._beginning is None or not self._asks():
             return
         began = perf_counter()
         self._begun = self._asked(layer, Moment.AFTER_ROUTING, self._beginning, self._signals)
         self._tell_prediction(began, layer)
 
-    def _predict(self, layer: int, moment: Moment) -> Callable[[], None] | None:
-        """The predictor is asked at ``moment`` of ``layer``; what this returns, if anything, reads ahead."""
+    def _predict(self, layer: int, moment: Moment) -> None:
+        """The predictor is asked at ``moment`` of ``layer``, and believed as far as it pays."""
         if self.predictor.moment is not moment or self.phase is Phase.PREFILL:
-            return None
+            return
         begun, self._begun = self._begun, None
         if begun is None and not self._asks():
-            return None
+            return
         began = perf_counter()
         ask, given = (self.predictor.predict, (self._signals,)) if begun is None else (begun, ())
         predictions = self._asked(layer, moment, _told, ask, *given)
-        self._tell_prediction(began, layer)
-        if predictions is None or not self._prefetcher.wanted:
-            return None
-        return partial(self._consider, layer, moment, predictions)
-
-    def _consider(self, layer: int, moment: Moment, predictions: Sequence[Prediction]) -> None:
-        began = perf_counter()
-        self._prefetcher.consider(layer, moment, predictions)
+        began += 0.0 if begun is None else helped_s()
+        if predictions is not None and self._prefetcher.wanted:
+            self._prefetcher.consider(layer, moment, predictions)
         self._tell_prediction(began, layer)
 
     def _asks(self) -> bool:

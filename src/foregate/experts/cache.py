@@ -16,6 +16,9 @@ from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, S
 from enum import Enum
 from time import perf_counter_ns
 
+import numpy as np
+from numpy.typing import NDArray
+
 from foregate.errors import BudgetError, IntegrityError
 from foregate.events import SILENCE, EventHub, ExpertMoved, Move
 from foregate.experts.slots import SlotPool
@@ -57,6 +60,8 @@ class ExpertCache:
         self.pool = pool
         self.policy = policy
         self._events = events
+        self.where: NDArray[np.int32] | None = None
+        """By layer and expert, the slot of each resident and -1 for all others: for readers that are compiled."""
         self.evictions = 0
         self.peak_resident = 0
         self._resident: dict[ExpertKey, int] = {}
@@ -313,6 +318,8 @@ class ExpertCache:
 
     def _settle(self, key: ExpertKey, slot: int, move: Move) -> None:
         self._resident[key] = slot
+        if self.where is not None:
+            self.where[key] = slot
         self.peak_resident = max(self.peak_resident, len(self._resident))
         self._tell(key, move)
 
@@ -335,6 +342,8 @@ class ExpertCache:
         if key not in held:
             raise IntegrityError(f"{key} is {getattr(self.state(key), 'value', 'absent')}, not in the expected state")
         self._spent.pop(key, None)
+        if self.where is not None:
+            self.where[key] = -1
         return held.pop(key)
 
     def _expect_absent(self, key: ExpertKey) -> None:

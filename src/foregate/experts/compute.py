@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from time import perf_counter_ns
 from typing import Any
 
 import torch
@@ -34,18 +35,21 @@ FUSED_PARAMS = {"gate_up_proj", "down_proj"}
 class Weights:
     """The parameters of one expert: tensors by name, without copies, and the kernel over them once it is asked for."""
 
-    def __init__(self, tensors: dict[str, Tensor], scratch: Scratch | None = None) -> None:
+    def __init__(self, tensors: dict[str, Tensor], scratch: Scratch | None = None, slot: int = -1) -> None:
         self.tensors = tensors
         self.scratch = scratch
-        self._fused: kernels.FusedExpert | None = None
+        self.slot = slot
+        self._fused: dict[int, kernels.FusedExpert] = {}
 
     def fused(self, hidden: int) -> kernels.FusedExpert:
         """The compiled expert over these tensors, of ``hidden`` numbers between its matrices."""
-        if self._fused is None or self._fused.hidden != hidden:
+        found = self._fused.get(hidden)
+        if found is None:
             t = self.tensors
             scales = t.get("gate_up_proj" + SCALE), t.get("down_proj" + SCALE)
-            self._fused = kernels.FusedExpert(t["gate_up_proj"], scales[0], t["down_proj"], scales[1], hidden)
-        return self._fused
+            found = kernels.FusedExpert(t["gate_up_proj"], scales[0], t["down_proj"], scales[1], hidden)
+            self._fused[hidden] = found  # kept: others know where it lies
+        return found
 
 
 class SlotViews:
@@ -63,7 +67,7 @@ class SlotViews:
         views = self._views.get(id(layout)) or self._views_of(layout)
         found = views[slot]
         if found is None:
-            found = views[slot] = Weights(self._build(slot, layout), self._scratch)
+            found = views[slot] = Weights(self._build(slot, layout), self._scratch, slot)
         return found
 
     def clear(self) -> None:
@@ -115,18 +119,55 @@ def experts_forward(module: Any, x: Tensor, weights: Sequence[Weights], into: Te
 def experts_of(kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int]) -> None:
     """``experts_forward`` for the token that ``kernel`` has routed, into its choice."""
     width = _fused_width(module, weights[0])
-    if not width or not kernel.experts([one.fused(width).at for one in weights], rows, width):
+    if not width or not kernel.experts(_places(kernel, weights, width), rows, width):
         experts_forward(module, kernel.routed, weights, kernel.choice.parts, rows)
 
 
 def begun_experts_of(
-    kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int]
-) -> Callable[[], None]:
-    """``experts_of``, begun by other threads where there are any; what this returns ends it, and must be called."""
+    kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int], *, begun: int = 0
+) -> Callable[[], int]:
+    """``experts_of``, begun by other threads where there are any; what this returns ends it, must be called, and tells
+    for how many nanoseconds nobody has computed.
+
+    ``begun``: bit i says that ``kernel`` has had row i begun already.
+    """
+    if begun:
+        left = [i for i, row in enumerate(rows) if not begun >> row & 1]
+        return partial(_end_begun, kernel, module, [weights[i] for i in left], [rows[i] for i in left])
     width = _fused_width(module, weights[0])
-    if width and kernel.begin_experts([one.fused(width).at for one in weights], rows, width):
+    if width and kernel.begin_experts(_places(kernel, weights, width), rows, width):
         return kernel.end_experts
-    return partial(experts_of, kernel, module, weights, rows)
+    return at_the_end(partial(experts_of, kernel, module), weights, rows)
+
+
+def at_the_end(
+    product: Callable[[Sequence[Weights], Sequence[int]], None], weights: Sequence[Weights], rows: Sequence[int]
+) -> Callable[[], int]:
+    """As ``begun_experts_of``, of a ``product`` that nobody begins before its end."""
+    since = perf_counter_ns()
+
+    def end() -> int:
+        idle = perf_counter_ns() - since
+        product(weights, rows)
+        return idle
+
+    return end
+
+
+def _end_begun(kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int]) -> int:
+    idle = kernel.end_experts()
+    if weights:
+        experts_of(kernel, module, weights, rows)
+    return idle
+
+
+def _places(kernel: DecoderLayer, weights: Sequence[Weights], width: int) -> list[int]:
+    """Where the experts are told of, which ``kernel`` will know from now on."""
+    places, residents = [one.fused(width).at for one in weights], kernel.residents
+    if residents is not None and residents.hidden == width:
+        for one, at in zip(weights, places, strict=True):
+            residents.tell(one.slot, at)
+    return places
 
 
 def runs_fused(module: Any, x: Tensor, weights: Weights) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from foregate.native.attention_block import AttentionBlock, HeadNorm
 from foregate.native.kernels import MOST_EXPERTS, NOBODY, REFUSED, UNDECIDED, called, check, loaded, num_threads
 from foregate.native.matrix import BF16, Matrix
+from foregate.native.residents import Residents
 from foregate.native.router import Router
 
 Norm = tuple[Tensor, float]
@@ -40,7 +41,7 @@ class _Layer(ctypes.Structure):
         ("gate", Matrix),
         *((name, c_int32) for name in ("top", "normalised", "dtype")),
         *((name, c_void_p) for name in ("normed", "residual", "routed")),
-        *((name, c_void_p) for name in ("logits", "ids", "weights", "scores", "shares", "parts")),
+        *((name, c_void_p) for name in ("logits", "ids", "weights", "scores", "shares", "parts", "there")),
     ]
 
 
@@ -81,7 +82,8 @@ class DecoderLayer:
         norms = [HeadNorm(weight.data_ptr(), len(weight), small) for weight, small in (before, after)]
         at = [row.data_ptr() for row in (*hidden, made.logits, made.index, made.weights)]
         at += [made.scores.ctypes.data, made.shares.ctypes.data, made.parts.data_ptr()]
-        self._layer = _Layer(attention.at, *norms, router.gate, router.top_k, router.normalised, router.kind, *at)
+        self._layer = _Layer(attention.at, *norms, router.gate, router.top_k, router.normalised, router.kind, *at, None)
+        self.residents: Residents | None = None
         self._at = ctypes.addressof(self._layer)
         self._run, self._mix = called("foregate_layer", 14), called("foregate_layer_out", 2)
         self._experts, self._begin = called("foregate_experts", 9), called("foregate_experts_begin", 9)
@@ -105,6 +107,11 @@ class DecoderLayer:
             self._placed[names] = (tuple(self.places[name] for name in names), BF16) if known else None
         return self._placed[names]
 
+    def begin_residents(self, residents: Residents | None) -> None:
+        """From now on have ``residents`` begun as soon as they are chosen; ``end_experts`` ends that. None: nobody."""
+        self.residents = residents
+        self._layer.there = None if residents is None else residents.at
+
     def mix(self) -> None:
         """Fill ``hidden`` with ``residual`` and ``choice.parts``, rows in the order of the chosen, by their weights."""
         check(self._mix(self._at, self._hidden_at))
@@ -119,9 +126,9 @@ class DecoderLayer:
         has begun must be ended; until then the experts stay as they are, and nobody looks at ``choice.parts``."""
         return self._ask(self._begin, experts, rows, hidden)
 
-    def end_experts(self) -> None:
-        """Compute with the others what is left of what has begun."""
-        self._end(0)
+    def end_experts(self) -> int:
+        """Compute with the others what is left of what has begun; for how many nanoseconds nobody has computed since."""
+        return self._end(0)
 
     def _ask(self, run: Callable[..., int], experts: Sequence[int], rows: Sequence[int], hidden: int) -> bool:
         count, places = len(experts), self._expert_places

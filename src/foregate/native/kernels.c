@@ -7,6 +7,7 @@
 #include "pool.h"
 
 #include <float.h>
+#include <limits.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -898,9 +899,12 @@ int foregate_experts_begin(const expert *const *experts, void *const *outs, int6
     return 0;
 }
 
-/* Only after a foregate_experts_begin that answered 0, and once. */
+static int at_most_int(int64_t ns) { return ns < INT_MAX ? (int)ns : INT_MAX; }
+
+/* Only after a foregate_experts_begin that answered 0, and once. For how many ns nobody has computed since. */
 int foregate_experts_end(int64_t nothing) {
     (void)nothing;
+    const int idle = at_most_int(pool_idle());
     pool_run_rest();
     swap_memory();
     link_experts(&begun.experts);
@@ -910,7 +914,7 @@ int foregate_experts_end(int64_t nothing) {
     pool_run_rest();
     atomic_store(&begun.open, 0);
     pool_release();
-    return 0;
+    return idle;
 }
 
 /* What this thread has begun, if it was kept from its end, is over: experts and outputs are nobody's any more. */
@@ -1155,5 +1159,11 @@ int foregate_post(chunk_fn fn, void *context, int64_t threads) { return pool_pos
 
 void foregate_join(void) { pool_join(); }
 
+/* How many ns of that went into jobs of others, since somebody asked last. */
+int foregate_helped(int64_t nothing) {
+    (void)nothing;
+    return at_most_int(atomic_exchange(&helped, 0));
+}
+
 /* library.py says when this is counted up. */
-int foregate_version_6(void) { return 6; }
+int foregate_version_7(void) { return 7; }

@@ -41,7 +41,7 @@ ACTIVATIONS = {torch.bfloat16: BF16, torch.float32: F32}
 FUNCTIONS = tuple(
     f"foregate_{name}"
     for name in (
-        "expert", "experts", "experts_begin", "experts_end", "experts_drop", "linear", "rms_norm",
+        "expert", "experts", "experts_begin", "experts_end", "experts_drop", "helped", "linear", "rms_norm",
         "combine", "attend", "qkv", "attend_out", "attention", "expand", "rank", "route", "layer", "layer_out", "read",
         "kernels",
     )
@@ -193,6 +193,12 @@ def drop_begun_experts() -> None:
     """What this thread has had others begin, and an interrupt kept from its end, is over; nobody works for it."""
     if library() is not None:
         called("foregate_experts_drop", 1)(0)
+
+
+def helped_s() -> float:
+    """Seconds that this thread, while it waited for predictions, has spent on what others had begun; since it was asked
+    last."""
+    return 0.0 if library() is None else called("foregate_helped", 1)(0) * 1e-9
 
 
 def linear(weight: Matrix, x: Tensor, width: int) -> Tensor:

@@ -5,6 +5,14 @@
 #define FOREGATE_LAYER_H
 
 typedef struct {
+    const int32_t *slots;         /* of each expert: where it is resident, or -1 */
+    const expert *const *experts; /* by slot; null where it is not known what lies there */
+    const int32_t *on;            /* whether to begin any */
+    int64_t hidden;
+    uint64_t begun; /* bit i: the i-th of the chosen has been */
+} residents;
+
+typedef struct {
     const attention_block *attention;
     head_norm before, after; /* of D numbers: before attention, and before the router */
     matrix gate;
@@ -13,12 +21,32 @@ typedef struct {
     int64_t *ids;
     void *weights;
     float *scores, *shares; /* [N] and [top]: logits and weights again */
-    const uint16_t *parts;  /* [top, D]: what the experts give */
+    uint16_t *parts;        /* [top, D]: what the experts give */
+    residents *there;       /* or null */
 } decoder_layer;
 
 static int refuse_layer(const decoder_layer *l) {
     const int n = l->attention->o.rows;
     return l->before.width != n || l->after.width != n || l->gate.columns != n || n < 16 || n % 16;
+}
+
+/* Have the chosen that are resident computed by other threads, until foregate_experts_end: which of them. */
+static uint64_t begin_residents(const decoder_layer *l, const residents *r, int threads) {
+    const expert *found[MOST_EXPERTS];
+    void *outs[MOST_EXPERTS];
+    uint64_t which = 0;
+    int64_t count = 0, n = l->after.width;
+    for (int i = 0; *r->on && i < l->top; i++) {
+        const int32_t slot = r->slots[l->ids[i]];
+        if (slot < 0 || !r->experts[slot])
+            continue;
+        found[count] = r->experts[slot];
+        outs[count++] = l->parts + i * n;
+        which |= (uint64_t)1 << i;
+    }
+    if (!count || foregate_experts_begin(found, outs, count, r->hidden, l->routed, n, n, BF16, threads))
+        return 0;
+    return which;
 }
 
 /* From x [D] to the chosen experts and all else that `l` has room for; `normed`: l->normed is there already. The other
@@ -42,6 +70,8 @@ int foregate_layer(const decoder_layer *l, const uint16_t *x, int64_t normed, co
     code = foregate_route(&l->gate, l->routed, l->top, l->normalised, l->logits, l->ids, l->weights, l->dtype);
     if (code)
         return code;
+    if (l->there)
+        l->there->begun = begin_residents(l, l->there, (int)threads);
     for (int e = 0; e < l->gate.rows; e++)
         l->scores[e] = from_bf16(l->logits[e]);
     for (int i = 0; i < l->top; i++)

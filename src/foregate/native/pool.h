@@ -6,6 +6,8 @@
 #ifndef FOREGATE_POOL_H
 #define FOREGATE_POOL_H
 
+#include <stdint.h>
+
 #define MAX_THREADS 64
 
 typedef void (*chunk_fn)(void *context, int chunk);
@@ -13,11 +15,11 @@ typedef void (*chunk_fn)(void *context, int chunk);
 /* Run fn(context, 0 ... chunks-1) on up to `threads` threads, the caller's included; returns when all have run. */
 static void pool_run(chunk_fn fn, void *context, int chunks, int threads);
 
-/* Have fn(context, 0) run by another of `threads` threads while the caller goes on; 0, and nothing done, where there is
- * none. Whoever posts joins; until then jobs of others run on their callers alone. */
+/* Have fn(context, 0) run by another of `threads` threads, before chunks of jobs, while the caller goes on; 0, and
+ * nothing done, where there is none or something is posted already. Whoever posts joins. */
 static int pool_post(chunk_fn fn, void *context, int threads);
 
-/* Returns when what was posted has run: by the caller, if nobody has begun it. */
+/* Returns when what was posted has run: by the caller, if nobody has begun it. Until then it helps with other jobs. */
 static void pool_join(void);
 
 /* A job of several parts, the first of which others begin while the caller does something else: how many threads there
@@ -26,6 +28,8 @@ static void pool_join(void);
 static int pool_claim(int threads);
 static void pool_hand_out(chunk_fn fn, void *context, int chunks, int threads);
 static void pool_run_rest(void);
+/* For how many ns nobody has had anything to do for what was handed out. */
+static int64_t pool_idle(void);
 static void pool_release(void);
 
 #include <linux/futex.h>
@@ -33,8 +37,8 @@ static void pool_release(void);
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdint.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #define SPINS 4000 /* about 110 us: the engine asks again within that while a layer runs */
@@ -46,15 +50,32 @@ typedef struct {
 
 static struct {
     _Atomic int in_use; /* by the caller of the running job */
-    int workers;
+    _Atomic int workers;
     chunk_fn fn;
     void *context;
     _Alignas(64) _Atomic uint32_t generation; /* of jobs; what idle workers sleep on */
     _Atomic int threads;                      /* taking part in the running job */
     _Atomic int sleepers;
     _Alignas(64) _Atomic int pending; /* chunks that have not ended */
+    _Atomic int64_t ended;            /* when the last chunk of a job has, ns */
     span spans[MAX_THREADS];
 } pool;
+
+enum { NOTHING, BEING_POSTED, WAITING, RUNNING, DONE };
+
+static struct {
+    _Alignas(64) _Atomic int state;
+    chunk_fn fn;
+    void *context;
+} posted;
+
+static _Atomic int64_t helped; /* ns that pool_join has spent on chunks of others */
+
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
 
 static inline void pause_cpu(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -84,12 +105,31 @@ static int take(int me, int threads) {
     return chunk;
 }
 
-/* A chunk that has been taken keeps its job's fn and context in place until it is counted off. */
-static void work(int me, int threads) {
-    for (int chunk; (chunk = take(me, threads)) >= 0;) {
-        pool.fn(pool.context, chunk);
-        atomic_fetch_sub_explicit(&pool.pending, 1, memory_order_release);
+static int posted_becomes(int from, int to) { return atomic_compare_exchange_strong(&posted.state, &from, to); }
+
+/* What is posted, if nobody has begun it. */
+static void run_posted(void) {
+    if (atomic_load_explicit(&posted.state, memory_order_relaxed) == WAITING && posted_becomes(WAITING, RUNNING)) {
+        posted.fn(posted.context, 0);
+        atomic_store_explicit(&posted.state, DONE, memory_order_release);
     }
+}
+
+/* A chunk that has been taken keeps its job's fn and context in place until it is counted off. */
+static int work_once(int me, int threads) {
+    int chunk = take(me, threads);
+    if (chunk < 0)
+        return 0;
+    pool.fn(pool.context, chunk);
+    atomic_store_explicit(&pool.ended, now_ns(), memory_order_relaxed);
+    atomic_fetch_sub_explicit(&pool.pending, 1, memory_order_release);
+    return 1;
+}
+
+static void work(int me, int threads) {
+    while (work_once(me, threads))
+        if (me)
+            run_posted();
 }
 
 static void *worker(void *argument) {
@@ -105,6 +145,7 @@ static void *worker(void *argument) {
             continue;
         }
         seen = atomic_load(&pool.generation);
+        run_posted();
         int threads = atomic_load(&pool.threads);
         if (me < threads)
             work(me, threads);
@@ -117,6 +158,7 @@ static void in_forked_child(void) { /* no worker came along, and nobody holds th
     pool.workers = 0;
     atomic_store(&pool.sleepers, 0);
     atomic_store(&pool.pending, 0);
+    posted_becomes(RUNNING, WAITING); /* whoever joins runs it again */
 }
 
 static void watch_forks(void) { pthread_atfork(NULL, NULL, in_forked_child); }
@@ -145,17 +187,28 @@ static int hire(int threads) {
     return pool.workers + 1 < threads ? pool.workers + 1 : threads;
 }
 
-static void wait_for_others(void) {
-    for (int i = 0; atomic_load_explicit(&pool.pending, memory_order_acquire) > 0; i++) {
-        if (i < PATIENCE)
-            pause_cpu();
-        else
-            sched_yield(); /* whoever has the last chunk may wait for this core */
-    }
+/* The i-th time. */
+static void rest(int i) {
+    if (i < PATIENCE)
+        pause_cpu();
+    else
+        sched_yield(); /* whoever has the last chunk may wait for this core */
 }
 
-/* Hand out `chunks` among `threads` (one alone goes to the last of them), of which `wake` are woken if they sleep. */
-static void start(chunk_fn fn, void *context, int chunks, int threads, int wake) {
+static void wait_for_others(void) {
+    for (int i = 0; atomic_load_explicit(&pool.pending, memory_order_acquire) > 0; i++)
+        rest(i);
+}
+
+/* Workers look for something to do, `most` of those that sleep. */
+static void call_workers(int most) {
+    atomic_fetch_add(&pool.generation, 1);
+    if (atomic_load(&pool.sleepers))
+        syscall(SYS_futex, &pool.generation, FUTEX_WAKE_PRIVATE, most, NULL, NULL, 0);
+}
+
+/* Hand out `chunks` among `threads`. */
+static void start(chunk_fn fn, void *context, int chunks, int threads) {
     pool.fn = fn;
     pool.context = context;
     atomic_store(&pool.pending, chunks);
@@ -164,9 +217,7 @@ static void start(chunk_fn fn, void *context, int chunks, int threads, int wake)
         uint64_t begin = (uint64_t)chunks * i / threads, end = (uint64_t)chunks * (i + 1) / threads;
         atomic_store_explicit(&pool.spans[i].range, begin << 32 | end, memory_order_release);
     }
-    atomic_fetch_add(&pool.generation, 1);
-    if (atomic_load(&pool.sleepers))
-        syscall(SYS_futex, &pool.generation, FUTEX_WAKE_PRIVATE, wake, NULL, NULL, 0);
+    call_workers(pool.workers);
 }
 
 static void pool_run(chunk_fn fn, void *context, int chunks, int threads) {
@@ -180,7 +231,7 @@ static void pool_run(chunk_fn fn, void *context, int chunks, int threads) {
         return;
     }
     threads = hire(threads);
-    start(fn, context, chunks, threads, pool.workers);
+    start(fn, context, chunks, threads);
     work(0, threads);
     wait_for_others();
     atomic_store(&pool.in_use, 0);
@@ -198,7 +249,7 @@ static int pool_claim(int threads) {
 }
 
 static void pool_hand_out(chunk_fn fn, void *context, int chunks, int threads) {
-    start(fn, context, chunks, threads, pool.workers);
+    start(fn, context, chunks, threads);
 }
 
 static void pool_run_rest(void) {
@@ -206,16 +257,37 @@ static void pool_run_rest(void) {
     wait_for_others();
 }
 
+static int64_t pool_idle(void) {
+    return atomic_load_explicit(&pool.pending, memory_order_acquire) ? 0 : now_ns() - atomic_load(&pool.ended);
+}
+
 static int pool_post(chunk_fn fn, void *context, int threads) {
-    if (!pool_claim(threads))
+    if (threads <= 1)
         return 0;
-    start(fn, context, 1, pool.workers + 1, 1); /* whoever wakes takes it */
+    if (!pool.workers) {
+        if (!pool_claim(threads))
+            return 0;
+        pool_release();
+    }
+    if (!posted_becomes(NOTHING, BEING_POSTED))
+        return 0;
+    posted.fn = fn;
+    posted.context = context;
+    atomic_store_explicit(&posted.state, WAITING, memory_order_release);
+    call_workers(1);
     return 1;
 }
 
 static void pool_join(void) {
-    pool_run_rest();
-    pool_release();
+    run_posted();
+    for (int i = 0; atomic_load_explicit(&posted.state, memory_order_acquire) != DONE;) {
+        const int64_t began = now_ns();
+        if (work_once(0, atomic_load(&pool.threads)))
+            atomic_fetch_add(&helped, now_ns() - began);
+        else
+            rest(i++);
+    }
+    atomic_store(&posted.state, NOTHING);
 }
 
 #endif

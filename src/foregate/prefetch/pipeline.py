@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from time import perf_counter, perf_counter_ns, sleep
 
 from foregate.errors import IntegrityError
@@ -39,15 +40,15 @@ class Pipeline:
         layer: int,
         needed: Sequence[int],
         compute: Compute,
-        predict: Callable[[], Callable[[], None] | None],
+        predict: Callable[[], Callable[[], None]],
         together: Together | None = None,
     ) -> None:
         """A step of few tokens: resident experts first, then whichever read arrives next.
 
-        ``predict`` runs after the demand reads are submitted, so that speculation queues behind them; what it returns
-        is called once resident experts are being computed, which go through ``together`` if it is given and nobody
-        wants to know how long each took. Experts beyond the cache's room are served in waves. Raises TransferError when
-        a read has failed for good.
+        ``predict`` runs once the demand reads are submitted, so that speculation queues behind them; what it returns is
+        called while resident experts are being computed, which go through ``together`` if it is given and nobody wants
+        to know how long each took. Experts beyond the cache's room are served in waves. Raises TransferError when a
+        read has failed for good.
         """
         self._begin_decode()
         keys = [ExpertKey(layer, expert) for expert in needed]
@@ -58,9 +59,7 @@ class Pipeline:
             ready, missing = self._classify(keys, flight)
             if missing:
                 self._request(missing, flight)
-            # What was staged for this layer and is not needed makes room for the layers after it.
-            self._prefetcher.expire(layer)
-            self._serve_all(ready, compute, together, pinned, predict())
+            self._serve_all(ready, compute, together, pinned, partial(self._look_ahead, layer, predict()))
             if flight or missing:
                 self._serve_absent(flight, missing, compute, pinned)
         finally:
@@ -233,17 +232,21 @@ class Pipeline:
 
     # Using and letting go
 
+    def _look_ahead(self, layer: int, speculate: Callable[[], None]) -> None:
+        # What was staged for this layer and is not needed makes room for the layers after it.
+        self._prefetcher.expire(layer)
+        speculate()
+
     def _serve_all(
         self,
         keys: Sequence[ExpertKey],
         compute: Compute,
         together: Together | None,
         pinned: set[ExpertKey],
-        meanwhile: Callable[[], None] | None,
+        meanwhile: Callable[[], None],
     ) -> None:
         if together is None or not keys or self._events.on:
-            if meanwhile is not None:
-                meanwhile()
+            meanwhile()
             for key in keys:
                 self._serve(key, compute, pinned)
             return
@@ -252,9 +255,8 @@ class Pipeline:
         end = together(experts, slots)
         begun = ending = perf_counter_ns()
         try:
-            if meanwhile is not None:
-                meanwhile()
-                ending = perf_counter_ns()
+            meanwhile()
+            ending = perf_counter_ns()
         finally:
             end()
         self.stats.compute_s += (perf_counter_ns() - ending + begun - began) * 1e-9

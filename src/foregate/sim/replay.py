@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,7 +163,8 @@ class Simulation:
         def compute(expert: int, slot: int) -> None:
             self._clock.now += share
 
-        self._pipeline.decode(layer, needed, compute, lambda: self._consider(token, layer, Moment.AFTER_ROUTING, asked))
+        speculate = partial(self._consider, token, layer, Moment.AFTER_ROUTING, asked)
+        self._pipeline.decode(layer, needed, compute, lambda: speculate)
 
     def _consider(self, token: int, layer: int, moment: Moment, asked: Mapping[Moment, _Leads]) -> None:
         for lead, ranks in asked.get(moment, ()):
