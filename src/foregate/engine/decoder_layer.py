@@ -61,7 +61,9 @@ class DecoderLayers:
         on = np.zeros(1, np.int32)
         tables: list[tuple[ExpertLayout, int, NDArray[np.uint64]]] = []
         for layer in self.layers:
-            layout, width = layout_of(ExpertKey(layer.number, 0)), layer.part.experts_module.down_proj.shape[-1]
+            layout, down = layout_of(ExpertKey(layer.number, 0)), layer.part.experts_module.down_proj
+            assert isinstance(down, Tensor)
+            width = down.shape[-1]
             table = next((there for known, size, there in tables if (known, size) == (layout, width)), None)
             if table is None:
                 table = np.zeros(slots, np.uint64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter, sub
 from time import perf_counter
 
 from foregate.engine.clock import Clock
@@ -41,16 +42,23 @@ class Meter:
         """What ``lap`` would give, without ending the lap."""
         return _difference(self._now(), self._last)
 
-    def _now(self) -> StepStats:
-        total = StepStats(wall_s=perf_counter(), evictions=self._cache.evictions, product_s=self._clock.ns * 1e-9)
-        total.add(self._pipeline.stats)
-        total.add(self._prefetcher.stats)
+    def _now(self) -> tuple[float, ...]:
         moved = self._transfer.stats()
-        total.demand_bytes, total.prefetch_bytes = moved.demand_bytes, moved.prefetch_bytes
-        total.retries, total.io_s = moved.retries + moved.rereads, moved.active_s
-        return total
+        own = StepStats(
+            wall_s=perf_counter(),
+            evictions=self._cache.evictions,
+            product_s=self._clock.ns * 1e-9,
+            demand_bytes=moved.demand_bytes,
+            prefetch_bytes=moved.prefetch_bytes,
+            retries=moved.retries + moved.rereads,
+            io_s=moved.active_s,
+        )
+        parts = own, self._pipeline.stats, self._prefetcher.stats
+        return tuple(map(sum, zip(*map(_values, parts), strict=True)))
 
 
-def _difference(now: StepStats, before: StepStats) -> StepStats:
-    names = StepStats.__dataclass_fields__
-    return StepStats(**{name: getattr(now, name) - getattr(before, name) for name in names})
+_values = attrgetter(*StepStats.__dataclass_fields__)
+
+
+def _difference(now: tuple[float, ...], before: tuple[float, ...]) -> StepStats:
+    return StepStats(*map(sub, now, before))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from time import perf_counter, perf_counter_ns
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,8 @@ class Reporter:
     def step(self, token: int, text: str, phase: Phase, began: float, finish: FinishReason | None) -> GenerationStep:
         """The step that ends now, with what has happened since the last. ``began``: ``perf_counter`` at its start."""
         # The consumer's own time between steps is not the engine's.
-        stats = replace(self._meter.lap(), wall_s=perf_counter() - began)
+        stats = self._meter.lap()
+        stats.wall_s = perf_counter() - began
         step = GenerationStep(len(self.report.steps), token, text, phase, stats, finish)
         self.report.steps.append(step)
         if self._engine.events.on:

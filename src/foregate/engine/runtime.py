@@ -24,7 +24,15 @@ from foregate.engine.signals import ModelSignals
 from foregate.engine.speculation import Speculation
 from foregate.events import ControllerDecided, Part, TimeSpent
 from foregate.experts.cache import ExpertCache
-from foregate.experts.compute import SlotViews, Weights, at_the_end, begun_experts_of, expert_forward, experts_forward, experts_of
+from foregate.experts.compute import (
+    SlotViews,
+    Weights,
+    at_the_end,
+    begun_experts_of,
+    expert_forward,
+    experts_forward,
+    experts_of,
+)
 from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
 from foregate.native import kernels
 from foregate.native.decoder_layer import Choice, DecoderLayer

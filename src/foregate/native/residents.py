@@ -25,12 +25,14 @@ class _Residents(ctypes.Structure):
 
 
 class Residents:
-    """``slots`` [E] is where each expert of a layer is resident, or -1; ``experts`` [S] where what lies in a slot is told
-    of (``FusedExpert.at``), or 0 as long as nobody has said; ``on`` [1] whether to begin anything; ``hidden`` numbers lie
-    between the matrices of an expert. Others write to the arrays, which all layers of one form may share but ``slots``.
-    """
+    """``slots`` [E] is where each expert of a layer is resident, or -1; ``experts`` [S] where what lies in a slot is
+    told of (``FusedExpert.at``), or 0 as long as nobody has said; ``on`` [1] whether to begin anything; ``hidden``
+    numbers lie between the matrices of an expert. Others write to the arrays; layers of one form share all but the
+    first."""
 
-    def __init__(self, slots: NDArray[np.int32], experts: NDArray[np.uint64], on: NDArray[np.int32], hidden: int) -> None:
+    def __init__(
+        self, slots: NDArray[np.int32], experts: NDArray[np.uint64], on: NDArray[np.int32], hidden: int
+    ) -> None:
         self._kept = slots, experts, on
         self._experts = experts
         self._told = _Residents(slots.ctypes.data, experts.ctypes.data, on.ctypes.data, hidden, 0)

@@ -40,15 +40,15 @@ class Pipeline:
         layer: int,
         needed: Sequence[int],
         compute: Compute,
-        predict: Callable[[], Callable[[], None]],
+        predict: Callable[[], Callable[[], None] | None],
         together: Together | None = None,
     ) -> None:
         """A step of few tokens: resident experts first, then whichever read arrives next.
 
-        ``predict`` runs once the demand reads are submitted, so that speculation queues behind them; what it returns is
-        called while resident experts are being computed, which go through ``together`` if it is given and nobody wants
-        to know how long each took. Experts beyond the cache's room are served in waves. Raises TransferError when a
-        read has failed for good.
+        ``predict`` runs once the demand reads are submitted, so that speculation queues behind them. What it returns, if
+        anything, is called while resident experts are being computed; those go through ``together`` if it is given and
+        nobody wants to know how long each took. Experts beyond the cache's room are served in waves. Raises
+        TransferError when a read has failed for good.
         """
         self._begin_decode()
         keys = [ExpertKey(layer, expert) for expert in needed]
@@ -232,10 +232,11 @@ class Pipeline:
 
     # Using and letting go
 
-    def _look_ahead(self, layer: int, speculate: Callable[[], None]) -> None:
+    def _look_ahead(self, layer: int, speculate: Callable[[], None] | None) -> None:
         # What was staged for this layer and is not needed makes room for the layers after it.
         self._prefetcher.expire(layer)
-        speculate()
+        if speculate is not None:
+            speculate()
 
     def _serve_all(
         self,
