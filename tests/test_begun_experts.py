@@ -105,17 +105,40 @@ def test_what_an_interrupt_kept_from_its_end_is_dropped_by_its_own_thread() -> N
     end()
 
 
-def test_a_prediction_that_is_thrown_away_leaves_the_threads_free() -> None:
+def test_predictions_and_experts_may_be_begun_together_and_end_in_any_order() -> None:
     gate, x = torch.randn(40, HIDDEN).bfloat16(), torch.randn(1, HIDDEN).bfloat16()
-    ranker, held = kernels.Ranker(gate, None, 4), [Weights(expert(HIDDEN, WIDTH, "int8")[0])]
+    ranker, held = kernels.Ranker(gate, None, 4), [Weights(expert(HIDDEN, WIDTH, "int8", seed)[0]) for seed in range(5)]
+    wanted, alone = (
+        ranker.best(1, x.data_ptr(), 8),
+        torch.cat([expert_forward(Experts(HIDDEN, WIDTH), x, e) for e in held]),
+    )
     kernels.use_threads(2)
     try:
-        thrown = ranker.begin(1, x.data_ptr(), 8)
-        assert begin(held, inputs(1, HIDDEN), 2)[0] == kernels.NOBODY
-        del thrown
-        code, end = begin(held, inputs(1, HIDDEN), 2)
-        assert code == 0
-        end()
+        for number in range(60):
+            code, end = begin(held, x, 2) if number % 2 else (0, None)
+            tell = ranker.begin(1, x.data_ptr(), 8)
+            second = ranker.begin(1, x.data_ptr(), 8)  # one is posted; another is left to its caller
+            if end is None:
+                code, end = begin(held, x, 2)
+            assert code == 0
+            outs = end() if number % 3 else None
+            assert (tell(), second()) == (wanted, wanted)
+            assert torch.equal(end() if outs is None else outs, alone)
+        assert kernels.helped_s() >= 0
+    finally:
+        kernels.use_threads(None)
+
+
+def test_a_prediction_that_is_thrown_away_leaves_the_threads_free() -> None:
+    gate, x = torch.randn(40, HIDDEN).bfloat16(), torch.randn(1, HIDDEN).bfloat16()
+    ranker = kernels.Ranker(gate, None, 4)
+    kernels.use_threads(2)
+    try:
+        for _ in range(20):
+            thrown = ranker.begin(1, x.data_ptr(), 8)
+            del thrown
+            told = ranker.begin(1, x.data_ptr(), 8)
+            assert told() == ranker.best(1, x.data_ptr(), 8)
     finally:
         kernels.use_threads(None)
 

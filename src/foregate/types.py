@@ -119,6 +119,7 @@ class StepStats:
     """Counters and seconds of one forward pass (or, summed, of a whole run). Bytes are bytes read from the store.
 
     Seconds are of the thread that generates, but for ``product_s``: the time in which any thread computed products.
+    ``beside_s``: that in which none did, nor was a read waited for, but one that was to be waited for was under way.
     ``compute_s`` leaves out what others compute while that one looks ahead, which is in ``predict_s``.
     """
 
@@ -139,6 +140,7 @@ class StepStats:
     io_s: float = 0.0
     compute_s: float = 0.0
     product_s: float = 0.0
+    beside_s: float = 0.0
     predict_s: float = 0.0
     wall_s: float = 0.0
 

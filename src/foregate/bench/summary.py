@@ -210,6 +210,8 @@ def _arm(runs: Sequence[Mapping[str, Any]], dense_s: float) -> dict[str, Any]:
     compute_ms = 1e3 * _compute_s(decode, dense_s)
     stall_ms = per_token["stall_s_per_token"] * 1e3
     tpot = median(means)
+    beside_ms = 1e3 * sum(row.get("beside_s_per_token") or 0.0 for row in decode) / len(decode)
+    overhead_ms = sum(means) / len(means) - compute_ms - stall_ms - beside_ms
     hits, misses = (sum(d[name] for d in decode) for name in ("hits", "misses"))
     read = sum(d["read_bytes"]["demand"] + d["read_bytes"]["prefetch"] for d in decode)
     fates = {name: sum(run["report"]["prefetch"][name] for run in runs) for name in runs[0]["report"]["prefetch"]}
@@ -230,8 +232,9 @@ def _arm(runs: Sequence[Mapping[str, Any]], dense_s: float) -> dict[str, Any]:
             "late_prefetch": per_token["late_stall_s_per_token"] * 1e3,
         },
         "overlap": max(0.0, 1 - stall_ms / (per_token["io_s_per_token"] * 1e3)) if per_token["io_s_per_token"] else 1.0,
-        "overhead_ms": tpot - compute_ms - stall_ms,
-        "overhead_share": (tpot - compute_ms - stall_ms) / tpot,
+        "beside_ms": beside_ms,
+        "overhead_ms": overhead_ms,
+        "overhead_share": overhead_ms * len(means) / sum(means),
         "predict_ms": per_token["predict_s_per_token"] * 1e3,
         "amplification": read / (needed * slot) if needed else None,
         "prefetch": fates,

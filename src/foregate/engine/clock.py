@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from time import perf_counter_ns
 from typing import TypeVar
 
 Made = TypeVar("Made")
 
+_REMEMBERED = 64
+"""Products, more than a layer has."""
+
 
 class Clock:
-    """``ns``: nanoseconds in which a product was being computed, by any thread. ``now``: when the last call of this
-    clock returned. One thread asks."""
+    """``ns``: nanoseconds in which a product was being computed, by any thread. ``beside_ns``: in which none was, nor
+    was a read waited for, but one that was needed was under way. ``now``: when the last call returned. One thread asks.
+    """
 
-    __slots__ = ("now", "ns")
+    __slots__ = ("_spans", "beside_ns", "now", "ns")
 
     def __init__(self) -> None:
-        self.ns = 0
-        self.now = 0
+        self.ns = self.beside_ns = self.now = 0
+        self._spans: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED)
 
     def timed(self, product: Callable[..., Made], *args: object) -> Made:
         """``product(*args)``, its time added."""
         began = perf_counter_ns()
         made = product(*args)
         self.now = perf_counter_ns()
-        self.ns += self.now - began
+        self._add(began, self.now)
         return made
 
     def ended(self, since: int, end: Callable[[], int]) -> None:
         """``end()``, of what others have computed from ``since`` on but for the nanoseconds that it returns."""
+        began = perf_counter_ns()
         idle = end()
         self.now = perf_counter_ns()
-        self.ns += self.now - since - idle
+        self._add(since, began - idle)
+        self._add(began, self.now)
+
+    def read_beside(self, since: int, until: int, waited_ns: int) -> None:
+        """Needed reads were under way from ``since`` to ``until``, and waited for in so many of these nanoseconds."""
+        computed = sum(max(0, min(last, until) - max(first, since)) for first, last in self._spans)
+        self.beside_ns += max(0, until - since - waited_ns - computed)
+
+    def _add(self, began: int, ended: int) -> None:
+        self.ns += ended - began
+        self._spans.append((began, ended))

@@ -48,6 +48,7 @@ class Meter:
             wall_s=perf_counter(),
             evictions=self._cache.evictions,
             product_s=self._clock.ns * 1e-9,
+            beside_s=self._clock.beside_ns * 1e-9,
             demand_bytes=moved.demand_bytes,
             prefetch_bytes=moved.prefetch_bytes,
             retries=moved.retries + moved.rereads,

@@ -153,6 +153,7 @@ def _decode(stats: StepStats, tokens: int, *, timed: bool) -> dict[str, Any]:
         "io_s_per_token": stats.io_s * per,
         "expert_compute_s_per_token": stats.compute_s * per,
         "product_s_per_token": stats.product_s * per if timed else None,
+        "beside_s_per_token": stats.beside_s * per if timed else None,
         "predict_s_per_token": stats.predict_s * per,
         "overlap_ratio": overlap(stats),
         "read_bytes": {"demand": stats.demand_bytes, "prefetch": stats.prefetch_bytes},

@@ -322,6 +322,9 @@ class ExpertRuntime(Speculation):
     ) -> None:
         began = perf_counter_ns()
         self._pipeline.decode(layer, needed, compute, partial(self._speculate, layer, step), together)
+        beside = self._pipeline.read_beside
+        if beside is not None:
+            self._clock.read_beside(*beside)
         self._tell_experts(began, layer)
 
     def _tell_experts(self, began: int, layer: int) -> None:

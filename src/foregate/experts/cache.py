@@ -265,6 +265,12 @@ class ExpertCache:
             held
         ).keys():
             raise IntegrityError(f"experts by layer are not those that have a slot: {self._by_layer}")
+        if self.where is not None:
+            shown = {
+                ExpertKey(int(layer), int(expert)) for layer, expert in zip(*np.nonzero(self.where >= 0), strict=True)
+            }
+            if shown != self._resident.keys() or any(self.where[key] != slot for key, slot in self._resident.items()):
+                raise IntegrityError(f"shown as resident {sorted(shown)}, resident {sorted(self._resident)}")
         if any(count < 1 for count in self._pins.values()):
             raise IntegrityError(f"pins do not balance: {self._pins}")
         if idle and (self._pins or self._loading):

@@ -24,6 +24,10 @@ Together = Callable[[Sequence[int], Sequence[int]], Callable[[], None]]
 """``compute`` of several experts at once: ``together(experts, slots)`` begins, and what it returns ends that."""
 
 
+_BLOCKED_S = 20e-6
+"""Shorter waits are calls that found that a read had ended; since when, they do not say."""
+
+
 class Pipeline:
     """Serves the experts of one MoE layer after another from cache, staging and store. One thread owns it."""
 
@@ -34,6 +38,11 @@ class Pipeline:
         self._prefetcher = prefetcher
         self._events = prefetcher.events
         self._late: set[ExpertKey] = set()
+        self._waited_at = 0
+        """When the last wait ended that was one."""
+        self.read_beside: tuple[int, int, int] | None = None
+        """Of the last decode step's layer: from when to when reads that it waited for were under way, and for how long
+        it waited, ns."""
 
     def decode(
         self,
@@ -45,9 +54,9 @@ class Pipeline:
     ) -> None:
         """A step of few tokens: resident experts first, then whichever read arrives next.
 
-        ``predict`` runs once the demand reads are submitted, so that speculation queues behind them. What it returns, if
-        anything, is called while resident experts are being computed; those go through ``together`` if it is given and
-        nobody wants to know how long each took. Experts beyond the cache's room are served in waves. Raises
+        ``predict`` runs once the demand reads are submitted, so that speculation queues behind them. What it returns,
+        if anything, is called while resident experts are being computed; those go through ``together`` if it is given
+        and nobody wants to know how long each took. Experts beyond the cache's room are served in waves. Raises
         TransferError when a read has failed for good.
         """
         self._begin_decode()
@@ -59,9 +68,11 @@ class Pipeline:
             ready, missing = self._classify(keys, flight)
             if missing:
                 self._request(missing, flight)
+            since, waited, self.read_beside = perf_counter_ns() if flight else 0, self.stats.stall_s, None
             self._serve_all(ready, compute, together, pinned, partial(self._look_ahead, layer, predict()))
             if flight or missing:
                 self._serve_absent(flight, missing, compute, pinned)
+                self.read_beside = since, self._waited_at, int(1e9 * (self.stats.stall_s - waited))
         finally:
             self._abandon(flight)
             if pinned:
@@ -220,6 +231,8 @@ class Pipeline:
 
     def _count_stall(self, key: ExpertKey, began: float, ended: float) -> None:
         seconds = ended - began
+        if seconds > _BLOCKED_S:
+            self._waited_at = ns(ended)
         self.stats.stall_s += seconds
         self._prefetcher.saw_wait(seconds)
         if self._events.on:

@@ -1,0 +1,170 @@
+"""Experts that the kernels begin as soon as a layer has routed: only what is resident, only while nobody minds, and the
+same tokens as without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from foregate.config import RunConfig, SamplingConfig
+from foregate.engine import dense
+from foregate.engine.engine import Engine
+from foregate.engine.runtime import ExpertRuntime
+from foregate.experts.compute import Weights
+from foregate.native import kernels
+from foregate.native.decoder_layer import DecoderLayer
+from foregate.predictors.base import BasePredictor
+from foregate.testing.tiny import build
+from foregate.types import ExpertKey, Moment, Prediction, RoutingStep
+from test_begun_experts import HIDDEN, begin
+from test_kernels import expert, inputs
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the compiled kernels were not built")
+
+PROMPT, TOKENS = [1, 2, 3, 4], 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return str(build("qwen3_moe", tmp_path_factory.mktemp("model"), dtype="bfloat16", **sizes))
+
+
+@pytest.fixture(autouse=True)
+def small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "SMALLEST", 1)
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[ExpertKey]]:
+    """By layer of every token, what its kernel had begun; that it was resident is looked at."""
+    seen: list[list[ExpertKey]] = []
+    forward_one = ExpertRuntime.forward_one
+
+    def watched(self: ExpertRuntime, layer: int, module: Any, kernel: DecoderLayer) -> None:
+        residents = kernel.residents
+        assert residents is not None
+        chosen = kernel.choice.experts[0].tolist()
+        there = [ExpertKey(layer, e) for rank, e in enumerate(chosen) if residents.begun >> rank & 1]
+        assert all(self._cache.lookup(key) is not None for key in there)
+        seen.append(there)
+        forward_one(self, layer, module, kernel)
+        self._cache.check_integrity()
+
+    monkeypatch.setattr(ExpertRuntime, "forward_one", watched)
+    return seen
+
+
+def settings(model: str, **changes: Any) -> RunConfig:
+    given = {"model": model, "memory_budget": "50%", "predictor": "next-gate", "prefetch": "2", "threads": 2}
+    return RunConfig(**{**given, **changes})
+
+
+def tokens(engine: Engine) -> list[int]:
+    return [step.token_id for step in engine.stream(PROMPT, SamplingConfig(max_new_tokens=TOKENS))]
+
+
+@pytest.mark.parametrize("budget", ["30%", "50%", "100%"])
+def test_what_is_resident_is_begun_and_the_tokens_stay(
+    model: str, begun: list[list[ExpertKey]], monkeypatch: pytest.MonkeyPatch, budget: str
+) -> None:
+    with Engine(settings(model, memory_budget=budget)) as engine:
+        found = [tokens(engine), tokens(engine)]
+        layers = engine.spec.layers
+    assert len(begun) == 2 * layers * (TOKENS - 1)
+    assert any(begun)
+    monkeypatch.setattr(DecoderLayer, "__call__", _without(DecoderLayer.__call__))
+    with Engine(settings(model, memory_budget=budget)) as engine:
+        assert [tokens(engine), tokens(engine)] == found
+    assert not any(begun[len(begun) // 2 :])
+
+
+def _without(call: Callable[..., bool]) -> Callable[..., bool]:
+    """A layer that begins nothing."""
+
+    def alone(self: DecoderLayer, *given: Any) -> bool:
+        there, self._layer.there = self._layer.there, None
+        if self.residents is not None:
+            self.residents._told.begun = 0
+        try:
+            return call(self, *given)
+        finally:
+            self._layer.there = there
+
+    return alone
+
+
+def test_products_of_other_threads_are_timed_once_and_never_beyond_the_step(model: str) -> None:
+    with Engine(settings(model)) as engine:
+        steps = list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=TOKENS)))[1:]
+    for step in steps:
+        assert step.stats.product_s > 0
+        assert step.stats.product_s + step.stats.stall_s <= step.stats.wall_s
+
+
+class Silent:
+    def on_event(self, event: Any) -> None:
+        pass
+
+
+def test_nothing_is_begun_while_somebody_listens(model: str, begun: list[list[ExpertKey]]) -> None:
+    with Engine(settings(model)) as engine:
+        stop = engine.listen(Silent())
+        found = tokens(engine)
+        assert not any(begun)
+        stop()
+        assert tokens(engine) == found
+    assert any(begun)
+
+
+class AfterAttention(BasePredictor):
+    name = "after-attention"
+    moment = Moment.AFTER_ATTENTION
+    asks_routers = False
+
+    def observe(self, step: RoutingStep) -> None:
+        pass
+
+    def predict(self, signals: Any) -> list[Prediction]:
+        return [Prediction(signals.layer, tuple(range(signals.experts[signals.layer])), ())]
+
+
+def test_nothing_is_begun_before_a_predictor_that_is_asked_ahead_of_the_choice(
+    model: str, begun: list[list[ExpertKey]]
+) -> None:
+    with Engine(settings(model, predictor="none", prefetch="off")) as engine:
+        wanted = tokens(engine)
+    begun.clear()
+    with Engine(settings(model)) as engine:
+        engine.runtime.predictor = AfterAttention(1)
+        assert tokens(engine) == wanted
+    assert not any(begun)
+
+
+def threads_are_free() -> bool:
+    held: list[Weights] = [Weights(expert(HIDDEN, 64, "int8")[0])]
+    code, end = begin(held, inputs(1, HIDDEN), 2)
+    if code == 0:
+        end()
+    return code == 0
+
+
+class Interrupting:
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def on_route(self, step: RoutingStep) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_leaves_the_threads_free(model: str, begun: list[list[ExpertKey]]) -> None:
+    with Engine(settings(model)) as engine:
+        engine.observers.append(Interrupting(engine.spec.layers * 3 + 1))
+        with pytest.raises(KeyboardInterrupt):
+            tokens(engine)
+        assert any(begun)
+        assert threads_are_free()
