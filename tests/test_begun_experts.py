@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -124,7 +125,6 @@ def test_predictions_and_experts_may_be_begun_together_and_end_in_any_order() ->
             outs = end() if number % 3 else None
             assert (tell(), second()) == (wanted, wanted)
             assert torch.equal(end() if outs is None else outs, alone)
-        assert kernels.helped_s() >= 0
     finally:
         kernels.use_threads(None)
 
@@ -132,15 +132,41 @@ def test_predictions_and_experts_may_be_begun_together_and_end_in_any_order() ->
 def test_a_prediction_that_is_thrown_away_leaves_the_threads_free() -> None:
     gate, x = torch.randn(40, HIDDEN).bfloat16(), torch.randn(1, HIDDEN).bfloat16()
     ranker = kernels.Ranker(gate, None, 4)
+    nothing = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(lambda context, chunk: None)
+    post, join = kernels.loaded().foregate_post, kernels.loaded().foregate_join
+    post.argtypes = [type(nothing), ctypes.c_void_p, ctypes.c_int64]
     kernels.use_threads(2)
     try:
         for _ in range(20):
             thrown = ranker.begin(1, x.data_ptr(), 8)
+            assert post(nothing, None, 2) == 0
             del thrown
-            told = ranker.begin(1, x.data_ptr(), 8)
-            assert told() == ranker.best(1, x.data_ptr(), 8)
+            assert post(nothing, None, 2) == 1
+            join()
     finally:
         kernels.use_threads(None)
+
+
+def test_what_was_dropped_before_its_end_is_told() -> None:
+    held, x = [Weights(expert(HIDDEN, WIDTH, "int8")[0])], inputs(1, HIDDEN)
+    assert begin(held, x, 2)[0] == 0
+    kernels.drop_begun_experts()
+    assert kernels.called("foregate_experts_end", 1)(0) == -1
+
+
+def test_a_child_that_is_forked_in_between_computes_all_of_it() -> None:
+    held, x = [Weights(expert(HIDDEN, WIDTH, "int8", seed)[0]) for seed in range(5)], inputs(1, HIDDEN)
+    module = Experts(HIDDEN, WIDTH)
+    alone = torch.cat([expert_forward(module, x, one) for one in held])
+    for _ in range(5):
+        code, end = begin(held, x, 3)
+        assert code == 0
+        child = os.fork()
+        if not child:
+            same = torch.equal(end(), alone) and begin(held, x, 1)[0] == kernels.NOBODY
+            os._exit(0 if same else 1)
+        assert torch.equal(end(), alone)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_slot_of_two_layers_is_computed_with_the_width_of_each() -> None:

@@ -80,9 +80,14 @@ def predicted(layer: int, *experts: int) -> Prediction:
 def test_what_is_predicted_is_read_ahead_while_residents_are_computed(breaks: bool) -> None:
     heard: list[str] = []
 
-    def together(experts: Sequence[int], slots: Sequence[int]) -> Callable[[], None]:
+    def together(experts: Sequence[int], slots: Sequence[int]) -> Callable[[], float]:
         heard.append(f"begin {list(experts)}")
-        return lambda: heard.append("end")
+
+        def end() -> float:
+            heard.append("end")
+            return 0.25
+
+        return end
 
     def meanwhile() -> None:
         heard.append("meanwhile")
@@ -99,6 +104,7 @@ def test_what_is_predicted_is_read_ahead_while_residents_are_computed(breaks: bo
         with pytest.raises(RuntimeError, match="broken in between") if breaks else nullcontext():
             b.pipeline.decode(0, [1, 2, 3], lambda e, s: b.compute(0, e, s), predict, together)
         assert heard == ["predict", "begin [1, 2]", "meanwhile", "end"]
+        assert b.pipeline.stats.compute_s >= 0.25
         assert b.served == ([] if breaks else [3])
         b.cache.check_integrity(idle=True)
 

@@ -253,7 +253,7 @@ class Predictor(Protocol):
 
 class Beginner(Predictor, Protocol):
     """A predictor that can compute while the engine goes on. Asked after routing, it may be told so: first ``begin``,
-    when the layer's experts are not looked up yet, then what that returned, in place of ``predict``."""
+    once it has observed the choice, then what that returned, in place of ``predict``."""
 
     def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
         """Start, and return what waits for the end and tells what ``predict`` would. It is called before anything that

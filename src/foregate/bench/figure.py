@@ -13,7 +13,7 @@ from foregate.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PARTS = (("compute", "#0072B2"), ("exposed I/O", "#D55E00"), ("overhead", "#8F6400"), ("rival", "#999999"))
+PARTS = (("compute", "#0072B2"), ("exposed I/O", "#D55E00"), ("other", "#8F6400"), ("rival", "#999999"))
 """Okabe and Ito (2008), as in the figures of ``foregate analyze``."""
 FORMATS = ("svg", "png")
 
@@ -31,11 +31,12 @@ def check_figure(out: Path) -> None:
 
 
 def parts(arm: Mapping[str, Any]) -> list[float]:
-    """Milliseconds of compute, exposed I/O and overhead, which add up to TPOT; all of it unknown for a rival."""
+    """Milliseconds of compute, exposed I/O and other (overhead, and work beside reads), which add up to TPOT; all of it
+    unknown for a rival."""
     tpot = float(arm["tpot_ms"]["median"])
     if "compute_ms" not in arm:
         return [0.0, 0.0, 0.0, tpot]
-    # medians of runs and means of parts need not add up: what is over is overhead, never below zero
+    # medians of runs and means of parts need not add up: what is over is other, never below zero
     compute, stall = float(arm["compute_ms"]), float(arm["exposed_io_ms"])
     return [compute, stall, max(0.0, tpot - compute - stall), 0.0]
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from time import perf_counter_ns
 from typing import TypeVar
 
 Made = TypeVar("Made")
-
-_REMEMBERED = 64
-"""Products, more than a layer has."""
 
 
 class Clock:
@@ -22,7 +18,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.ns = self.beside_ns = self.now = 0
-        self._spans: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED)
+        self._spans: list[tuple[int, int]] = []
 
     def timed(self, product: Callable[..., Made], *args: object) -> Made:
         """``product(*args)``, its time added."""
@@ -32,18 +28,24 @@ class Clock:
         self._add(began, self.now)
         return made
 
-    def ended(self, since: int, end: Callable[[], int]) -> None:
-        """``end()``, of what others have computed from ``since`` on but for the nanoseconds that it returns."""
+    def ended(self, since: int, end: Callable[[], int]) -> float:
+        """``end()``, of what others have computed since ``since`` but for the nanoseconds that it returns: seconds."""
         began = perf_counter_ns()
         idle = end()
         self.now = perf_counter_ns()
-        self._add(since, began - idle)
+        before = self.ns
+        self._add(since, max(since, began - idle))
         self._add(began, self.now)
+        return (self.ns - before) * 1e-9
 
     def read_beside(self, since: int, until: int, waited_ns: int) -> None:
         """Needed reads were under way from ``since`` to ``until``, and waited for in so many of these nanoseconds."""
         computed = sum(max(0, min(last, until) - max(first, since)) for first, last in self._spans)
         self.beside_ns += max(0, until - since - waited_ns - computed)
+
+    def forget(self) -> None:
+        """When products were computed so far matters no more."""
+        self._spans.clear()
 
     def _add(self, began: int, ended: int) -> None:
         self.ns += ended - began

@@ -61,8 +61,9 @@ class DecoderLayers:
         on = np.zeros(1, np.int32)
         tables: list[tuple[ExpertLayout, int, NDArray[np.uint64]]] = []
         for layer in self.layers:
-            layout, down = layout_of(ExpertKey(layer.number, 0)), layer.part.experts_module.down_proj
-            assert isinstance(down, Tensor)
+            layout, down = layout_of(ExpertKey(layer.number, 0)), getattr(layer.part.experts_module, "down_proj", None)
+            if not isinstance(down, Tensor) or layer.part.experts > where.shape[1]:
+                continue
             width = down.shape[-1]
             table = next((there for known, size, there in tables if (known, size) == (layout, width)), None)
             if table is None:

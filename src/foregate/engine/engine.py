@@ -130,6 +130,7 @@ class Engine:
         if fixed:
             raise ConfigError(f"{', '.join(sorted(fixed))} cannot change in an engine that runs")
         listeners = self.runtime.observers
+        self.runtime.let_go()
         self.transfer.close()
         self.cache.clear()
         with self._guarded():
@@ -173,7 +174,7 @@ class Engine:
         if isinstance(self.predictor, Oracle):
             raise ConfigError("predictor 'oracle' knows what it has seen generated, not a text that is given")
         with self._guarded(), ExitStack() as at_last:
-            at_last.callback(self.runtime.drop_begun)
+            at_last.callback(self.runtime.let_go)
             self._meter.lap()
             logits, past = self._forward(ids[:given], None, given - 1, Phase.PREFILL)
             rows = [logits]
@@ -192,7 +193,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the readers, close the files, take the hooks off, let go of the pool."""
-        self.runtime.drop_begun()
+        self.runtime.let_go()
         self.transfer.close()
         self.store.close()
         self.step.close()
@@ -271,8 +272,8 @@ class Engine:
         self.staging = self._plan_staging()
         # Where every expert fits, nothing is ever evicted: then the cheapest policy does, and none watches the routing.
         policy = config.cache_policy if self.plan.slots < spec.experts else "lru"
-        self.cache = ExpertCache(self.pool, POLICIES.load(policy)(), events=self.events)
-        self.cache.where = where = np.full((spec.layers, max(spec.experts_per_layer)), -1, np.int32)
+        where = np.full((spec.layers, max(spec.experts_per_layer)), -1, np.int32)
+        self.cache = ExpertCache(self.pool, POLICIES.load(policy)(), events=self.events, where=where)
         controller = Controller(
             parse_prefetch(config.prefetch),
             expert_bytes=spec.expert_slot_bytes,

@@ -140,11 +140,15 @@ class ExpertRuntime(Speculation):
             now = perf_counter_ns()
             self._events.emit(ControllerDecided(now, decided.enabled, speculating, decided.reason))
 
-    def finish(self) -> None:
-        """The sequence ended, or broke: nothing stays staged, in flight or being predicted."""
+    def let_go(self) -> None:
+        """Nobody predicts or computes for this any more."""
         self._early[0] = 0
         self.drop_begun()
         kernels.drop_begun_experts()
+
+    def finish(self) -> None:
+        """The sequence ended, or broke: nothing stays staged, in flight or being predicted."""
+        self.let_go()
         self._prefetcher.expire()
         self._prefetcher.settle()
 
@@ -169,7 +173,7 @@ class ExpertRuntime(Speculation):
         except BaseException:
             kernels.drop_begun_experts()
             raise
-        if begun and self._events.on:  # somebody listens since, and they were computed one by one
+        if begun:  # nothing to do, but where somebody has listened since
             kernels.drop_begun_experts()
         kernel.mix()
 
@@ -226,6 +230,8 @@ class ExpertRuntime(Speculation):
         """``step``, if any, is told; what this returns asks the predictor and reads ahead."""
         if step is not None:
             self._tell(step)
+        if self._events.on:  # each expert will be computed by itself, and its slot be free for others then
+            kernels.drop_begun_experts()
         return partial(self._predict, layer, Moment.AFTER_ROUTING)
 
     def _gather(
@@ -278,11 +284,14 @@ class ExpertRuntime(Speculation):
         def compute(expert: int, slot: int) -> None:
             timed(product, [views.weights(slot, layout_of(ExpertKey(layer, expert)))], [ranks.index(expert)])
 
-        def together(experts: Sequence[int], slots: Sequence[int]) -> Callable[[], None]:
+        def together(experts: Sequence[int], slots: Sequence[int]) -> Callable[[], float]:
             pairs = zip(experts, slots, strict=True)
             held = [views.weights(slot, layout_of(ExpertKey(layer, expert))) for expert, slot in pairs]
-            end = timed(begin, held, [ranks.index(expert) for expert in experts])
-            return partial(self._clock.ended, since or self._clock.now, end)
+            rows = [ranks.index(expert) for expert in experts]
+            if since:
+                return partial(self._clock.ended, since, begin(held, rows))
+            end = timed(begin, held, rows)
+            return partial(self._clock.ended, self._clock.now, end)
 
         self._decode(layer, needed, compute, step, together)
         if len(needed) < len(ranks):
@@ -310,6 +319,7 @@ class ExpertRuntime(Speculation):
         self._make_staging(layer)
         self._pipeline.stream(layer, needed, compute, self._ahead(layer, len(needed)), self._keep(layer, index))
         self._signals.forget_all_but_last(layer)
+        self._clock.forget()
         self._tell_experts(began, layer)
 
     def _decode(
@@ -325,6 +335,7 @@ class ExpertRuntime(Speculation):
         beside = self._pipeline.read_beside
         if beside is not None:
             self._clock.read_beside(*beside)
+        self._clock.forget()
         self._tell_experts(began, layer)
 
     def _tell_experts(self, began: int, layer: int) -> None:

@@ -59,7 +59,8 @@ class Speculation:
         began = perf_counter()
         ask, given = (self.predictor.predict, (self._signals,)) if begun is None else (begun, ())
         predictions = self._asked(layer, moment, _told, ask, *given)
-        began += 0.0 if begun is None else helped_s()
+        if begun is not None:
+            began = min(perf_counter(), began + helped_s())
         if predictions is not None and self._prefetcher.wanted:
             self._prefetcher.consider(layer, moment, predictions)
         self._tell_prediction(began, layer)

@@ -50,18 +50,25 @@ class _Evictable(Collection[ExpertKey]):
 
 
 class ExpertCache:
-    """The key <-> slot map over ``pool``, of which ``staging`` slots are kept for speculative loads.
+    """The key <-> slot map over ``pool``, of which ``staging`` slots are kept for speculative loads. ``where`` [L, E],
+    full of -1, will show the slot of each resident to what is compiled.
 
     Raises BudgetError if staging leaves no slot for residents. Operations on a key in the wrong state raise
     IntegrityError: they are bugs of the caller.
     """
 
-    def __init__(self, pool: SlotPool, policy: EvictionPolicy, staging: int = 0, events: EventHub = SILENCE) -> None:
+    def __init__(
+        self,
+        pool: SlotPool,
+        policy: EvictionPolicy,
+        staging: int = 0,
+        events: EventHub = SILENCE,
+        where: NDArray[np.int32] | None = None,
+    ) -> None:
         self.pool = pool
         self.policy = policy
         self._events = events
-        self.where: NDArray[np.int32] | None = None
-        """By layer and expert, the slot of each resident and -1 for all others: for readers that are compiled."""
+        self._where = where
         self.evictions = 0
         self.peak_resident = 0
         self._resident: dict[ExpertKey, int] = {}
@@ -265,11 +272,11 @@ class ExpertCache:
             held
         ).keys():
             raise IntegrityError(f"experts by layer are not those that have a slot: {self._by_layer}")
-        if self.where is not None:
+        if self._where is not None:
             shown = {
-                ExpertKey(int(layer), int(expert)) for layer, expert in zip(*np.nonzero(self.where >= 0), strict=True)
+                ExpertKey(int(layer), int(expert)) for layer, expert in zip(*np.nonzero(self._where >= 0), strict=True)
             }
-            if shown != self._resident.keys() or any(self.where[key] != slot for key, slot in self._resident.items()):
+            if shown != self._resident.keys() or any(self._where[key] != slot for key, slot in self._resident.items()):
                 raise IntegrityError(f"shown as resident {sorted(shown)}, resident {sorted(self._resident)}")
         if any(count < 1 for count in self._pins.values()):
             raise IntegrityError(f"pins do not balance: {self._pins}")
@@ -324,8 +331,8 @@ class ExpertCache:
 
     def _settle(self, key: ExpertKey, slot: int, move: Move) -> None:
         self._resident[key] = slot
-        if self.where is not None:
-            self.where[key] = slot
+        if self._where is not None:
+            self._where[key] = slot
         self.peak_resident = max(self.peak_resident, len(self._resident))
         self._tell(key, move)
 
@@ -348,8 +355,8 @@ class ExpertCache:
         if key not in held:
             raise IntegrityError(f"{key} is {getattr(self.state(key), 'value', 'absent')}, not in the expected state")
         self._spent.pop(key, None)
-        if self.where is not None:
-            self.where[key] = -1
+        if self._where is not None:
+            self._where[key] = -1
         return held.pop(key)
 
     def _expect_absent(self, key: ExpertKey) -> None:

@@ -132,11 +132,10 @@ def begun_experts_of(
     ``begun``: bit i says that ``kernel`` has had row i begun already.
     """
     if begun:
-        left = [i for i, row in enumerate(rows) if not begun >> row & 1]
-        return partial(_end_begun, kernel, module, [weights[i] for i in left], [rows[i] for i in left])
+        return partial(_end_begun, kernel, module, weights, rows, begun)
     width = _fused_width(module, weights[0])
     if width and kernel.begin_experts(_places(kernel, weights, width), rows, width):
-        return kernel.end_experts
+        return partial(_end_begun, kernel, module, weights, rows, -1)
     return at_the_end(partial(experts_of, kernel, module), weights, rows)
 
 
@@ -154,11 +153,12 @@ def at_the_end(
     return end
 
 
-def _end_begun(kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int]) -> int:
+def _end_begun(kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int], begun: int) -> int:
     idle = kernel.end_experts()
-    if weights:
-        experts_of(kernel, module, weights, rows)
-    return idle
+    left = [i for i, row in enumerate(rows) if idle < 0 or not begun >> row & 1]
+    if left:
+        experts_of(kernel, module, [weights[i] for i in left], [rows[i] for i in left])
+    return max(0, idle)
 
 
 def _places(kernel: DecoderLayer, weights: Sequence[Weights], width: int) -> list[int]:
@@ -166,7 +166,8 @@ def _places(kernel: DecoderLayer, weights: Sequence[Weights], width: int) -> lis
     places, residents = [one.fused(width).at for one in weights], kernel.residents
     if residents is not None and residents.hidden == width:
         for one, at in zip(weights, places, strict=True):
-            residents.tell(one.slot, at)
+            if one.slot >= 0:
+                residents.tell(one.slot, at)
     return places
 
 

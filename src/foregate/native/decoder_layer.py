@@ -127,7 +127,8 @@ class DecoderLayer:
         return self._ask(self._begin, experts, rows, hidden)
 
     def end_experts(self) -> int:
-        """Compute with the others what is left of what has begun; for how many nanoseconds nobody has."""
+        """Compute with the others what is left of what has begun: for how many nanoseconds nobody has since. Negative,
+        and nothing done, where that was dropped."""
         return self._end(0)
 
     def _ask(self, run: Callable[..., int], experts: Sequence[int], rows: Sequence[int], hidden: int) -> bool:

@@ -864,7 +864,7 @@ int foregate_experts(const expert *const *experts, void *const *outs, int64_t co
 static struct {
     token_experts experts;
     arena memory; /* not that of a thread: other calls come in between */
-    int threads;
+    int threads, forks;
     _Atomic int open;
     pthread_t owner;
 } begun; /* by whoever has claimed the pool */
@@ -893,6 +893,7 @@ int foregate_experts_begin(const expert *const *experts, void *const *outs, int6
         return code;
     }
     begun.owner = pthread_self();
+    begun.forks = atomic_load(&forks);
     atomic_store(&begun.open, 1);
     const gated_all *first = &begun.experts.first;
     pool_hand_out(gated_all_chunk, (void *)first, first->chunks * begun.experts.count, begun.threads);
@@ -901,11 +902,21 @@ int foregate_experts_begin(const expert *const *experts, void *const *outs, int6
 
 static int at_most_int(int64_t ns) { return ns < INT_MAX ? (int)ns : INT_MAX; }
 
-/* Only after a foregate_experts_begin that answered 0, and once. For how many ns nobody has computed since. */
+static int mine(void) { return atomic_load(&begun.open) && pthread_equal(begun.owner, pthread_self()); }
+
+/* After a foregate_experts_begin that answered 0, once. For how many ns nobody has computed since; -1, and nothing done,
+ * where what had begun was dropped. */
 int foregate_experts_end(int64_t nothing) {
     (void)nothing;
+    if (!mine())
+        return -1;
+    const gated_all *first = &begun.experts.first;
     const int idle = at_most_int(pool_idle());
-    pool_run_rest();
+    if (begun.forks == atomic_load(&forks))
+        pool_run_rest();
+    else /* in a child, whom nobody helps: what others had taken is lost */
+        for (int chunk = 0; chunk < first->chunks * begun.experts.count; chunk++)
+            gated_all_chunk((void *)first, chunk);
     swap_memory();
     link_experts(&begun.experts);
     swap_memory();
@@ -920,7 +931,7 @@ int foregate_experts_end(int64_t nothing) {
 /* What this thread has begun, if it was kept from its end, is over: experts and outputs are nobody's any more. */
 int foregate_experts_drop(int64_t nothing) {
     (void)nothing;
-    if (atomic_load(&begun.open) && pthread_equal(begun.owner, pthread_self())) {
+    if (mine()) {
         pool_run_rest();
         atomic_store(&begun.open, 0);
         pool_release();
@@ -1159,10 +1170,12 @@ int foregate_post(chunk_fn fn, void *context, int64_t threads) { return pool_pos
 
 void foregate_join(void) { pool_join(); }
 
-/* How many ns of that went into jobs of others, since somebody asked last. */
+/* How many ns of this thread's last foregate_join went into jobs of others; told once. */
 int foregate_helped(int64_t nothing) {
     (void)nothing;
-    return at_most_int(atomic_exchange(&helped, 0));
+    const int told = at_most_int(helped);
+    helped = 0;
+    return told;
 }
 
 /* library.py says when this is counted up. */

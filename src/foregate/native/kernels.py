@@ -196,8 +196,7 @@ def drop_begun_experts() -> None:
 
 
 def helped_s() -> float:
-    """Seconds that this thread, while it waited for predictions, has spent on what others had begun; since it was asked
-    last."""
+    """Seconds that this thread, when it waited for a prediction last, has spent on what others had begun; told once."""
     return 0.0 if library() is None else called("foregate_helped", 1)(0) * 1e-9
 
 

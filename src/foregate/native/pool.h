@@ -28,7 +28,7 @@ static void pool_join(void);
 static int pool_claim(int threads);
 static void pool_hand_out(chunk_fn fn, void *context, int chunks, int threads);
 static void pool_run_rest(void);
-/* For how many ns nobody has had anything to do for what was handed out. */
+/* For how many ns of the time since that nobody has computed any of it. */
 static int64_t pool_idle(void);
 static void pool_release(void);
 
@@ -57,7 +57,8 @@ static struct {
     _Atomic int threads;                      /* taking part in the running job */
     _Atomic int sleepers;
     _Alignas(64) _Atomic int pending; /* chunks that have not ended */
-    _Atomic int64_t ended;            /* when the last chunk of a job has, ns */
+    _Atomic int64_t handed, first, ended; /* of a job, ns: when it was, when a chunk was taken, when the last had ended */
+    _Atomic int64_t aside;                /* ns that a worker has spent on what was posted, while nobody took its place */
     span spans[MAX_THREADS];
 } pool;
 
@@ -69,7 +70,8 @@ static struct {
     void *context;
 } posted;
 
-static _Atomic int64_t helped; /* ns that pool_join has spent on chunks of others */
+static __thread int64_t helped; /* ns that pool_join has spent on chunks of others */
+static _Atomic int forks;
 
 static int64_t now_ns(void) {
     struct timespec now;
@@ -107,12 +109,14 @@ static int take(int me, int threads) {
 
 static int posted_becomes(int from, int to) { return atomic_compare_exchange_strong(&posted.state, &from, to); }
 
-/* What is posted, if nobody has begun it. */
-static void run_posted(void) {
-    if (atomic_load_explicit(&posted.state, memory_order_relaxed) == WAITING && posted_becomes(WAITING, RUNNING)) {
-        posted.fn(posted.context, 0);
-        atomic_store_explicit(&posted.state, DONE, memory_order_release);
-    }
+/* What is posted, if nobody has begun it: for how many ns. */
+static int64_t run_posted(void) {
+    if (atomic_load_explicit(&posted.state, memory_order_relaxed) != WAITING || !posted_becomes(WAITING, RUNNING))
+        return 0;
+    const int64_t began = now_ns();
+    posted.fn(posted.context, 0);
+    atomic_store_explicit(&posted.state, DONE, memory_order_release);
+    return now_ns() - began;
 }
 
 /* A chunk that has been taken keeps its job's fn and context in place until it is counted off. */
@@ -120,6 +124,8 @@ static int work_once(int me, int threads) {
     int chunk = take(me, threads);
     if (chunk < 0)
         return 0;
+    if (!atomic_load_explicit(&pool.first, memory_order_relaxed))
+        atomic_store_explicit(&pool.first, now_ns(), memory_order_relaxed);
     pool.fn(pool.context, chunk);
     atomic_store_explicit(&pool.ended, now_ns(), memory_order_relaxed);
     atomic_fetch_sub_explicit(&pool.pending, 1, memory_order_release);
@@ -129,7 +135,7 @@ static int work_once(int me, int threads) {
 static void work(int me, int threads) {
     while (work_once(me, threads))
         if (me)
-            run_posted();
+            atomic_fetch_add(&pool.aside, run_posted());
 }
 
 static void *worker(void *argument) {
@@ -145,7 +151,7 @@ static void *worker(void *argument) {
             continue;
         }
         seen = atomic_load(&pool.generation);
-        run_posted();
+        atomic_fetch_add(&pool.aside, run_posted());
         int threads = atomic_load(&pool.threads);
         if (me < threads)
             work(me, threads);
@@ -158,6 +164,9 @@ static void in_forked_child(void) { /* no worker came along, and nobody holds th
     pool.workers = 0;
     atomic_store(&pool.sleepers, 0);
     atomic_store(&pool.pending, 0);
+    for (int i = 0; i < MAX_THREADS; i++)
+        atomic_store(&pool.spans[i].range, 0);
+    atomic_fetch_add(&forks, 1);
     posted_becomes(RUNNING, WAITING); /* whoever joins runs it again */
 }
 
@@ -211,6 +220,9 @@ static void call_workers(int most) {
 static void start(chunk_fn fn, void *context, int chunks, int threads) {
     pool.fn = fn;
     pool.context = context;
+    atomic_store(&pool.first, 0);
+    atomic_store(&pool.aside, 0);
+    atomic_store(&pool.handed, now_ns());
     atomic_store(&pool.pending, chunks);
     atomic_store(&pool.threads, threads);
     for (int i = 0; i < threads; i++) {
@@ -258,7 +270,11 @@ static void pool_run_rest(void) {
 }
 
 static int64_t pool_idle(void) {
-    return atomic_load_explicit(&pool.pending, memory_order_acquire) ? 0 : now_ns() - atomic_load(&pool.ended);
+    const int64_t now = now_ns(), first = atomic_load(&pool.first), aside = atomic_load(&pool.aside);
+    if (!first)
+        return now - atomic_load(&pool.handed);
+    const int64_t after = atomic_load_explicit(&pool.pending, memory_order_acquire) ? 0 : now - atomic_load(&pool.ended);
+    return first - atomic_load(&pool.handed) + after + (aside > 0 ? aside : 0);
 }
 
 static int pool_post(chunk_fn fn, void *context, int threads) {
@@ -273,20 +289,23 @@ static int pool_post(chunk_fn fn, void *context, int threads) {
         return 0;
     posted.fn = fn;
     posted.context = context;
+    helped = 0;
     atomic_store_explicit(&posted.state, WAITING, memory_order_release);
     call_workers(1);
     return 1;
 }
 
 static void pool_join(void) {
+    helped = 0;
     run_posted();
     for (int i = 0; atomic_load_explicit(&posted.state, memory_order_acquire) != DONE;) {
         const int64_t began = now_ns();
         if (work_once(0, atomic_load(&pool.threads)))
-            atomic_fetch_add(&helped, now_ns() - began);
+            helped += now_ns() - began;
         else
             rest(i++);
     }
+    atomic_fetch_sub(&pool.aside, helped);
     atomic_store(&posted.state, NOTHING);
 }
 

@@ -20,8 +20,9 @@ from foregate.types import ExpertKey, StepStats
 Compute = Callable[[int, int], None]
 """``compute(expert, slot)``: the expert's weights are in ``slot`` until this returns."""
 
-Together = Callable[[Sequence[int], Sequence[int]], Callable[[], None]]
-"""``compute`` of several experts at once: ``together(experts, slots)`` begins, and what it returns ends that."""
+Together = Callable[[Sequence[int], Sequence[int]], Callable[[], float]]
+"""``compute`` of several experts at once: ``together(experts, slots)`` begins; what it returns ends that, and tells for
+how many seconds any was being computed."""
 
 
 _BLOCKED_S = 20e-6
@@ -68,7 +69,7 @@ class Pipeline:
             ready, missing = self._classify(keys, flight)
             if missing:
                 self._request(missing, flight)
-            since, waited, self.read_beside = perf_counter_ns() if flight else 0, self.stats.stall_s, None
+            since, waited, self.read_beside = perf_counter_ns(), self.stats.stall_s, None
             self._serve_all(ready, compute, together, pinned, partial(self._look_ahead, layer, predict()))
             if flight or missing:
                 self._serve_absent(flight, missing, compute, pinned)
@@ -264,16 +265,11 @@ class Pipeline:
             for key in keys:
                 self._serve(key, compute, pinned)
             return
-        slots, experts = [self._slot(key) for key in keys], [key.expert for key in keys]
-        began = perf_counter_ns()
-        end = together(experts, slots)
-        begun = ending = perf_counter_ns()
+        end = together([key.expert for key in keys], [self._slot(key) for key in keys])
         try:
             meanwhile()
-            ending = perf_counter_ns()
         finally:
-            end()
-        self.stats.compute_s += (perf_counter_ns() - ending + begun - began) * 1e-9
+            self.stats.compute_s += end()
         pinned.difference_update(keys)
         self._cache.unpin(keys)
 
