@@ -202,13 +202,20 @@ def test_an_interrupt_before_the_engine_has_the_choice_leaves_the_threads_free(
 
 
 def test_somebody_who_listens_in_the_middle_of_a_token_changes_nothing(
-    model: str, begun: list[list[ExpertKey]]
+    model: str, begun: list[list[ExpertKey]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine(settings(model)) as engine:
         wanted = tokens(engine)
         begun.clear()
         listens = Listening(engine)
         engine.observers.append(listens)
+        serve = engine.pipeline._serve
+
+        def alone(*given: Any) -> None:
+            assert threads_are_free()  # nobody computes in a slot that others may get
+            serve(*given)
+
+        monkeypatch.setattr(engine.pipeline, "_serve", alone)
         assert tokens(engine) == wanted
         assert any(begun)
         assert listens.times > 10
@@ -247,31 +254,29 @@ def test_layers_of_two_sizes_are_told_apart(model: str) -> None:
     assert len(shown) > 1
 
 
-def test_time_is_counted_once_and_idle_time_is_not() -> None:
+def test_products_of_others_are_counted_once_and_no_longer_than_it_took() -> None:
     clock = Clock()
     clock.timed(lambda: sleep(0.01))
-    assert 10e6 <= clock.ns < 1e9
+    assert clock.ns >= 10e6
     before, since = clock.ns, perf_counter_ns()
     sleep(0.02)
     counted = clock.ended(since, lambda: 15_000_000)
     assert counted * 1e9 == pytest.approx(clock.ns - before, abs=2)
-    assert 5e6 <= clock.ns - before <= perf_counter_ns() - since - 15e6 + 1e5
-    before = clock.ns
-    clock.ended(perf_counter_ns(), lambda: 10**12)  # never less than nothing
-    assert 0 <= clock.ns - before < 1e9
+    assert 15e6 <= clock.ns - before <= clock.now - since - 5e6
+    before, since = clock.ns, perf_counter_ns()
+    clock.ended(since, lambda: 10**12)
+    assert 0 <= clock.ns - before <= clock.now - since
 
 
 def test_own_work_beside_a_read_is_neither_the_products_nor_the_wait() -> None:
     clock, began = Clock(), perf_counter_ns()
     clock.timed(lambda: sleep(0.01))
-    computed = clock.ns
     clock.read_beside(began - 5_000_000, clock.now + 7_000_000, 4_000_000)
-    rest = clock.now - began - computed
-    assert clock.beside_ns == pytest.approx(5e6 + 7e6 - 4e6 + rest, abs=1e5)
-    clock.forget()
+    assert clock.beside_ns == 8_000_000 + clock.now - began - clock.ns
     before = clock.beside_ns
-    clock.read_beside(began, began + 1000, 5000)
-    assert clock.beside_ns == before
+    clock.forget()
+    clock.read_beside(began, clock.now, 0)
+    assert clock.beside_ns - before == clock.now - began
 
 
 def test_work_beside_reads_is_less_than_the_token_even_in_waves(model: str) -> None:

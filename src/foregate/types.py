@@ -118,9 +118,9 @@ class PredictorCost:
 class StepStats:
     """Counters and seconds of one forward pass (or, summed, of a whole run). Bytes are bytes read from the store.
 
-    Seconds are of the thread that generates, but for ``product_s``: the time in which any thread computed products.
-    ``beside_s``: that in which none did, nor was a read waited for, but one that was to be waited for was under way.
-    ``compute_s`` leaves out what others compute while that one looks ahead, which is in ``predict_s``.
+    Seconds are of the thread that generates, but for ``product_s``, in which any thread computed products, and
+    ``compute_s``, in which any computed experts; ``predict_s`` may lie in both. ``beside_s``: no product was computed
+    and no read waited for, but one that was to be waited for was under way.
     """
 
     hits: int = 0

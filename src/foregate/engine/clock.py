@@ -29,12 +29,11 @@ class Clock:
         return made
 
     def ended(self, since: int, end: Callable[[], int]) -> float:
-        """``end()``, of what others have computed since ``since`` but for the nanoseconds that it returns: seconds."""
+        """``end()``, of what others have computed since ``since``, for the nanoseconds that it returns: seconds."""
         began = perf_counter_ns()
-        idle = end()
+        before, computed = self.ns, end()
         self.now = perf_counter_ns()
-        before = self.ns
-        self._add(since, max(since, began - idle))
+        self._add(since, min(began, since + computed))
         self._add(began, self.now)
         return (self.ns - before) * 1e-9
 

@@ -54,7 +54,7 @@ Floats = NDArray[np.float32]
 Product = Callable[[Sequence[Weights], Sequence[int]], None]
 """Writes what experts give to rows of a token's outputs."""
 Begin = Callable[[Sequence[Weights], Sequence[int]], Callable[[], int]]
-"""Has other threads begin a ``Product``; what it returns ends it, and tells for how many ns nobody has computed."""
+"""Has other threads begin a ``Product``; what it returns ends it, and tells for how many ns they had computed."""
 
 STAGING_SHARE = 4
 """One slot in so many is set aside for reading the next layer ahead, if the pool cannot hold all experts."""

@@ -127,8 +127,8 @@ class DecoderLayer:
         return self._ask(self._begin, experts, rows, hidden)
 
     def end_experts(self) -> int:
-        """Compute with the others what is left of what has begun: for how many nanoseconds nobody has since. Negative,
-        and nothing done, where that was dropped."""
+        """Compute with the others what is left of what has begun: for how many nanoseconds anybody had until now.
+        Negative, and nothing done, where that was dropped."""
         return self._end(0)
 
     def _ask(self, run: Callable[..., int], experts: Sequence[int], rows: Sequence[int], hidden: int) -> bool:

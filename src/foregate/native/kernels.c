@@ -865,6 +865,7 @@ static struct {
     token_experts experts;
     arena memory; /* not that of a thread: other calls come in between */
     int threads, forks;
+    int64_t busy; /* as pool_busy was */
     _Atomic int open;
     pthread_t owner;
 } begun; /* by whoever has claimed the pool */
@@ -894,48 +895,62 @@ int foregate_experts_begin(const expert *const *experts, void *const *outs, int6
     }
     begun.owner = pthread_self();
     begun.forks = atomic_load(&forks);
+    begun.busy = pool_busy();
     atomic_store(&begun.open, 1);
     const gated_all *first = &begun.experts.first;
     pool_hand_out(gated_all_chunk, (void *)first, first->chunks * begun.experts.count, begun.threads);
     return 0;
 }
 
-static int at_most_int(int64_t ns) { return ns < INT_MAX ? (int)ns : INT_MAX; }
+static int as_int(int64_t ns) { return ns < 0 ? 0 : ns < INT_MAX ? (int)ns : INT_MAX; }
 
 static int mine(void) { return atomic_load(&begun.open) && pthread_equal(begun.owner, pthread_self()); }
 
-/* After a foregate_experts_begin that answered 0, once. For how many ns nobody has computed since; -1, and nothing done,
+static void run_alone(chunk_fn fn, void *context, int chunks) {
+    for (int chunk = 0; chunk < chunks; chunk++)
+        fn(context, chunk);
+}
+
+/* After a foregate_experts_begin that answered 0, once. For how many ns anybody has computed since; -1, and nothing done,
  * where what had begun was dropped. */
 int foregate_experts_end(int64_t nothing) {
     (void)nothing;
     if (!mine())
         return -1;
-    const gated_all *first = &begun.experts.first;
-    const int idle = at_most_int(pool_idle());
-    if (begun.forks == atomic_load(&forks))
+    gated_all *first = &begun.experts.first;
+    product_all *second = &begun.experts.second;
+    /* a child has neither the pool nor what others had taken of the first part */
+    const int forked = begun.forks != atomic_load(&forks), computed = as_int(pool_busy() - begun.busy);
+    if (forked)
+        run_alone(gated_all_chunk, first, first->chunks * begun.experts.count);
+    else
         pool_run_rest();
-    else /* in a child, whom nobody helps: what others had taken is lost */
-        for (int chunk = 0; chunk < first->chunks * begun.experts.count; chunk++)
-            gated_all_chunk((void *)first, chunk);
     swap_memory();
     link_experts(&begun.experts);
     swap_memory();
-    const product_all *second = &begun.experts.second;
-    pool_hand_out(product_all_chunk, (void *)second, second->chunks * begun.experts.count, begun.threads);
+    if (forked) {
+        run_alone(product_all_chunk, second, second->chunks * begun.experts.count);
+        atomic_store(&begun.open, 0);
+        return computed;
+    }
+    pool_hand_out(product_all_chunk, second, second->chunks * begun.experts.count, begun.threads);
     pool_run_rest();
     atomic_store(&begun.open, 0);
     pool_release();
-    return idle;
+    return computed;
 }
 
 /* What this thread has begun, if it was kept from its end, is over: experts and outputs are nobody's any more. */
 int foregate_experts_drop(int64_t nothing) {
     (void)nothing;
-    if (mine()) {
+    if (!mine())
+        return 0;
+    const int forked = begun.forks != atomic_load(&forks);
+    if (!forked)
         pool_run_rest();
-        atomic_store(&begun.open, 0);
+    atomic_store(&begun.open, 0);
+    if (!forked)
         pool_release();
-    }
     return 0;
 }
 
@@ -1173,10 +1188,10 @@ void foregate_join(void) { pool_join(); }
 /* How many ns of this thread's last foregate_join went into jobs of others; told once. */
 int foregate_helped(int64_t nothing) {
     (void)nothing;
-    const int told = at_most_int(helped);
+    const int told = as_int(helped);
     helped = 0;
     return told;
 }
 
 /* library.py says when this is counted up. */
-int foregate_version_7(void) { return 7; }
+int foregate_version_8(void) { return 8; }

@@ -28,8 +28,8 @@ static void pool_join(void);
 static int pool_claim(int threads);
 static void pool_hand_out(chunk_fn fn, void *context, int chunks, int threads);
 static void pool_run_rest(void);
-/* For how many ns of the time since that nobody has computed any of it. */
-static int64_t pool_idle(void);
+/* ns in which any thread has computed a chunk, so far. */
+static int64_t pool_busy(void);
 static void pool_release(void);
 
 #include <linux/futex.h>
@@ -57,8 +57,8 @@ static struct {
     _Atomic int threads;                      /* taking part in the running job */
     _Atomic int sleepers;
     _Alignas(64) _Atomic int pending; /* chunks that have not ended */
-    _Atomic int64_t handed, first, ended; /* of a job, ns: when it was, when a chunk was taken, when the last had ended */
-    _Atomic int64_t aside;                /* ns that a worker has spent on what was posted, while nobody took its place */
+    _Atomic int inside;               /* threads that compute a chunk */
+    _Atomic int64_t busy, busy_since; /* for how many ns any has, without the time since the first of those began */
     span spans[MAX_THREADS];
 } pool;
 
@@ -109,14 +109,12 @@ static int take(int me, int threads) {
 
 static int posted_becomes(int from, int to) { return atomic_compare_exchange_strong(&posted.state, &from, to); }
 
-/* What is posted, if nobody has begun it: for how many ns. */
-static int64_t run_posted(void) {
-    if (atomic_load_explicit(&posted.state, memory_order_relaxed) != WAITING || !posted_becomes(WAITING, RUNNING))
-        return 0;
-    const int64_t began = now_ns();
-    posted.fn(posted.context, 0);
-    atomic_store_explicit(&posted.state, DONE, memory_order_release);
-    return now_ns() - began;
+/* What is posted, if nobody has begun it. */
+static void run_posted(void) {
+    if (atomic_load_explicit(&posted.state, memory_order_relaxed) == WAITING && posted_becomes(WAITING, RUNNING)) {
+        posted.fn(posted.context, 0);
+        atomic_store_explicit(&posted.state, DONE, memory_order_release);
+    }
 }
 
 /* A chunk that has been taken keeps its job's fn and context in place until it is counted off. */
@@ -124,10 +122,12 @@ static int work_once(int me, int threads) {
     int chunk = take(me, threads);
     if (chunk < 0)
         return 0;
-    if (!atomic_load_explicit(&pool.first, memory_order_relaxed))
-        atomic_store_explicit(&pool.first, now_ns(), memory_order_relaxed);
+    if (!atomic_fetch_add(&pool.inside, 1))
+        atomic_store(&pool.busy_since, now_ns());
     pool.fn(pool.context, chunk);
-    atomic_store_explicit(&pool.ended, now_ns(), memory_order_relaxed);
+    const int64_t took = now_ns() - atomic_load(&pool.busy_since); /* read before anybody else can write it */
+    if (atomic_fetch_sub(&pool.inside, 1) == 1)
+        atomic_fetch_add(&pool.busy, took);
     atomic_fetch_sub_explicit(&pool.pending, 1, memory_order_release);
     return 1;
 }
@@ -135,7 +135,7 @@ static int work_once(int me, int threads) {
 static void work(int me, int threads) {
     while (work_once(me, threads))
         if (me)
-            atomic_fetch_add(&pool.aside, run_posted());
+            run_posted();
 }
 
 static void *worker(void *argument) {
@@ -151,7 +151,7 @@ static void *worker(void *argument) {
             continue;
         }
         seen = atomic_load(&pool.generation);
-        atomic_fetch_add(&pool.aside, run_posted());
+        run_posted();
         int threads = atomic_load(&pool.threads);
         if (me < threads)
             work(me, threads);
@@ -164,6 +164,7 @@ static void in_forked_child(void) { /* no worker came along, and nobody holds th
     pool.workers = 0;
     atomic_store(&pool.sleepers, 0);
     atomic_store(&pool.pending, 0);
+    atomic_store(&pool.inside, 0);
     for (int i = 0; i < MAX_THREADS; i++)
         atomic_store(&pool.spans[i].range, 0);
     atomic_fetch_add(&forks, 1);
@@ -220,9 +221,6 @@ static void call_workers(int most) {
 static void start(chunk_fn fn, void *context, int chunks, int threads) {
     pool.fn = fn;
     pool.context = context;
-    atomic_store(&pool.first, 0);
-    atomic_store(&pool.aside, 0);
-    atomic_store(&pool.handed, now_ns());
     atomic_store(&pool.pending, chunks);
     atomic_store(&pool.threads, threads);
     for (int i = 0; i < threads; i++) {
@@ -269,15 +267,13 @@ static void pool_run_rest(void) {
     wait_for_others();
 }
 
-static int64_t pool_idle(void) {
-    const int64_t now = now_ns(), first = atomic_load(&pool.first), aside = atomic_load(&pool.aside);
-    if (!first)
-        return now - atomic_load(&pool.handed);
-    const int64_t after = atomic_load_explicit(&pool.pending, memory_order_acquire) ? 0 : now - atomic_load(&pool.ended);
-    return first - atomic_load(&pool.handed) + after + (aside > 0 ? aside : 0);
+static int64_t pool_busy(void) {
+    const int64_t since = atomic_load(&pool.busy_since), before = atomic_load(&pool.busy);
+    return before + (atomic_load(&pool.inside) ? now_ns() - since : 0);
 }
 
 static int pool_post(chunk_fn fn, void *context, int threads) {
+    helped = 0;
     if (threads <= 1)
         return 0;
     if (!pool.workers) {
@@ -289,7 +285,6 @@ static int pool_post(chunk_fn fn, void *context, int threads) {
         return 0;
     posted.fn = fn;
     posted.context = context;
-    helped = 0;
     atomic_store_explicit(&posted.state, WAITING, memory_order_release);
     call_workers(1);
     return 1;
@@ -305,7 +300,6 @@ static void pool_join(void) {
         else
             rest(i++);
     }
-    atomic_fetch_sub(&pool.aside, helped);
     atomic_store(&posted.state, NOTHING);
 }
 

@@ -69,11 +69,12 @@ class Pipeline:
             ready, missing = self._classify(keys, flight)
             if missing:
                 self._request(missing, flight)
-            since, waited, self.read_beside = perf_counter_ns(), self.stats.stall_s, None
+            since, waited, self.read_beside = perf_counter_ns() if flight else 0, self.stats.stall_s, None
             self._serve_all(ready, compute, together, pinned, partial(self._look_ahead, layer, predict()))
             if flight or missing:
                 self._serve_absent(flight, missing, compute, pinned)
-                self.read_beside = since, self._waited_at, int(1e9 * (self.stats.stall_s - waited))
+                if since:
+                    self.read_beside = since, self._waited_at, int(1e9 * (self.stats.stall_s - waited))
         finally:
             self._abandon(flight)
             if pinned:
