@@ -246,10 +246,10 @@ def test_layers_of_two_sizes_are_told_apart(model: str) -> None:
         other = replace(layout, nbytes=layout.nbytes + 4096)
         layouts = {layer.number: other if layer.number else layout for layer in layers}
         engine.layers.watch(where, 8, lambda key: layouts[key.layer])
-        tables = [layer.kernel.residents for layer in layers]
-        assert all(table is not None for table in tables)
-        tables[0].tell(3, 1234)  # type: ignore[union-attr]
-        shown = [int(table._experts[3]) for table in tables if table is not None]
+        tables = [there for layer in layers if (there := layer.kernel.residents) is not None]
+        assert len(tables) == len(layers)
+        tables[0].tell(3, 1234)
+        shown = [int(table._experts[3]) for table in tables]
     assert shown == [1234] + [0] * (len(shown) - 1)
     assert len(shown) > 1
 
