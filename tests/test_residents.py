@@ -49,14 +49,14 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[ExpertKey]]:
     seen: list[list[ExpertKey]] = []
     forward_one = ExpertRuntime.forward_one
 
-    def watched(self: ExpertRuntime, layer: int, module: Any, kernel: DecoderLayer) -> None:
+    def watched(self: ExpertRuntime, layer: int, module: Any, kernel: DecoderLayer, then: Callable[[], None]) -> None:
         residents = kernel.residents
         assert residents is not None
         chosen = kernel.choice.experts[0].tolist()
         there = [ExpertKey(layer, e) for rank, e in enumerate(chosen) if residents.begun >> rank & 1]
         assert all(self._cache.lookup(key) is not None for key in there)
         seen.append(there)
-        forward_one(self, layer, module, kernel)
+        forward_one(self, layer, module, kernel, then)
         self._cache.check_integrity()
 
     monkeypatch.setattr(ExpertRuntime, "forward_one", watched)

@@ -28,6 +28,7 @@ from foregate.engine.kv_room import RoomyLayer, make_room
 from foregate.engine.runtime import in_interface, standing_in
 from foregate.engine.turns import Positions
 from foregate.engine.unchanged import Unchanged
+from foregate.native.decoder_layer import Turns
 
 BASE, PARTS = {"model", "lm_head"}, {"embed_tokens", "layers", "norm", "rotary_emb"}
 """Children of a model, and of what is inside it."""
@@ -55,6 +56,8 @@ class DecodeStep:
         around = [model, base, base.embed_tokens, self._norm, base.rotary_emb, self._head, base.layers, *base.layers]
         self._around = Unchanged(around)
         self._usual, self._hooks = False, -1
+        self._routed: bool | None = None
+        self._logits: Tensor | None = None
         self.ready = agreed(partial(self._tried, model, parts))
 
     def _tried(self, model: PreTrainedModel, parts: Sequence[MoeAnatomy]) -> bool:
@@ -88,11 +91,35 @@ class DecodeStep:
     def logits(self, token: int, past: DynamicCache) -> Tensor:
         """As a call, without most of its questions."""
         x, position = self._embedding(token), past.get_seq_length()
-        turns, theirs = self._positions.turns(position), partial(self._theirs, past, position)
-        for decoder, layer in self._decoders:
-            held: Any = past.layers[layer.index] if layer is not None else None
-            out = None if layer is None or turns is None else layer.one(x, turns, held)
-            x = theirs(decoder, x) if out is None else out
+        turns = self._positions.turns(position)
+        self._routed = self._logits = None
+        for number, (decoder, layer) in enumerate(self._decoders):
+            routed, self._routed = self._routed, None
+            if routed is None:
+                routed = self._begun(number, x, turns, past)
+            if layer is None or routed is None:
+                x = self._theirs(past, position, decoder, x)
+            else:
+                x = layer.end(routed, partial(self._go_on, layer.kernel.hidden, number + 1, turns, past))
+        return self._told(x) if self._logits is None else self._logits
+
+    def _begun(self, number: int, x: Tensor, turns: Turns | None, past: DynamicCache) -> bool | None:
+        """What ``Layer.begin`` says of layer ``number``; None where there is no such layer."""
+        layer = self._decoders[number][1]
+        if layer is None or turns is None:
+            return None
+        held: Any = past.layers[layer.index]
+        return layer.begin(x, turns, held)
+
+    def _go_on(self, x: Tensor, number: int, turns: Turns | None, past: DynamicCache) -> None:
+        """What follows the experts of a layer: layer ``number`` up to its router, or what is after the last. Whoever is
+        asked before attention must not be asked before all is said of the layer before."""
+        if number == len(self._decoders):
+            self._logits = self._told(x)
+        elif not self.layers[0].signals.early:
+            self._routed = self._begun(number, x, turns, past)
+
+    def _told(self, x: Tensor) -> Tensor:
         logits: Tensor = self._head.forward(self._norm.forward(x))
         return logits[0, -1]
 

@@ -138,12 +138,12 @@ class Layer:
         held = past.layers[self.index] if type(past) is DynamicCache and self.index < len(past.layers) else None
         if type(held) is not RoomyLayer or not block.takes(x, *turns):
             return None
-        found = self.one(x, turned(*turns), held)
-        return None if found is None else found.clone()
+        routed = self.begin(x, turned(*turns), held)
+        return None if routed is None else self.end(routed, _nothing).clone()
 
-    def one(self, x: Tensor, turns: Turns, held: RoomyLayer) -> Tensor | None:
-        """[1, 1, D], overwritten by the next token, for ``x`` [1, 1, D] as ``AttentionBlock`` takes it; None, and
-        nothing done, where ``held`` does not suit."""
+    def begin(self, x: Tensor, turns: Turns, held: RoomyLayer) -> bool | None:
+        """All up to the router for ``x`` [1, 1, D] as ``AttentionBlock`` takes it: whether that could tell its choice.
+        None, and nothing done, where ``held`` does not suit. ``end`` must follow."""
         kernel, signals, number = self.kernel, self.signals, self.number
         place = held.place(kernel.attention.shared, kernel.attention.width)
         if place is None:
@@ -153,21 +153,29 @@ class Layer:
             signals.before_attention(number, kernel.normed)
         routed = self._clock.timed(kernel, x, turns, place, signals.early)
         held.grow()
-        signals.after_attention(number, kernel)
-        self._mix(routed)
-        return kernel.hidden
+        return routed
 
-    def _mix(self, routed: bool) -> None:
-        """Add what the experts give; ``routed``: those that the kernel chose."""
+    def end(self, routed: bool, then: Callable[[], None]) -> Tensor:
+        """[1, 1, D], overwritten by the next token: the experts are added, and ``then`` follows at once."""
         kernel, experts = self.kernel, self._experts
+        self.signals.after_attention(self.number, kernel)
         runtime, layer = experts._foregate
         if routed:
-            runtime.forward_one(layer, experts, kernel)
-            return
+            runtime.forward_one(layer, experts, kernel, then)
+            return kernel.hidden
         routing = self._router.forward(kernel.routed)
+        if kernel.settle(*routing):
+            runtime.forward_one(layer, experts, kernel, then)
+            return kernel.hidden
         self.signals.chosen(self.number, routing)
         _, weights, index = routing
         kernel.take(runtime.forward(layer, experts, kernel.routed, index, weights))
+        then()
+        return kernel.hidden
+
+
+def _nothing() -> None:
+    """Nothing follows."""
 
 
 # Trial
@@ -196,10 +204,11 @@ class TrialExperts:
             return (x.float() * (weights.float() * (index + 1)).sum(dim=1, keepdim=True)).to(x.dtype)
         return kernels.combine(self._parts(x, index), weights)
 
-    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> None:
+    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer, then: Callable[[], None]) -> None:
         choice = kernel.choice
         choice.parts.copy_(self._parts(kernel.routed, choice.index))
         kernel.mix()
+        then()
         self.told += [kernel.routed.clone(), torch.from_numpy(choice.experts.copy())]
         self.told += [torch.from_numpy(part.copy()) for part in (choice.shares, choice.scores)]
 

@@ -179,10 +179,8 @@ class Engine:
             logits, past = self._forward(ids[:given], None, given - 1, Phase.PREFILL)
             rows = [logits]
             for position in range(given, len(ids) - 1):
-                self._meter.lap()
                 logits, past = self._forward([ids[position]], past, position, Phase.DECODE)
                 rows.append(logits)
-            self._meter.lap()
             self.runtime.finish()
         return torch.stack(rows)
 
@@ -433,16 +431,16 @@ class Engine:
             yield out
 
     def _inform(self, controller: Controller) -> None:
-        """Tell ``controller`` what the step that just ran has read and waited for."""
-        step = self._meter.so_far()
+        """A lap ends: tell ``controller`` what this step has read and waited for."""
+        step = self._meter.lap()
         controller.saw_io(step.demand_bytes + step.prefetch_bytes, step.io_s)
         controller.saw_misses(step.misses - step.late, step.demand_stall_s)
         controller.saw_step(step.misses - step.late + step.used, step.stall_s, step.prefetch_bytes)
 
     def _learned(self, seconds: float) -> None:
-        """A prompt was read in ``seconds``: what that says of the link. The first has shown whether the model's routers
-        can be asked ahead; if not, say so and do not."""
-        step = self._meter.so_far()
+        """A lap ends with a prompt that was read in ``seconds``: what that says of the link. The first has shown
+        whether the model's routers can be asked ahead; if not, say so and do not."""
+        step = self._meter.lap()
         nbytes = step.demand_bytes + step.prefetch_bytes
         self.prefetcher.controller.saw_prompt(nbytes, step.io_s, step.stall_s, seconds)
         self.signals.stop_learning()

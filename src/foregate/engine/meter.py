@@ -15,7 +15,7 @@ from foregate.types import StepStats
 
 
 class Meter:
-    """``lap()`` gives what has happened since the last lap."""
+    """``lap()`` gives what has happened since the last lap; ``last`` is what it gave."""
 
     def __init__(
         self,
@@ -30,17 +30,14 @@ class Meter:
         self._pipeline = pipeline
         self._prefetcher = prefetcher
         self._clock = clock
-        self._last = self._now()
+        self._before = self._now()
+        self.last = StepStats()
 
     def lap(self) -> StepStats:
         """Differences of every counter since the last call; ``wall_s`` is the time between."""
-        now, before = self._now(), self._last
-        self._last = now
-        return _difference(now, before)
-
-    def so_far(self) -> StepStats:
-        """What ``lap`` would give, without ending the lap."""
-        return _difference(self._now(), self._last)
+        now, before = self._now(), self._before
+        self._before, self.last = now, StepStats(*map(sub, now, before))
+        return self.last
 
     def _now(self) -> tuple[float, ...]:
         moved = self._transfer.stats()
@@ -59,7 +56,3 @@ class Meter:
 
 
 _values = attrgetter(*StepStats.__dataclass_fields__)
-
-
-def _difference(now: tuple[float, ...], before: tuple[float, ...]) -> StepStats:
-    return StepStats(*map(sub, now, before))

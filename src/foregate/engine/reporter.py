@@ -28,9 +28,9 @@ class Reporter:
         meter.lap()
 
     def step(self, token: int, text: str, phase: Phase, began: float, finish: FinishReason | None) -> GenerationStep:
-        """The step that ends now, with what has happened since the last. ``began``: ``perf_counter`` at its start."""
+        """The step that ends now, with the meter's last lap. ``began``: ``perf_counter`` at its start."""
         # The consumer's own time between steps is not the engine's.
-        stats = self._meter.lap()
+        stats = self._meter.last
         stats.wall_s = perf_counter() - began
         step = GenerationStep(len(self.report.steps), token, text, phase, stats, finish)
         self.report.steps.append(step)

@@ -53,6 +53,8 @@ T = TypeVar("T")
 Floats = NDArray[np.float32]
 Product = Callable[[Sequence[Weights], Sequence[int]], None]
 """Writes what experts give to rows of a token's outputs."""
+Then = Callable[[], None]
+"""What follows."""
 Begin = Callable[[Sequence[Weights], Sequence[int]], Callable[[], int]]
 """Has other threads begin a ``Product``; what it returns ends it, and tells for how many ns they had computed."""
 
@@ -160,22 +162,21 @@ class ExpertRuntime(Speculation):
         self._tell(step)
         return self._sum(layer, module, x, index, weights)
 
-    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer) -> None:
-        """``forward`` for the one token that ``kernel`` has routed, into what it hands on."""
+    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer, then: Then) -> None:
+        """``forward`` for the one token that ``kernel`` has routed, into what it hands on; ``then`` follows at once:
+        what is left to be said of this layer is said while the experts of the next are being computed."""
         choice = kernel.choice
         ranks: list[int] = choice.experts[0].tolist()
         begun = kernel.residents.begun if self._early[0] and kernel.residents is not None else 0
         since = self._clock.now if begun else 0
         product, begin = partial(experts_of, kernel, module), partial(begun_experts_of, kernel, module, begun=begun)
+        after = partial(_go_on, kernel, then, begun)
         try:
             step = self._routed(layer, choice.experts, choice.shares, choice)
-            self._compute_one(layer, ranks, choice.parts, product, begin, step, since)
+            self._compute_one(layer, ranks, choice.parts, product, begin, step, since, after)
         except BaseException:
             kernels.drop_begun_experts()
             raise
-        if begun:  # nothing to do, but where somebody has listened since
-            kernels.drop_begun_experts()
-        kernel.mix()
 
     def forward_scaled(self, layer: int, module: nn.Module, repeated: Tensor) -> Tensor:
         """Llama 4's form: ``repeated`` [E*T, D] holds each token scaled for each expert, zero where not chosen."""
@@ -273,9 +274,11 @@ class ExpertRuntime(Speculation):
         begin: Begin,
         step: RoutingStep | None,
         since: int = 0,
+        then: Then | None = None,
     ) -> None:
-        """Fill ``parts`` [k, D] with what the experts ``ranks`` [k] give for one token, by ``product``. ``step`` is
-        still to be told, unless there is none. ``since``: when others have begun already, by the clock; 0: not yet."""
+        """Fill ``parts`` [k, D] with what the experts ``ranks`` [k] give for one token, by ``product``; ``then`` is
+        called as soon as that is done. ``step`` is still to be told, unless there is none. ``since``: when others have
+        begun already, by the clock; 0: not yet."""
         needed = self._needed(layer, ranks)
         views, layout_of, timed = self._views, self._layout_of, self._clock.timed
         if self._computes_less or len(needed) < len(ranks):  # what nobody computes counts as zero
@@ -293,10 +296,14 @@ class ExpertRuntime(Speculation):
             end = timed(begin, held, rows)
             return partial(self._clock.ended, self._clock.now, end)
 
-        self._decode(layer, needed, compute, step, together)
-        if len(needed) < len(ranks):
-            for rank, expert in enumerate(ranks):
-                parts[rank] = parts[ranks.index(expert)]
+        def filled() -> None:
+            if len(needed) < len(ranks):
+                for rank, expert in enumerate(ranks):
+                    parts[rank] = parts[ranks.index(expert)]
+            if then is not None:
+                then()
+
+        self._decode(layer, needed, compute, step, together, filled)
 
     def _sum(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         total = torch.zeros(x.shape, dtype=torch.float32)
@@ -329,9 +336,10 @@ class ExpertRuntime(Speculation):
         compute: Compute,
         step: RoutingStep | None,
         together: Together | None = None,
+        then: Then | None = None,
     ) -> None:
         began = perf_counter_ns()
-        self._pipeline.decode(layer, needed, compute, partial(self._speculate, layer, step), together)
+        self._pipeline.decode(layer, needed, compute, partial(self._speculate, layer, step), together, then)
         beside = self._pipeline.read_beside
         if beside is not None:
             self._clock.read_beside(*beside)
@@ -402,6 +410,13 @@ class _Groups:
         """Tokens [n] of ``expert``, ascending, and their weights [n, 1]."""
         here = slice(self._bounds[expert], self._bounds[expert + 1])
         return self._token[here], self._weight[here]
+
+
+def _go_on(kernel: DecoderLayer, then: Then, begun: int) -> None:
+    if begun:  # nothing to do, unless nobody has asked for them
+        kernels.drop_begun_experts()
+    kernel.mix()
+    then()
 
 
 def _numbers(index: Tensor, weights: Tensor) -> tuple[NDArray[np.int64], Floats]:

@@ -53,23 +53,29 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._given = 0
+        """The last tokens: what a tokenizer takes for a token is much the same for one and for twenty."""
+        self._known = ""
+        """Their text, as far as it was told."""
+        self._held = 0
 
     def add(self, token_id: int) -> str:
         """Text that became final with ``token_id``; empty inside a character."""
         self._ids.append(token_id)
-        if self._decode(self._ids[-_CONTEXT:]).endswith(_UNFINISHED) and len(self._ids) - self._given < _CONTEXT:
-            return ""
-        return self.flush()
+        self._held += 1
+        text = self._decode()
+        return "" if text.endswith(_UNFINISHED) and self._held < _CONTEXT else self._tell(text)
 
     def flush(self) -> str:
         """Whatever is still held back: the bytes of a character that never ended."""
-        start = max(0, self._given - _CONTEXT)
-        known = self._decode(self._ids[start : self._given])
-        text = self._decode(self._ids[start:])
-        self._given = len(self._ids)
-        return text[len(known) :]
+        return self._tell(self._decode()) if self._held else ""
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _tell(self, text: str) -> str:
+        added, self._known, self._held = text[len(self._known) :], text, 0
+        if len(self._ids) > 2 * _CONTEXT:
+            self._ids = self._ids[-_CONTEXT:]
+            self._known = self._decode()
+        return added
+
+    def _decode(self) -> str:
+        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text

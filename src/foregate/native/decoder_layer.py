@@ -86,6 +86,7 @@ class DecoderLayer:
         self.residents: Residents | None = None
         self._at = ctypes.addressof(self._layer)
         self._run, self._mix = called("foregate_layer", 14), called("foregate_layer_out", 2)
+        self._settle = called("foregate_layer_settle", 2)
         self._experts, self._begin = called("foregate_experts", 9), called("foregate_experts_begin", 9)
         self._end = called("foregate_experts_end", 1)
         self._expert_places: Any = (c_void_p * (2 * MOST_EXPERTS))()
@@ -111,6 +112,17 @@ class DecoderLayer:
         """From now on have ``residents`` begun as soon as they are chosen; ``end_experts`` ends that. None: nobody."""
         self.residents = residents
         self._layer.there = None if residents is None else residents.at
+
+    def settle(self, logits: Tensor, weights: Tensor, index: Tensor) -> bool:
+        """Make what a router has told, [1, E], [1, k] and [1, k], the choice that a call could not tell; False, and the
+        choice counts for nothing, where these are of another form."""
+        made = self.choice
+        pairs = (made.logits, logits), (made.weights, weights), (made.index, index)
+        if any(ours.dtype is not theirs.dtype or ours.shape != theirs.shape for ours, theirs in pairs):
+            return False
+        for ours, theirs in pairs:
+            ours.copy_(theirs)
+        return self._settle(self._at, num_threads()) == 0
 
     def mix(self) -> None:
         """Fill ``hidden`` with ``residual`` and ``choice.parts``, rows in the order of the chosen, by their weights."""

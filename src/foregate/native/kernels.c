@@ -1194,4 +1194,4 @@ int foregate_helped(int64_t nothing) {
 }
 
 /* library.py says when this is counted up. */
-int foregate_version_8(void) { return 8; }
+int foregate_version_9(void) { return 9; }

@@ -42,8 +42,8 @@ FUNCTIONS = tuple(
     f"foregate_{name}"
     for name in (
         "expert", "experts", "experts_begin", "experts_end", "experts_drop", "helped", "linear", "rms_norm",
-        "combine", "attend", "qkv", "attend_out", "attention", "expand", "rank", "route", "layer", "layer_out", "read",
-        "kernels",
+        "combine", "attend", "qkv", "attend_out", "attention", "expand", "rank", "route", "layer", "layer_settle",
+        "layer_out", "read", "kernels",
     )
 )  # fmt: skip
 

@@ -49,6 +49,16 @@ static uint64_t begin_residents(const decoder_layer *l, const residents *r, int 
     return which;
 }
 
+/* What follows a choice: residents are begun, and it is told in every form. */
+static void use_choice(const decoder_layer *l, int threads) {
+    if (l->there)
+        l->there->begun = begin_residents(l, l->there, threads);
+    for (int e = 0; e < l->gate.rows; e++)
+        l->scores[e] = from_bf16(l->logits[e]);
+    for (int i = 0; i < l->top; i++)
+        l->shares[i] = l->dtype == F32 ? ((const float *)l->weights)[i] : from_bf16(((const uint16_t *)l->weights)[i]);
+}
+
 /* From x [D] to the chosen experts and all else that `l` has room for; `normed`: l->normed is there already. The other
  * arguments as for foregate_attention. Returns as foregate_route: UNDECIDED leaves only the choice open. */
 int foregate_layer(const decoder_layer *l, const uint16_t *x, int64_t normed, const uint16_t *cos, const uint16_t *sin,
@@ -68,14 +78,18 @@ int foregate_layer(const decoder_layer *l, const uint16_t *x, int64_t normed, co
         l->residual[i] = nearest_bf16(from_bf16(x[i]) + from_bf16(l->residual[i]));
     chosen.norm(l->residual, l->after.weight, l->routed, n, l->after.epsilon);
     code = foregate_route(&l->gate, l->routed, l->top, l->normalised, l->logits, l->ids, l->weights, l->dtype);
-    if (code)
-        return code;
-    if (l->there)
-        l->there->begun = begin_residents(l, l->there, (int)threads);
-    for (int e = 0; e < l->gate.rows; e++)
-        l->scores[e] = from_bf16(l->logits[e]);
+    if (!code)
+        use_choice(l, (int)threads);
+    return code;
+}
+
+/* Logits, ids and weights of `l` are now what its router chose, after a call that was UNDECIDED. 1, and nothing done,
+ * where an id is no expert. */
+int foregate_layer_settle(const decoder_layer *l, int64_t threads) {
     for (int i = 0; i < l->top; i++)
-        l->shares[i] = l->dtype == F32 ? ((const float *)l->weights)[i] : from_bf16(((const uint16_t *)l->weights)[i]);
+        if (l->ids[i] < 0 || l->ids[i] >= l->gate.rows)
+            return 1;
+    use_choice(l, (int)threads);
     return 0;
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 log = logging.getLogger("foregate")
 
-VERSION = "foregate_version_8"
+VERSION = "foregate_version_9"
 """Of the kernels: counted up, here and in kernels.c, where a function of an old name takes or returns another thing."""
 CALLS = 4
 """The same of call.c."""

@@ -52,8 +52,9 @@ class Pipeline:
         compute: Compute,
         predict: Callable[[], Callable[[], None] | None],
         together: Together | None = None,
+        then: Callable[[], None] | None = None,
     ) -> None:
-        """A step of few tokens: resident experts first, then whichever read arrives next.
+        """A step of few tokens: resident experts first, then whichever read arrives next, and ``then`` at once.
 
         ``predict`` runs once the demand reads are submitted, so that speculation queues behind them. What it returns,
         if anything, is called while resident experts are being computed; those go through ``together`` if it is given
@@ -70,11 +71,15 @@ class Pipeline:
             if missing:
                 self._request(missing, flight)
             since, waited, self.read_beside = perf_counter_ns() if flight else 0, self.stats.stall_s, None
-            self._serve_all(ready, compute, together, pinned, partial(self._look_ahead, layer, predict()))
+            self._serve_all(ready, compute, together, partial(self._look_ahead, layer, predict()))
             if flight or missing:
+                self._cache.unpin(ready)
+                pinned.difference_update(ready)
                 self._serve_absent(flight, missing, compute, pinned)
-                if since:
-                    self.read_beside = since, self._waited_at, int(1e9 * (self.stats.stall_s - waited))
+            if then is not None:
+                then()
+            if since:
+                self.read_beside = since, self._waited_at, int(1e9 * (self.stats.stall_s - waited))
         finally:
             self._abandon(flight)
             if pinned:
@@ -258,21 +263,18 @@ class Pipeline:
         keys: Sequence[ExpertKey],
         compute: Compute,
         together: Together | None,
-        pinned: set[ExpertKey],
         meanwhile: Callable[[], None],
     ) -> None:
         if together is None or not keys or self._events.on:
             meanwhile()
             for key in keys:
-                self._serve(key, compute, pinned)
+                self._compute(key, compute)
             return
         end = together([key.expert for key in keys], [self._slot(key) for key in keys])
         try:
             meanwhile()
         finally:
             self.stats.compute_s += end()
-        pinned.difference_update(keys)
-        self._cache.unpin(keys)
 
     def _slot(self, key: ExpertKey) -> int:
         slot = self._cache.lookup(key)
@@ -281,6 +283,11 @@ class Pipeline:
         return slot
 
     def _serve(self, key: ExpertKey, compute: Compute, pinned: set[ExpertKey]) -> None:
+        self._compute(key, compute)
+        pinned.discard(key)
+        self._cache.unpin([key])
+
+    def _compute(self, key: ExpertKey, compute: Compute) -> None:
         slot = self._slot(key)
         began = perf_counter_ns()
         compute(key.expert, slot)
@@ -288,8 +295,6 @@ class Pipeline:
         self.stats.compute_s += (ended - began) * 1e-9
         if self._events.on:
             self._events.emit(TimeSpent(began, ended, Part.EXPERT, key.layer, key.expert))
-        pinned.discard(key)
-        self._cache.unpin([key])
 
     def _abandon(self, flight: dict[ExpertKey, Ticket]) -> None:
         """After an error: read no further, and free the slots that nobody writes to any more.
