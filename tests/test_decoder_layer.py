@@ -391,14 +391,24 @@ def test_a_head_that_computes_something_else_is_left_alone(made: Any, monkeypatc
         assert not engine.step.ready
 
 
-def test_a_tie_is_left_to_the_router_itself(engine: Engine) -> None:
+def test_a_tie_is_left_to_the_router_itself(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in engine.signals.parts:
         assert part.router is not None
         weight = part.router.get_parameter("weight").data
-        weight[1::2] = weight[::2]
+        weight.copy_(weight[torch.arange(len(weight)) // 3])
     used = counted(engine)
+    settled = [0]
+    settle = DecoderLayer.settle
+
+    def watched(self: DecoderLayer, *routing: torch.Tensor) -> bool:
+        done = settle(self, *routing)
+        settled[0] += done
+        return done
+
+    monkeypatch.setattr(DecoderLayer, "settle", watched)
     found = tokens(engine)
     assert used
+    assert settled[0]
     engine.layers.close()
     assert tokens(engine) == found
 
@@ -452,8 +462,9 @@ def test_norms_of_another_width_are_refused() -> None:
     layer = DecoderLayer(block, (rows(64), 1e-6), (rows(32), 1e-6), router)
     turns, held = rows(2, 1, 1, 16), rows(2, 1, 4, 16)
     place = (held[0].data_ptr(), 64, 16, held[1].data_ptr(), 64, 16, 1)
+    x = rows(1, 1, 64)
     with pytest.raises(IntegrityError):
-        layer(rows(1, 1, 64), turned(turns[0], turns[1]), place, False)
+        layer(x.data_ptr(), turned(turns[0], turns[1]), place, False)
 
 
 def test_a_trial_that_breaks_leaves_the_modules_as_they_are(

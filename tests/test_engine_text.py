@@ -14,7 +14,9 @@ from foregate.errors import ConfigError, PromptError
 Tiny = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("text", ["plain words", "naïve café", "日本語のテキスト", "🙂🙃 emoji", "a\n\tb  c"])
+@pytest.mark.parametrize(
+    "text", ["plain words", "naïve café", "日本語のテキスト", "🙂🙃 emoji", "a\n\tb  c", "naïve 🙂 日本 " * 20]
+)
 def test_streamed_text_is_the_decoded_text(text: str, tiny: Tiny) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny("qwen2_moe"))
     detokenizer = Detokenizer(tokenizer)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,12 +24,16 @@ from transformers.cache_utils import DynamicCache
 from foregate.checkpoint.anatomy import MoeAnatomy
 from foregate.engine import attention
 from foregate.engine.attention_block import same
+from foregate.engine.clock import Clock
 from foregate.engine.decoder_layer import DecoderLayers, TrialExperts, agreed
+from foregate.engine.dense import native_linear
 from foregate.engine.kv_room import RoomyLayer, make_room
+from foregate.engine.norms import native_norm
 from foregate.engine.runtime import in_interface, standing_in
 from foregate.engine.turns import Positions
 from foregate.engine.unchanged import Unchanged
-from foregate.native.decoder_layer import Turns
+from foregate.native.decoder_layer import DecoderLayer, Turns
+from foregate.native.head import Head
 
 BASE, PARTS = {"model", "lm_head"}, {"embed_tokens", "layers", "norm", "rotary_emb"}
 """Children of a model, and of what is inside it."""
@@ -40,7 +45,9 @@ PROMPT, TOKEN = (1, 2), 0
 class DecodeStep:
     """Steps of ``model``, whose MoE layers are ``parts``, by its ``layers``. ``ready``: whether it can be at all."""
 
-    def __init__(self, model: PreTrainedModel, layers: DecoderLayers, parts: Sequence[MoeAnatomy]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: DecoderLayers, parts: Sequence[MoeAnatomy], clock: Clock
+    ) -> None:
         self.layers, self.ready = layers.layers, False
         if not _is_plain(model):
             return
@@ -52,12 +59,17 @@ class DecodeStep:
         self._decoders = [(decoder, ours.get(decoder)) for decoder in base.layers]
         self._norm: Any = base.norm
         self._head: Any = model.lm_head
+        norm, head = native_norm(base.norm), native_linear(model.lm_head)
+        self._native = Head(norm, head) if norm is not None and head is not None else None
+        self._clock = clock
         self._embedding = _Embedding(base.embed_tokens)
         around = [model, base, base.embed_tokens, self._norm, base.rotary_emb, self._head, base.layers, *base.layers]
         self._around = Unchanged(around)
         self._usual, self._hooks = False, -1
         self._routed: bool | None = None
+        """What the next layer has said, if it has begun."""
         self._logits: Tensor | None = None
+        self._ahead: _Ahead | None = None
         self.ready = agreed(partial(self._tried, model, parts))
 
     def _tried(self, model: PreTrainedModel, parts: Sequence[MoeAnatomy]) -> bool:
@@ -74,36 +86,69 @@ class DecodeStep:
         """A text begins: look at everything again. Later only hooks are noticed, by the number that torch gives each:
         looking at all modules for every token takes 0.3 ms."""
         self._usual = False
+        self.forget()
         if self.ready:
             self._positions.forget()
 
+    def forget(self) -> None:
+        """What ``go_ahead`` has begun will not be asked for."""
+        self._ahead = None
+
+    def go_ahead(self, token: int, past: Any) -> None:
+        """Begin what a call for these will go on with if it comes next: the first layer up to its router, and what that
+        has begun. Nothing that lasts is changed. Nobody is asked before attention then: it would be too soon."""
+        self.forget()
+        layer = self._decoders[0][1] if self.suits(past) else None
+        if layer is None or layer.signals.early:
+            return
+        place, position = self._embedding.place(token), past.get_seq_length()
+        routed = self._begun(0, place, self._positions.turns(position), past) if place else None
+        if routed is not None:
+            self._ahead = _Ahead(token, past, position, layer.begun, routed)
+
+    def _gone_ahead(self, token: int, past: Any, position: int) -> bool | None:
+        """What the first layer has said to this token, if it has begun and nobody has used it since."""
+        ahead, layer = self._ahead, self._decoders[0][1]
+        if ahead is None or layer is None or layer.signals.early or ahead.past is not past:
+            return None
+        same = (ahead.token, ahead.position, ahead.begun) == (token, position, layer.begun)
+        return ahead.routed if same else None
+
     def __call__(self, token: int, past: Any) -> Tensor | None:
-        """Logits [V] after ``token``, which ``past`` then holds; None, and nothing done, where something is unusual."""
+        """Logits [V] after ``token``, which ``past`` then holds, overwritten by the next; None, and nothing done, where
+        something is unusual."""
+        return self.logits(token, past) if self.suits(past) else None
+
+    def suits(self, past: Any) -> bool:
+        """Whether nothing is unusual."""
         if not self.ready or not self.layers or not attention.is_on():
-            return None
+            return False
         if type(past) is not DynamicCache or {type(held) for held in past.layers} != {RoomyLayer}:
-            return None
+            return False
         if not self._usual or self._hooks != RemovableHandle.next_id:
             self._hooks = RemovableHandle.next_id
             self._usual = self._around() and all(layer.alone() for layer in self.layers)
-        return self.logits(token, past) if self._usual else None
+        return self._usual
 
     def logits(self, token: int, past: DynamicCache) -> Tensor:
         """As a call, without most of its questions."""
-        x, position = self._embedding(token), past.get_seq_length()
+        position = past.get_seq_length()
         turns = self._positions.turns(position)
-        self._routed = self._logits = None
+        self._routed, self._logits = self._gone_ahead(token, past, position), None
+        self.forget()
+        x = self._embedding(token)
         for number, (decoder, layer) in enumerate(self._decoders):
             routed, self._routed = self._routed, None
             if routed is None:
-                routed = self._begun(number, x, turns, past)
+                routed = self._begun(number, x.data_ptr(), turns, past)
             if layer is None or routed is None:
                 x = self._theirs(past, position, decoder, x)
             else:
-                x = layer.end(routed, partial(self._go_on, layer.kernel.hidden, number + 1, turns, past))
+                held: Any = past.layers[layer.index]
+                x = layer.end(routed, held, partial(self._go_on, layer.kernel, number + 1, turns, past))
         return self._told(x) if self._logits is None else self._logits
 
-    def _begun(self, number: int, x: Tensor, turns: Turns | None, past: DynamicCache) -> bool | None:
+    def _begun(self, number: int, x: int, turns: Turns | None, past: DynamicCache) -> bool | None:
         """What ``Layer.begin`` says of layer ``number``; None where there is no such layer."""
         layer = self._decoders[number][1]
         if layer is None or turns is None:
@@ -111,15 +156,17 @@ class DecodeStep:
         held: Any = past.layers[layer.index]
         return layer.begin(x, turns, held)
 
-    def _go_on(self, x: Tensor, number: int, turns: Turns | None, past: DynamicCache) -> None:
+    def _go_on(self, last: DecoderLayer, number: int, turns: Turns | None, past: DynamicCache) -> None:
         """What follows the experts of a layer: layer ``number`` up to its router, or what is after the last. Whoever is
         asked before attention must not be asked before all is said of the layer before."""
         if number == len(self._decoders):
-            self._logits = self._told(x)
+            self._logits = self._told(last.hidden)
         elif not self.layers[0].signals.early:
-            self._routed = self._begun(number, x, turns, past)
+            self._routed = self._begun(number, last.hidden_at, turns, past)
 
     def _told(self, x: Tensor) -> Tensor:
+        if self._native is not None:
+            return self._clock.timed(self._native, x.contiguous())
         logits: Tensor = self._head.forward(self._norm.forward(x))
         return logits[0, -1]
 
@@ -129,6 +176,17 @@ class DecodeStep:
         given = {"position_ids": torch.tensor([[position]]), "position_embeddings": self._positions.at(position)}
         out: Tensor = decoder(x.clone(), attention_mask=None, past_key_values=past, use_cache=True, **given)
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """What ``go_ahead`` was told, where ``past`` ended then, how often its layer had begun, and what that said."""
+
+    token: int
+    past: Any
+    position: int
+    begun: int
+    routed: bool
 
 
 class _Embedding:
@@ -146,6 +204,13 @@ class _Embedding:
             return table[token].view(1, 1, -1)
         row: Tensor = self._module(torch.tensor([[token]]))
         return row
+
+    def place(self, token: int) -> int:
+        """Where that lies in memory; 0 where it does not."""
+        table = self._parameters.get("weight") if self._plain else None
+        if table is None or table.dtype is not torch.bfloat16 or not table.is_contiguous():
+            return 0
+        return table.data_ptr() + 2 * table.shape[1] * token
 
 
 def _is_plain(model: PreTrainedModel) -> bool:
@@ -184,4 +249,4 @@ def _run(model: PreTrainedModel, forward: Callable[[Any], Tensor]) -> list[Tenso
     make_room(past)
     with attention.decoding():
         logits = forward(past)
-    return [logits, *(held for layer in past.layers for held in (layer.keys, layer.values))]
+    return [logits.clone(), *(held for layer in past.layers for held in (layer.keys, layer.values))]

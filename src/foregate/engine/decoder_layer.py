@@ -119,6 +119,8 @@ class Layer:
         self.number, self._after, self._clock = number, after, clock
         self._router = part.router
         self._experts: Any = part.experts_module
+        self.begun = 0
+        """How often anybody has begun."""
         decoder, *inner = part.decoder.modules()
         self._inner = Unchanged(inner, signals.hooked(number), parents=[decoder])
 
@@ -138,12 +140,12 @@ class Layer:
         held = past.layers[self.index] if type(past) is DynamicCache and self.index < len(past.layers) else None
         if type(held) is not RoomyLayer or not block.takes(x, *turns):
             return None
-        routed = self.begin(x, turned(*turns), held)
-        return None if routed is None else self.end(routed, _nothing).clone()
+        routed = self.begin(x.data_ptr(), turned(*turns), held)
+        return None if routed is None else self.end(routed, held, _nothing).clone()
 
-    def begin(self, x: Tensor, turns: Turns, held: RoomyLayer) -> bool | None:
-        """All up to the router for ``x`` [1, 1, D] as ``AttentionBlock`` takes it: whether that could tell its choice.
-        None, and nothing done, where ``held`` does not suit. ``end`` must follow."""
+    def begin(self, x: int, turns: Turns, held: RoomyLayer) -> bool | None:
+        """All up to the router for D numbers (bf16) at ``x`` in memory: whether that could tell its choice. None, and
+        nothing done, where ``held`` does not suit. ``end`` goes on, or nobody does."""
         kernel, signals, number = self.kernel, self.signals, self.number
         place = held.place(kernel.attention.shared, kernel.attention.width)
         if place is None:
@@ -151,13 +153,14 @@ class Layer:
         if signals.early:
             kernel.norm(x)
             signals.before_attention(number, kernel.normed)
-        routed = self._clock.timed(kernel, x, turns, place, signals.early)
-        held.grow()
-        return routed
+        self.begun += 1
+        return self._clock.timed(kernel, x, turns, place, signals.early)
 
-    def end(self, routed: bool, then: Callable[[], None]) -> Tensor:
-        """[1, 1, D], overwritten by the next token: the experts are added, and ``then`` follows at once."""
+    def end(self, routed: bool, held: RoomyLayer, then: Callable[[], None]) -> Tensor:
+        """[1, 1, D], overwritten by the next token, after a ``begin``: the experts are added, and ``then`` follows at
+        once."""
         kernel, experts = self.kernel, self._experts
+        held.grow()
         self.signals.after_attention(self.number, kernel)
         runtime, layer = experts._foregate
         if routed:

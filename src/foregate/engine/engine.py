@@ -157,7 +157,7 @@ class Engine:
         """Logits [T, V] of ``ids``, read as a prompt."""
         self._check(ids)
         with self._guarded():
-            self.runtime.begin_prefill()
+            self._begin_prefill()
             parts = [out.logits[0] for out in self._chunks(ids, keep=0)]
             self.runtime.end_prefill()
         return torch.cat(parts)
@@ -180,7 +180,8 @@ class Engine:
             rows = [logits]
             for position in range(given, len(ids) - 1):
                 logits, past = self._forward([ids[position]], past, position, Phase.DECODE)
-                rows.append(logits)
+                self._inform(self.prefetcher.controller)
+                rows.append(logits.clone())
             self.runtime.finish()
         return torch.stack(rows)
 
@@ -238,7 +239,7 @@ class Engine:
         self.dense = DenseKernels(self.model)
         self.signals = ModelSignals(self.model, spec.module_paths, spec.experts_per_layer, spec.top_k, spec.model_type)
         self.layers = DecoderLayers(self.model, self.signals, self.dense.clock)
-        self.step = DecodeStep(self.model, self.layers, self.signals.parts)
+        self.step = DecodeStep(self.model, self.layers, self.signals.parts, self.dense.clock)
 
     def _build(self, pool: SlotPool | None = None) -> None:
         config = self.config
@@ -309,6 +310,7 @@ class Engine:
             early=self.layers.watch(where, self.pool.slots, self.checkpoint.layout_of),
             **(self._extra if config.lossy else {}),
         )
+        self.step.forget()
         self._meter = Meter(self.cache, self.transfer, self.pipeline, self.prefetcher, self.dense.clock)
         install(self.runtime, self._modules)
 
@@ -389,6 +391,10 @@ class Engine:
                 logits, past = self._forward(ids, past, len(prompt_ids) + index - 1, phase)
             token = sampler.choose(logits)
             finish = FinishReason.STOP if token in stop else FinishReason.LENGTH if index == room - 1 else None
+            if phase is Phase.DECODE:
+                if finish is None:
+                    self._go_ahead(token, past)
+                self._inform(self.prefetcher.controller)
             text = "" if finish is FinishReason.STOP else detokenizer.add(token)
             if finish:
                 text += detokenizer.flush()
@@ -404,7 +410,7 @@ class Engine:
             self.events.emit(PassBegan(perf_counter_ns(), phase, position - len(ids) + 1, len(ids)))
         began = perf_counter()
         if phase is Phase.PREFILL:
-            self.runtime.begin_prefill()
+            self._begin_prefill()
             *_, out = self._chunks(ids, keep=1)
             make_room(out.past_key_values)
             self.runtime.end_prefill()
@@ -415,10 +421,21 @@ class Engine:
             with self.dense.decode():
                 logits = self.step(ids[-1], past)
                 out = self._call(torch.tensor([ids]), past, keep=1) if logits is None else None
-            self._inform(self.prefetcher.controller)
             if logits is not None:
                 return logits, past
         return out.logits[0, -1], out.past_key_values
+
+    @torch.inference_mode()
+    def _go_ahead(self, token: int, past: Any) -> None:
+        """Begin the step that will most likely follow: what is left to be said of the last one is said, and shown to
+        the user, while experts of the first layer are being computed."""
+        if not self.events.on:
+            with self._guarded(), self.dense.decode():
+                self.step.go_ahead(token, past)
+
+    def _begin_prefill(self) -> None:
+        self.step.forget()
+        self.runtime.begin_prefill()
 
     def _chunks(self, ids: list[int], *, keep: int) -> Iterator[Any]:
         """The forwards that read ``ids`` as a prompt, one chunk after another over one KV cache."""

@@ -29,8 +29,10 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer) -> None:
         self._rooms: tuple[Tensor | None, Tensor | None] = (None, None)
         self._lengths = (0, 0)
-        self._places: tuple[int, ...] = (0,) * 6
-        """Of both rooms as ``place`` gives them, or of others."""
+        self._places: tuple[int, ...] = ()
+        """Of both rooms as ``place`` gives them, once it has."""
+        self._room = 0
+        """Positions for which they have room then."""
         super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it without types
         assert layer.keys is not None
         assert layer.values is not None
@@ -58,6 +60,11 @@ class RoomyLayer(DynamicLayer):
     def _take(self, which: int, states: Tensor | None) -> None:
         length = 0 if states is None or states.dim() < 4 else states.shape[2]
         self._rooms, self._lengths = _with(self._rooms, which, states), _with(self._lengths, which, length)
+        self._places, self._room = (), 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which has rooms of its own."""
+        return {**self.__dict__, "_places": (), "_room": 0}
 
     def get_seq_length(self) -> int:
         """S."""
@@ -81,17 +88,17 @@ class RoomyLayer(DynamicLayer):
     def place(self, heads: int, width: int) -> tuple[int, ...] | None:
         """Where a position more is to be written: address and strides (of a head, of a row) of the keys, then of the
         values, and S + 1; None where there are not ``heads`` (G) of ``width`` (W). ``grow``, once it is written."""
-        (keys, values), (first, last), places = self._rooms, self._lengths, self._places
-        if keys is None or values is None or first != last:
+        first, last = self._lengths
+        if first != last:
             return None
-        # A copy of this layer has rooms of its own; they are known by where they lie.
-        known = places[0] == keys.data_ptr() and places[3] == values.data_ptr()
-        if not known or first >= keys.shape[2] or first >= values.shape[2]:
-            if not _has(self.keys, (1, heads, first, width)) or not _has(self.values, (1, heads, first, width)):
+        if first >= self._room:
+            keys, values = self.keys, self.values
+            if not _has(keys, (1, heads, first, width)) or not _has(values, (1, heads, first, width)):
                 return None
             self._widen(first + 1, first + 1)
-            self._places = places = tuple(number for room in self._rooms for number in _place(room))
-        return (*places, first + 1)
+            self._places = tuple(number for room in self._rooms for number in _place(room))
+            self._room = min(room.shape[2] for room in self._rooms if room is not None)
+        return (*self._places, first + 1)
 
     def grow(self) -> None:
         """The position that ``place`` told of counts."""
@@ -101,7 +108,7 @@ class RoomyLayer(DynamicLayer):
     def _widen(self, *lengths: int) -> None:
         """Have room for so many positions."""
         keys, values = map(_wide, self._rooms, self._lengths, lengths)
-        self._rooms = (keys, values)
+        self._rooms, self._places, self._room = (keys, values), (), 0
 
 
 def _with(pair: tuple[T, T], which: int, value: T) -> tuple[T, T]:

@@ -106,7 +106,7 @@ class ExpertRuntime(Speculation):
 
     def begin_prefill(self) -> None:
         """A prompt starts: staging will hold whole layers."""
-        self._early[0] = 0
+        self.let_go()
         self.phase, self.position = Phase.PREFILL, 0
         self._prefetcher.begin()
         self._tried(self.predictor.reset)
@@ -129,6 +129,8 @@ class ExpertRuntime(Speculation):
         self._signals.late = listened or moment is Moment.AFTER_ATTENTION
         # Who is asked before the choice is told may change what lies where.
         self._early[0] = not self._signals.late and not self._computes_less
+        if not self._early[0]:
+            kernels.drop_begun_experts()
         self._beginning = beginning(self.predictor) if moment is Moment.AFTER_ROUTING else None
         controller = self._prefetcher.controller
         controller.begin_step()
@@ -136,6 +138,7 @@ class ExpertRuntime(Speculation):
         if controller.speculating:
             wanted = controller.staging(reach(self.predictor), self._decode_staging)
         if wanted != self._cache.staging:
+            kernels.drop_begun_experts()  # of the first layer, which may lose its slots
             self._cache.set_staging(wanted)
         if self._events.on:
             decided, speculating = controller.decision, controller.speculating

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from foregate.config import SamplingConfig
+from foregate.native.head import best
 
 
 class Sampler:
@@ -24,8 +25,7 @@ class Sampler:
     def choose(self, logits: Tensor) -> int:
         """Token id for ``logits`` [V]."""
         if self._greedy:
-            # torch searches bf16 one by one, for 4 ns each; both take the first of equals.
-            return int(logits.float().numpy().argmax())
+            return best(logits)
         scores = logits.float()[None]
         for warp in self._warpers:
             scores = warp(None, scores)

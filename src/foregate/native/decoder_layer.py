@@ -95,7 +95,7 @@ class DecoderLayer:
         self._rows = [row.data_ptr() for row in made.parts]
         self._routed_at = at[2], width, width, BF16
         self.hidden = torch.zeros(1, 1, attention.inputs, dtype=torch.bfloat16)
-        self._hidden_at = self.hidden.data_ptr()
+        self.hidden_at = self.hidden.data_ptr()
         self.places = dict(zip(("pre_attention", "residual", "router_input"), at[:3], strict=True))
         """Where what signals tell of lies in memory, by its name there."""
         self._placed: dict[tuple[str, ...], tuple[tuple[int, ...], int] | None] = {}
@@ -126,7 +126,7 @@ class DecoderLayer:
 
     def mix(self) -> None:
         """Fill ``hidden`` with ``residual`` and ``choice.parts``, rows in the order of the chosen, by their weights."""
-        check(self._mix(self._at, self._hidden_at))
+        check(self._mix(self._at, self.hidden_at))
 
     def experts(self, experts: Sequence[int], rows: Sequence[int], hidden: int) -> bool:
         """Fill ``rows`` of ``choice.parts`` with what ``experts`` (``FusedExpert.at``) of ``hidden`` numbers between
@@ -159,17 +159,18 @@ class DecoderLayer:
         """Fill ``hidden`` with ``residual`` and ``out`` [1, D], what the experts have given together."""
         torch.add(self.residual, out, out=self.hidden[0])
 
-    def norm(self, x: Tensor) -> None:
-        """Fill ``normed`` for ``x`` [1, 1, D] (bf16, contiguous) alone."""
+    def norm(self, x: int) -> None:
+        """Fill ``normed`` for D numbers (bf16) at ``x`` in memory alone."""
         weight, small = self._before
-        check(self._norm(x.data_ptr(), weight.data_ptr(), self.normed.data_ptr(), 1, len(weight), small))
+        check(self._norm(x, weight.data_ptr(), self.normed.data_ptr(), 1, len(weight), small))
 
-    def __call__(self, x: Tensor, turns: Turns, place: tuple[int, ...], normed: bool) -> bool:
-        """Fill ``residual``, ``routed`` and ``choice``: whether the last of them counts, or the router cannot tell.
+    def __call__(self, x: int, turns: Turns, place: tuple[int, ...], normed: bool) -> bool:
+        """Fill ``residual``, ``routed`` and ``choice`` for D numbers (bf16) at ``x``: whether the choice counts,
+        or the router cannot tell.
 
-        ``x`` and ``place`` as ``AttentionBlock.attention`` takes them; ``normed``: ``norm`` has been called for ``x``.
+        ``place`` as ``AttentionBlock.attention`` takes them; ``normed``: ``norm`` has been called for ``x``.
         """
-        code = self._run(self._at, x.data_ptr(), normed, *turns, *place, num_threads())
+        code = self._run(self._at, x, normed, *turns, *place, num_threads())
         if code == UNDECIDED:
             return False
         check(code)

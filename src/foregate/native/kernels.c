@@ -1024,6 +1024,7 @@ ALWAYS float dot_of(const float *a, const float *b, int n) {
 #include "rows.h"
 #include "route.h"
 #include "layer.h"
+#include "head.h"
 #include "predict.h"
 #include "history.h"
 #include "match.h"

@@ -43,7 +43,7 @@ FUNCTIONS = tuple(
     for name in (
         "expert", "experts", "experts_begin", "experts_end", "experts_drop", "helped", "linear", "rms_norm",
         "combine", "attend", "qkv", "attend_out", "attention", "expand", "rank", "route", "layer", "layer_settle",
-        "layer_out", "read", "kernels",
+        "layer_out", "head", "best", "read", "kernels",
     )
 )  # fmt: skip
 

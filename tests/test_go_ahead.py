@@ -1,0 +1,173 @@
+"""What a token's step leaves begun for the next one: never another token, whatever happens in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from foregate.config import RunConfig, SamplingConfig
+from foregate.engine import dense
+from foregate.engine.decode_step import DecodeStep
+from foregate.engine.decoder_layer import Layer
+from foregate.engine.engine import Engine
+from foregate.native import kernels
+from foregate.native.decoder_layer import DecoderLayer
+from foregate.native.head import Head, best
+from foregate.testing.tiny import build
+from test_residents import Silent, threads_are_free
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the compiled kernels were not built")
+
+PROMPT, OTHER, SAMPLING = [1, 2, 3, 4], [9, 8, 7], SamplingConfig(max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return str(build("qwen3_moe", tmp_path_factory.mktemp("model"), dtype="bfloat16", **sizes))
+
+
+@pytest.fixture
+def engine(model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    monkeypatch.setattr(dense, "SMALLEST", 1)
+    given: Any = {"memory_budget": "60%", "predictor": "next-gate", "prefetch": "2", "threads": 2}
+    with Engine(RunConfig(model=model, **given)) as made:
+        yield made
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every decode step, whether it has gone on with what was begun."""
+    seen: list[bool] = []
+    gone = DecodeStep._gone_ahead
+
+    def watched(self: DecodeStep, *given: Any) -> bool | None:
+        found = gone(self, *given)
+        seen.append(found is not None)
+        return found
+
+    monkeypatch.setattr(DecodeStep, "_gone_ahead", watched)
+    return seen
+
+
+def tokens(engine: Engine, prompt: list[int] = PROMPT) -> list[int]:
+    return [step.token_id for step in engine.stream(prompt, SAMPLING)]
+
+
+def plain(engine: Engine, prompt: list[int]) -> list[int]:
+    """Greedy tokens by the model's own forward, prompt and all, token by token."""
+    ids = list(prompt)
+    for _ in range(SAMPLING.max_new_tokens):
+        ids.append(int(engine.logits(ids)[-1].float().argmax()))
+    return ids[len(prompt) :]
+
+
+def test_every_step_but_the_first_has_been_begun(engine: Engine, used: list[bool]) -> None:
+    found = tokens(engine)
+    assert used == [False] + [True] * (SAMPLING.max_new_tokens - 2)
+    assert found == plain(engine, PROMPT)
+
+
+def test_a_layer_begins_while_the_one_before_is_not_done_with(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[str, int]] = []
+
+    def noted(what: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(self: Layer, *given: Any) -> Any:
+            if what == "begins":
+                order.append((what, self.number))
+            made = call(self, *given)
+            if what == "ends":
+                order.append((what, self.number))
+            return made
+
+        return watched
+
+    monkeypatch.setattr(Layer, "begin", noted("begins", Layer.begin))
+    monkeypatch.setattr(Layer, "end", noted("ends", Layer.end))
+    tokens(engine)
+    # A layer without experts, transformers' own, lies between the first two.
+    assert order[:6] == [("begins", 0), ("ends", 0), ("begins", 1), ("begins", 2), ("ends", 1), ("ends", 2)]
+
+
+@pytest.mark.parametrize("between", ["stream", "whole", "logits", "follow", "reset", "listen", "forward"])
+def test_whatever_happens_between_two_tokens_they_stay(engine: Engine, used: list[bool], between: str) -> None:
+    wanted, other = tokens(engine), tokens(engine, OTHER)
+    used.clear()
+    second = engine.stream(OTHER, SAMPLING)
+    mixed: list[int] = []
+    found: list[int] = []
+    for number, step in enumerate(engine.stream(PROMPT, SAMPLING)):
+        found.append(step.token_id)
+        if number == SAMPLING.max_new_tokens - 1:
+            break
+        if between == "stream":
+            mixed.append(next(second).token_id)
+        elif between == "whole" and number == 5:
+            assert tokens(engine, OTHER) == other
+        elif between == "logits":
+            engine.logits(OTHER)
+        elif between == "follow":
+            engine.follow(OTHER, 1)
+        elif between == "reset" and number == 5:
+            engine.reset(memory_budget="100%")
+        elif between == "listen" and number == 5:
+            engine.listen(Silent())
+        elif between == "forward":
+            with torch.inference_mode():
+                engine.model(input_ids=torch.tensor([OTHER]))
+    assert found == wanted
+    assert mixed == other[: len(mixed)]
+    assert False in used[1:] or between == "forward"
+
+
+def test_a_text_that_is_left_leaves_the_threads_free(engine: Engine) -> None:
+    wanted = tokens(engine)
+    steps = engine.stream(PROMPT, SAMPLING)
+    for _ in range(4):
+        next(steps)
+    steps.close()
+    assert threads_are_free()
+    assert tokens(engine) == wanted
+
+
+def test_slots_that_are_set_aside_are_not_computed_from(engine: Engine) -> None:
+    wanted = tokens(engine)
+    found = []
+    for step in engine.stream(PROMPT, SAMPLING):
+        found.append(step.token_id)
+        controller = engine.prefetcher.controller
+        controller.fixed = None if controller.fixed else 2
+        controller._set_aside = 1 + len(found) % 3
+        engine.cache.check_integrity()
+    assert found == wanted
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 4099])
+def test_the_best_is_the_first_of_the_largest(count: int) -> None:
+    for seed in range(8):
+        logits = (torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 2).to(torch.bfloat16)
+        assert best(logits) == best(logits.float()) == int(logits.argmax())
+    assert best(torch.full((count,), -torch.inf, dtype=torch.bfloat16)) == 0
+    logits[-1] = torch.nan
+    assert best(logits) == best(logits.float()) == count - 1
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_the_head_is_norm_and_product(kind: str) -> None:
+    weight, norm, x = (torch.randn(*shape).to(torch.bfloat16) for shape in ((96, 64), (64,), (1, 64)))
+    scales = torch.rand(96) if kind == "int8" else None
+    weight = weight if scales is None else (weight * 40).to(torch.int8)
+    made = kernels.matrix(weight, scales)
+    found = Head((norm, 1e-6), made)(x)
+    wanted = kernels.linear(made, kernels.rms_norm(x, norm, 1e-6), 96)
+    assert torch.equal(found, wanted[0])
+
+
+def test_a_choice_of_another_form_is_not_taken(engine: Engine) -> None:
+    kernel: DecoderLayer = engine.layers.layers[0].kernel
+    made = kernel.choice
+    assert not kernel.settle(made.logits.float(), made.weights, made.index)
+    assert not kernel.settle(made.logits, made.weights, torch.full_like(made.index, made.logits.shape[1]))
