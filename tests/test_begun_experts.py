@@ -182,6 +182,8 @@ for number in range(6):
         answer = 3
         signal.alarm(60)
         try:
+            if begin(held, x, 2, width)[0] != kernels.NOBODY:
+                os._exit(6)
             if number % 2:
                 kernels.drop_begun_experts()
             elif not torch.equal(end(), alone):

@@ -26,7 +26,7 @@ from foregate.engine import attention, attention_block
 from foregate.engine.clock import Clock
 from foregate.engine.kv_room import RoomyLayer, make_room
 from foregate.engine.norms import native_norm
-from foregate.engine.router import native_router
+from foregate.engine.router import native_router, undecided
 from foregate.engine.runtime import in_interface, standing_in
 from foregate.engine.signals import ModelSignals
 from foregate.engine.unchanged import Unchanged
@@ -117,7 +117,7 @@ class Layer:
         self.theirs: Forward = part.decoder.forward
         self.signals = signals
         self.number, self._after, self._clock = number, after, clock
-        self._router = part.router
+        self._settle = undecided(part.router)
         self._experts: Any = part.experts_module
         self.begun = 0
         """How often anybody has begun."""
@@ -166,10 +166,11 @@ class Layer:
         if routed:
             runtime.forward_one(layer, experts, kernel, then)
             return kernel.hidden
-        routing = self._router.forward(kernel.routed)
+        routing = self._settle(kernel.routed)
         if kernel.settle(*routing):
             runtime.forward_one(layer, experts, kernel, then)
             return kernel.hidden
+        kernels.drop_begun_experts()
         self.signals.chosen(self.number, routing)
         _, weights, index = routing
         kernel.take(runtime.forward(layer, experts, kernel.routed, index, weights))

@@ -109,10 +109,16 @@ def _forward(module: nn.Module, router: Router, inputs: int) -> Forward:
         routed = router(x) if x.dtype is torch.bfloat16 and x.numel() == inputs and x.is_contiguous() else None
         return theirs(x) if routed is None else routed
 
-    vars(one_token)["native"] = router
+    vars(one_token).update(native=router, theirs=theirs)
     return one_token
 
 
 def native_router(module: nn.Module) -> Router | None:
     """The kernel of a router that is computed by one now; None for any other."""
     return getattr(module.forward, "native", None)
+
+
+def undecided(module: nn.Module) -> Forward:
+    """What such a router asks where its kernel cannot tell."""
+    theirs: Forward = vars(module.forward)["theirs"]
+    return theirs

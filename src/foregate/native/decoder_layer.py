@@ -86,7 +86,7 @@ class DecoderLayer:
         self.residents: Residents | None = None
         self._at = ctypes.addressof(self._layer)
         self._run, self._mix = called("foregate_layer", 14), called("foregate_layer_out", 2)
-        self._settle = called("foregate_layer_settle", 2)
+        self._settle = called("foregate_layer_settle", 5)
         self._experts, self._begin = called("foregate_experts", 9), called("foregate_experts_begin", 9)
         self._end = called("foregate_experts_end", 1)
         self._expert_places: Any = (c_void_p * (2 * MOST_EXPERTS))()
@@ -120,9 +120,8 @@ class DecoderLayer:
         pairs = (made.logits, logits), (made.weights, weights), (made.index, index)
         if any(ours.dtype is not theirs.dtype or ours.shape != theirs.shape for ours, theirs in pairs):
             return False
-        for ours, theirs in pairs:
-            ours.copy_(theirs)
-        return self._settle(self._at, num_threads()) == 0
+        given = [theirs if theirs.is_contiguous() else theirs.contiguous() for _, theirs in pairs]
+        return self._settle(self._at, *(told.data_ptr() for told in given), num_threads()) == 0
 
     def mix(self) -> None:
         """Fill ``hidden`` with ``residual`` and ``choice.parts``, rows in the order of the chosen, by their weights."""

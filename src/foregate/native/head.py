@@ -50,4 +50,4 @@ def best(logits: Tensor) -> int:
     for a number in bf16."""
     if library() is None or logits.dtype is not torch.bfloat16 or not logits.is_contiguous():
         return int(logits.float().numpy().argmax())
-    return called("foregate_best", 2)(logits.data_ptr(), len(logits))
+    return called("foregate_best", 2)(logits.data_ptr(), logits.numel())

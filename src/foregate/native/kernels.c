@@ -882,7 +882,8 @@ enum { NOBODY = 5 };
  * and nothing done, where there is no other thread or it has something to do. Experts and outs[i] stay where they are. */
 int foregate_experts_begin(const expert *const *experts, void *const *outs, int64_t count, int64_t hidden,
                            const void *x, int64_t inputs, int64_t width, int64_t dtype, int64_t threads) {
-    const int there = pool_claim((int)threads);
+    /* what a child of this process has inherited is its parent's, until it is ended or dropped */
+    const int there = atomic_load(&begun.open) ? 0 : pool_claim((int)threads);
     if (!there)
         return NOBODY;
     begun.threads = there;

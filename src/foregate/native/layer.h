@@ -37,7 +37,7 @@ static uint64_t begin_residents(const decoder_layer *l, const residents *r, int 
     uint64_t which = 0;
     int64_t count = 0, n = l->after.width;
     for (int i = 0; *r->on && i < l->top; i++) {
-        const int32_t slot = r->slots[l->ids[i]];
+        const int32_t slot = l->ids[i] < 0 ? -1 : r->slots[l->ids[i]];
         if (slot < 0 || !r->experts[slot])
             continue;
         found[count] = r->experts[slot];
@@ -49,10 +49,12 @@ static uint64_t begin_residents(const decoder_layer *l, const residents *r, int 
     return which;
 }
 
-/* What follows a choice: residents are begun, and it is told in every form. */
-static void use_choice(const decoder_layer *l, int threads) {
+static void begin_chosen(const decoder_layer *l, int threads) {
     if (l->there)
         l->there->begun = begin_residents(l, l->there, threads);
+}
+
+static void tell_choice(const decoder_layer *l) {
     for (int e = 0; e < l->gate.rows; e++)
         l->scores[e] = from_bf16(l->logits[e]);
     for (int i = 0; i < l->top; i++)
@@ -60,7 +62,8 @@ static void use_choice(const decoder_layer *l, int threads) {
 }
 
 /* From x [D] to the chosen experts and all else that `l` has room for; `normed`: l->normed is there already. The other
- * arguments as for foregate_attention. Returns as foregate_route: UNDECIDED leaves only the choice open. */
+ * arguments as for foregate_attention. Returns as foregate_route: UNDECIDED leaves only the choice open, and has begun
+ * what is sure. */
 int foregate_layer(const decoder_layer *l, const uint16_t *x, int64_t normed, const uint16_t *cos, const uint16_t *sin,
                    int64_t turned, uint16_t *k, int64_t k_head, int64_t k_row, uint16_t *v, int64_t v_head,
                    int64_t v_row, int64_t positions, int64_t threads) {
@@ -78,18 +81,32 @@ int foregate_layer(const decoder_layer *l, const uint16_t *x, int64_t normed, co
         l->residual[i] = nearest_bf16(from_bf16(x[i]) + from_bf16(l->residual[i]));
     chosen.norm(l->residual, l->after.weight, l->routed, n, l->after.epsilon);
     code = foregate_route(&l->gate, l->routed, l->top, l->normalised, l->logits, l->ids, l->weights, l->dtype);
+    if (!code || code == UNDECIDED)
+        begin_chosen(l, (int)threads);
     if (!code)
-        use_choice(l, (int)threads);
+        tell_choice(l);
     return code;
 }
 
-/* Logits, ids and weights of `l` are now what its router chose, after a call that was UNDECIDED. 1, and nothing done,
- * where an id is no expert. */
-int foregate_layer_settle(const decoder_layer *l, int64_t threads) {
+/* Make these logits, weights and ids, of the forms of `l`, what its router chose, after a call that was UNDECIDED. 1, and
+ * nothing done, where an id is no expert. */
+int foregate_layer_settle(const decoder_layer *l, const uint16_t *logits, const void *weights, const int64_t *ids,
+                          int64_t threads) {
     for (int i = 0; i < l->top; i++)
-        if (l->ids[i] < 0 || l->ids[i] >= l->gate.rows)
+        if (ids[i] < 0 || ids[i] >= l->gate.rows)
             return 1;
-    use_choice(l, (int)threads);
+    for (int i = 0; i < l->top && l->there; i++)
+        if (l->there->begun >> i & 1 && ids[i] != l->ids[i]) { /* equal ones in another order */
+            foregate_experts_drop(0);
+            l->there->begun = 0;
+        }
+    const int begun = l->there && l->there->begun;
+    memcpy(l->logits, logits, (size_t)l->gate.rows * 2);
+    memcpy(l->ids, ids, (size_t)l->top * 8);
+    memcpy(l->weights, weights, (size_t)l->top * (l->dtype == F32 ? 4 : 2));
+    if (!begun)
+        begin_chosen(l, (int)threads);
+    tell_choice(l);
     return 0;
 }
 

@@ -152,7 +152,8 @@ int foregate_rank(const ranking *r, int64_t top, int64_t most, const shift *s, c
 /* Choose the `top` rows of `gate` (bf16) with the largest products with x [K]: `logits` [N] are those, bf16; `ids` [top]
  * the rows, best first; `weights` [top], F32 or BF16, the softmax over all rows, divided by their sum with `normalised`.
  * Returns as foregate_linear, or UNDECIDED where the choice cannot be told: a NaN, or a tie at the last place, which
- * routers settle each in its own way. Among the chosen, the lower row comes first where they tie. */
+ * routers settle each in its own way; `ids` are then those that are chosen however that is done, and -1 for the others.
+ * Among the chosen, the lower row comes first where they tie. */
 int foregate_route(const matrix *gate, const uint16_t *x, int top, int normalised, uint16_t *logits, int64_t *ids,
                    void *weights, int dtype) {
     choose_best();
@@ -165,12 +166,17 @@ int foregate_route(const matrix *gate, const uint16_t *x, int top, int normalise
     uint64_t *keys = carve((size_t)most * 8);
     int32_t *order = carve((size_t)most * 4);
     float *best = carve((size_t)most * 4), *shares = carve((size_t)top * 4), all = 0.0f, sum = 0.0f;
+    for (int i = 0; i < top; i++)
+        ids[i] = -1;
     const float *products = gate_products(gate, x);
     if (!products)
         return UNDECIDED;
     sort_scores(products, rows, most, keys, order, best);
-    if (most > top && best[top - 1] == best[top])
+    if (most > top && best[top - 1] == best[top]) {
+        for (int i = 0; best[i] > best[top]; i++)
+            ids[i] = order[i];
         return UNDECIDED;
+    }
     for (int i = 0; i < rows; i++) {
         logits[i] = to_bf16(products[i]);
         all += expf(products[i] - best[0]);
