@@ -182,14 +182,14 @@ for number in range(6):
         answer = 3
         signal.alarm(60)
         try:
-            if begin(held, x, 2, width)[0] != kernels.NOBODY:
-                os._exit(6)
-            if number % 2:
+            if number % 3 == 1:
                 kernels.drop_begun_experts()
-            elif not torch.equal(end(), alone):
+            elif number % 3 == 2 and not torch.equal(end(), alone):
                 os._exit(4)
             code, end = begin(held, x, 2, width)
             answer = 0 if code == 0 and torch.equal(end(), alone) else 5
+            if kernels.called("foregate_experts_end", 1)(0) != -1:
+                answer = 6
         finally:
             os._exit(answer)
     assert torch.equal(end(), alone)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from threading import Thread
+from time import sleep
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from test_residents import Silent, threads_are_free
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the compiled kernels were not built")
 
 PROMPT, OTHER, SAMPLING = [1, 2, 3, 4], [9, 8, 7], SamplingConfig(max_new_tokens=12)
+ENGINES: list[Engine] = []
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,16 @@ def engine(model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     given: Any = {"memory_budget": "60%", "predictor": "next-gate", "prefetch": "2", "threads": 2}
     with Engine(RunConfig(model=model, **given)) as made:
         yield made
+
+
+@pytest.fixture
+def full(model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Has every expert resident, so that something is always begun."""
+    monkeypatch.setattr(dense, "SMALLEST", 1)
+    with Engine(RunConfig(model=model, memory_budget="100%", predictor="none", threads=2)) as made:
+        ENGINES.append(made)
+        yield made
+        ENGINES.remove(made)
 
 
 @pytest.fixture
@@ -123,14 +136,81 @@ def test_whatever_happens_between_two_tokens_they_stay(engine: Engine, used: lis
     assert False in used[1:] or between == "forward"
 
 
-def test_a_text_that_is_left_leaves_the_threads_free(engine: Engine) -> None:
-    wanted = tokens(engine)
-    steps = engine.stream(PROMPT, SAMPLING)
+def test_a_text_that_is_left_leaves_the_threads_free(full: Engine) -> None:
+    wanted = tokens(full)
+    steps = full.stream(PROMPT, SAMPLING)
     for _ in range(4):
         next(steps)
+    assert held()
+    steps.close()
+    assert not held()
+    assert tokens(full) == wanted
+
+
+def held() -> bool:
+    """Whether something is begun that can still be ended."""
+    at = [layer.kernel.residents for engine in ENGINES for layer in engine.layers.layers]
+    numbers = [there.number for there in at if there is not None and there.begun]
+    # Asking ends it, which its owner takes for dropped.
+    return any(kernels.called("foregate_experts_end", 1)(number) >= 0 for number in numbers)
+
+
+def test_texts_of_two_engines_side_by_side_stay_what_they_are(full: Engine, model: str) -> None:
+    wanted, other = tokens(full), tokens(full, OTHER)
+    with Engine(RunConfig(model=model, memory_budget="100%", predictor="none", threads=2)) as second:
+        pairs = list(zip(full.stream(PROMPT, SAMPLING), second.stream(OTHER, SAMPLING), strict=True))
+    assert [one.token_id for one, _ in pairs] == wanted
+    assert [two.token_id for _, two in pairs] == other
+
+
+def test_each_step_on_a_thread_of_its_own(full: Engine) -> None:
+    wanted, found = tokens(full), []
+    steps = full.stream(PROMPT, SAMPLING)
+    for _ in wanted:
+        thread = Thread(target=lambda: found.append(next(steps).token_id))
+        thread.start()
+        thread.join()
+    assert found == wanted
     steps.close()
     assert threads_are_free()
-    assert tokens(engine) == wanted
+
+
+def test_who_needs_the_threads_takes_them_from_a_text_that_rests(full: Engine) -> None:
+    wanted, found = tokens(full), []
+    for step in full.stream(PROMPT, SAMPLING):
+        found.append(step.token_id)
+        sleep(0.01)  # by then what was begun has run
+        assert threads_are_free()
+    assert found == wanted
+
+
+def test_a_cache_that_is_turned_over_between_two_tokens_changes_nothing(engine: Engine) -> None:
+    wanted, found = tokens(engine), []
+    for step in engine.stream(PROMPT, SAMPLING):
+        found.append(step.token_id)
+        with torch.inference_mode():
+            for first in range(0, 40, 4):
+                engine.model(input_ids=torch.arange(first, first + 4)[None])
+    assert found == wanted
+
+
+def test_what_others_compute_while_the_user_has_control_is_nobodys_time(full: Engine) -> None:
+    steps = []
+    for step in full.stream(PROMPT, SAMPLING):
+        steps.append(step)
+        sleep(0.005)
+    for step in steps[1:]:
+        assert step.stats.product_s <= step.stats.wall_s
+
+
+def test_every_step_has_figures_of_its_own_after_a_reset(engine: Engine) -> None:
+    steps = []
+    for step in engine.stream(PROMPT, SAMPLING):
+        steps.append(step)
+        if len(steps) == 5:
+            engine.reset(memory_budget="100%")
+    assert len({id(step.stats) for step in steps}) == len(steps)
+    assert all(step.stats.hits + step.stats.misses for step in steps)
 
 
 def test_slots_that_are_set_aside_are_not_computed_from(engine: Engine) -> None:

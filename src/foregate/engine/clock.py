@@ -14,11 +14,16 @@ class Clock:
     was a read waited for, but one that was needed was under way. ``now``: when the last call returned. One thread asks.
     """
 
-    __slots__ = ("_spans", "beside_ns", "now", "ns")
+    __slots__ = ("_away", "_spans", "beside_ns", "now", "ns")
 
     def __init__(self) -> None:
         self.ns = self.beside_ns = self.now = 0
         self._spans: list[tuple[int, int]] = []
+        self._away = (0, 0)
+
+    def away(self, since: int, until: int) -> None:
+        """The engine's user had control: what others compute meanwhile takes nobody's time."""
+        self._away = since, until
 
     def timed(self, product: Callable[..., Made], *args: object) -> Made:
         """``product(*args)``, its time added."""
@@ -33,7 +38,11 @@ class Clock:
         began = perf_counter_ns()
         before, computed = self.ns, end()
         self.now = perf_counter_ns()
-        self._add(since, min(began, since + computed))
+        last, (left, back) = min(began, since + computed), self._away
+        if since < back:
+            self._add(since, max(since, min(last, left)))
+            since = min(last, back)
+        self._add(since, last)
         self._add(began, self.now)
         return (self.ns - before) * 1e-9
 

@@ -25,7 +25,7 @@ from foregate.checkpoint.anatomy import MoeAnatomy
 from foregate.engine import attention
 from foregate.engine.attention_block import same
 from foregate.engine.clock import Clock
-from foregate.engine.decoder_layer import DecoderLayers, TrialExperts, agreed
+from foregate.engine.decoder_layer import DecoderLayers, Layer, TrialExperts, agreed
 from foregate.engine.dense import native_linear
 from foregate.engine.kv_room import RoomyLayer, make_room
 from foregate.engine.norms import native_norm
@@ -49,6 +49,7 @@ class DecodeStep:
         self, model: PreTrainedModel, layers: DecoderLayers, parts: Sequence[MoeAnatomy], clock: Clock
     ) -> None:
         self.layers, self.ready = layers.layers, False
+        self._ahead: _Ahead | None = None
         if not _is_plain(model):
             return
         base: Any = model.model
@@ -69,7 +70,6 @@ class DecodeStep:
         self._routed: bool | None = None
         """What the next layer has said, if it has begun."""
         self._logits: Tensor | None = None
-        self._ahead: _Ahead | None = None
         self.ready = agreed(partial(self._tried, model, parts))
 
     def _tried(self, model: PreTrainedModel, parts: Sequence[MoeAnatomy]) -> bool:
@@ -81,6 +81,7 @@ class DecodeStep:
     def close(self) -> None:
         """From now on the model's own forward."""
         self.ready = False
+        self.forget()
 
     def begin(self) -> None:
         """A text begins: look at everything again. Later only hooks are noticed, by the number that torch gives each:
@@ -91,8 +92,10 @@ class DecodeStep:
             self._positions.forget()
 
     def forget(self) -> None:
-        """What ``go_ahead`` has begun will not be asked for."""
-        self._ahead = None
+        """What ``go_ahead`` has begun will not be asked for. From any thread."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.layer.kernel.drop_residents()
 
     def go_ahead(self, token: int, past: Any) -> None:
         """Begin what a call for these will go on with if it comes next: the first layer up to its router, and what that
@@ -104,20 +107,28 @@ class DecodeStep:
         place, position = self._embedding.place(token), past.get_seq_length()
         routed = self._begun(0, place, self._positions.turns(position), past) if place else None
         if routed is not None:
-            self._ahead = _Ahead(token, past, position, layer.begun, routed)
+            self._ahead = _Ahead(token, past, position, layer, layer.begun, routed)
+            layer.kernel.leave_residents()
 
     def _gone_ahead(self, token: int, past: Any, position: int) -> bool | None:
         """What the first layer has said to this token, if it has begun and nobody has used it since."""
-        ahead, layer = self._ahead, self._decoders[0][1]
-        if ahead is None or layer is None or layer.signals.early or ahead.past is not past:
+        ahead = self._ahead
+        if ahead is None:
             return None
-        same = (ahead.token, ahead.position, ahead.begun) == (token, position, layer.begun)
-        return ahead.routed if same else None
+        same = (ahead.token, ahead.position, ahead.begun) == (token, position, ahead.layer.begun)
+        if not same or ahead.past is not past or ahead.layer.signals.early:
+            self.forget()
+            return None
+        self._ahead = None
+        return ahead.routed
 
     def __call__(self, token: int, past: Any) -> Tensor | None:
         """Logits [V] after ``token``, which ``past`` then holds, overwritten by the next; None, and nothing done, where
         something is unusual."""
-        return self.logits(token, past) if self.suits(past) else None
+        if self.suits(past):
+            return self.logits(token, past)
+        self.forget()
+        return None
 
     def suits(self, past: Any) -> bool:
         """Whether nothing is unusual."""
@@ -135,7 +146,6 @@ class DecodeStep:
         position = past.get_seq_length()
         turns = self._positions.turns(position)
         self._routed, self._logits = self._gone_ahead(token, past, position), None
-        self.forget()
         x = self._embedding(token)
         for number, (decoder, layer) in enumerate(self._decoders):
             routed, self._routed = self._routed, None
@@ -158,11 +168,13 @@ class DecodeStep:
 
     def _go_on(self, last: DecoderLayer, number: int, turns: Turns | None, past: DynamicCache) -> None:
         """What follows the experts of a layer: layer ``number`` up to its router, or what is after the last. Whoever is
-        asked before attention must not be asked before all is said of the layer before."""
-        if number == len(self._decoders):
-            self._logits = self._told(last.hidden)
-        elif not self.layers[0].signals.early:
+        asked before attention must not be asked before all is said of the layer before; listeners are told in order."""
+        if self.layers[0].signals.early:
+            return
+        if number < len(self._decoders):
             self._routed = self._begun(number, last.hidden_at, turns, past)
+        else:
+            self._logits = self._told(last.hidden)
 
     def _told(self, x: Tensor) -> Tensor:
         if self._native is not None:
@@ -180,11 +192,12 @@ class DecodeStep:
 
 @dataclass(frozen=True, slots=True)
 class _Ahead:
-    """What ``go_ahead`` was told, where ``past`` ended then, how often its layer had begun, and what that said."""
+    """What ``go_ahead`` was told, where ``past`` ended then, how often ``layer`` had begun, and what that said."""
 
     token: int
     past: Any
     position: int
+    layer: Layer
     begun: int
     routed: bool
 
@@ -209,6 +222,8 @@ class _Embedding:
         """Where that lies in memory; 0 where it does not."""
         table = self._parameters.get("weight") if self._plain else None
         if table is None or table.dtype is not torch.bfloat16 or not table.is_contiguous():
+            return 0
+        if not 0 <= token < len(table):
             return 0
         return table.data_ptr() + 2 * table.shape[1] * token
 

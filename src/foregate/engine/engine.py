@@ -157,7 +157,7 @@ class Engine:
         """Logits [T, V] of ``ids``, read as a prompt."""
         self._check(ids)
         with self._guarded():
-            self._begin_prefill()
+            self.runtime.begin_prefill()
             parts = [out.logits[0] for out in self._chunks(ids, keep=0)]
             self.runtime.end_prefill()
         return torch.cat(parts)
@@ -308,9 +308,9 @@ class Engine:
             decode_staging=self.staging.slots,
             clock=self.dense.clock,
             early=self.layers.watch(where, self.pool.slots, self.checkpoint.layout_of),
+            forget=self.step.forget,
             **(self._extra if config.lossy else {}),
         )
-        self.step.forget()
         self._meter = Meter(self.cache, self.transfer, self.pipeline, self.prefetcher, self.dense.clock)
         install(self.runtime, self._modules)
 
@@ -391,17 +391,21 @@ class Engine:
                 logits, past = self._forward(ids, past, len(prompt_ids) + index - 1, phase)
             token = sampler.choose(logits)
             finish = FinishReason.STOP if token in stop else FinishReason.LENGTH if index == room - 1 else None
+            if finish:
+                self.runtime.finish()
+            elif phase is Phase.DECODE:
+                self._go_ahead(token, past)
             if phase is Phase.DECODE:
-                if finish is None:
-                    self._go_ahead(token, past)
                 self._inform(self.prefetcher.controller)
             text = "" if finish is FinishReason.STOP else detokenizer.add(token)
             if finish:
                 text += detokenizer.flush()
-                self.runtime.finish()
-            yield reporter.step(token, text, phase, began, finish)
+            step = reporter.step(token, text, phase, began, finish, self._meter.last)
+            left = perf_counter_ns()
+            yield step
             if finish:
                 return
+            self.dense.clock.away(left, perf_counter_ns())
             ids = [token]
 
     @torch.inference_mode()
@@ -410,7 +414,7 @@ class Engine:
             self.events.emit(PassBegan(perf_counter_ns(), phase, position - len(ids) + 1, len(ids)))
         began = perf_counter()
         if phase is Phase.PREFILL:
-            self._begin_prefill()
+            self.runtime.begin_prefill()
             *_, out = self._chunks(ids, keep=1)
             make_room(out.past_key_values)
             self.runtime.end_prefill()
@@ -432,10 +436,6 @@ class Engine:
         if not self.events.on:
             with self._guarded(), self.dense.decode():
                 self.step.go_ahead(token, past)
-
-    def _begin_prefill(self) -> None:
-        self.step.forget()
-        self.runtime.begin_prefill()
 
     def _chunks(self, ids: list[int], *, keep: int) -> Iterator[Any]:
         """The forwards that read ``ids`` as a prompt, one chunk after another over one KV cache."""

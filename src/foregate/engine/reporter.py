@@ -11,7 +11,7 @@ from foregate.engine.memory import rss_peak
 from foregate.engine.meter import Meter
 from foregate.engine.report import RunReport
 from foregate.events import TokenMade, ns
-from foregate.types import FinishReason, GenerationStep, Phase
+from foregate.types import FinishReason, GenerationStep, Phase, StepStats
 
 if TYPE_CHECKING:
     from foregate.engine.engine import Engine
@@ -27,10 +27,11 @@ class Reporter:
         self._departed = copy(engine.deviation)
         meter.lap()
 
-    def step(self, token: int, text: str, phase: Phase, began: float, finish: FinishReason | None) -> GenerationStep:
-        """The step that ends now, with the meter's last lap. ``began``: ``perf_counter`` at its start."""
+    def step(
+        self, token: int, text: str, phase: Phase, began: float, finish: FinishReason | None, stats: StepStats
+    ) -> GenerationStep:
+        """The step that ends now; ``stats``: the meter's lap. ``began``: ``perf_counter`` at its start."""
         # The consumer's own time between steps is not the engine's.
-        stats = self._meter.last
         stats.wall_s = perf_counter() - began
         step = GenerationStep(len(self.report.steps), token, text, phase, stats, finish)
         self.report.steps.append(step)

@@ -86,6 +86,7 @@ class ExpertRuntime(Speculation):
         decode_staging: int,
         clock: Clock,
         early: NDArray[np.int32] | None = None,
+        forget: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(predictor, prefetcher, signals)
         self.position = 0
@@ -100,6 +101,8 @@ class ExpertRuntime(Speculation):
         self._clock = clock
         self._early = np.zeros(1, np.int32) if early is None else early
         """Whether layers have what is resident begun before they say what they have chosen."""
+        self._forget = forget
+        """Has what was begun for the next token dropped: its experts may lose their slots."""
         signals.reached = self._reached
         self._informed = cache.policy if isinstance(cache.policy, RoutingAware) else None
         signals.listen(on=self._informed is not None)
@@ -128,9 +131,10 @@ class ExpertRuntime(Speculation):
         self._signals.early = listened or moment is Moment.BEFORE_ATTENTION
         self._signals.late = listened or moment is Moment.AFTER_ATTENTION
         # Who is asked before the choice is told may change what lies where.
-        self._early[0] = not self._signals.late and not self._computes_less
-        if not self._early[0]:
-            kernels.drop_begun_experts()
+        early = not self._signals.late and not self._computes_less
+        if early != self._early[0]:
+            self._forget()
+            self._early[0] = early
         self._beginning = beginning(self.predictor) if moment is Moment.AFTER_ROUTING else None
         controller = self._prefetcher.controller
         controller.begin_step()
@@ -138,7 +142,7 @@ class ExpertRuntime(Speculation):
         if controller.speculating:
             wanted = controller.staging(reach(self.predictor), self._decode_staging)
         if wanted != self._cache.staging:
-            kernels.drop_begun_experts()  # of the first layer, which may lose its slots
+            self._forget()
             self._cache.set_staging(wanted)
         if self._events.on:
             decided, speculating = controller.decision, controller.speculating
@@ -148,6 +152,7 @@ class ExpertRuntime(Speculation):
     def let_go(self) -> None:
         """Nobody predicts or computes for this any more."""
         self._early[0] = 0
+        self._forget()
         self.drop_begun()
         kernels.drop_begun_experts()
 
@@ -159,6 +164,7 @@ class ExpertRuntime(Speculation):
 
     def forward(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Output [T, D] of MoE layer ``layer`` for ``x`` [T, D], routed to ``index`` [T, k] with ``weights`` [T, k]."""
+        self._forget()
         step = self._routed(layer, *_numbers(index, weights))
         if _few(index):
             return self._gather(layer, module, x, index, weights, step)

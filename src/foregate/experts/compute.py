@@ -151,7 +151,8 @@ def at_the_end(
 
 
 def _end_begun(kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int], begun: int) -> int:
-    computed = kernel.end_experts()
+    residents = kernel.residents if begun > 0 else None
+    computed = kernel.end_experts(0 if residents is None else residents.number)
     left = [i for i, row in enumerate(rows) if computed < 0 or not begun >> row & 1]
     if left:
         experts_of(kernel, module, [weights[i] for i in left], [rows[i] for i in left])

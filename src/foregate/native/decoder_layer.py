@@ -137,10 +137,20 @@ class DecoderLayer:
         has begun must be ended; until then the experts stay as they are, and nobody looks at ``choice.parts``."""
         return self._ask(self._begin, experts, rows, hidden)
 
-    def end_experts(self) -> int:
+    def end_experts(self, number: int = 0) -> int:
         """Compute with the others what is left of what has begun: for how many nanoseconds anybody had until now.
-        Negative, and nothing done, where that was dropped."""
-        return self._end(0)
+        Negative, and nothing done, where that was dropped. ``number``: of ``residents``; 0: by ``begin_experts``."""
+        return self._end(number)
+
+    def leave_residents(self) -> None:
+        """Nobody is sure to end what of ``residents`` has begun: others may have the threads for something else."""
+        if self.residents is not None and self.residents.begun:
+            called("foregate_experts_leave", 1)(self.residents.number)
+
+    def drop_residents(self) -> None:
+        """Whoever would end what of ``residents`` has begun will find it dropped. From any thread."""
+        if self.residents is not None and self.residents.begun:
+            called("foregate_experts_drop", 1)(self.residents.number)
 
     def _ask(self, run: Callable[..., int], experts: Sequence[int], rows: Sequence[int], hidden: int) -> bool:
         count, places = len(experts), self._expert_places

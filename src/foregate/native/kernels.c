@@ -866,9 +866,9 @@ static struct {
     arena memory; /* not that of a thread: other calls come in between */
     int threads, forks;
     int64_t busy; /* as pool_busy was */
-    _Atomic int open;
+    _Atomic int64_t number;
     pthread_t owner;
-} begun; /* by whoever has claimed the pool */
+} begun; /* by whoever has claimed the pool, and left it */
 
 static void swap_memory(void) {
     arena mine = scratch;
@@ -882,8 +882,7 @@ enum { NOBODY = 5 };
  * and nothing done, where there is no other thread or it has something to do. Experts and outs[i] stay where they are. */
 int foregate_experts_begin(const expert *const *experts, void *const *outs, int64_t count, int64_t hidden,
                            const void *x, int64_t inputs, int64_t width, int64_t dtype, int64_t threads) {
-    /* what a child of this process has inherited is its parent's, until it is ended or dropped */
-    const int there = atomic_load(&begun.open) ? 0 : pool_claim((int)threads);
+    const int there = pool_claim((int)threads);
     if (!there)
         return NOBODY;
     begun.threads = there;
@@ -897,26 +896,45 @@ int foregate_experts_begin(const expert *const *experts, void *const *outs, int6
     begun.owner = pthread_self();
     begun.forks = atomic_load(&forks);
     begun.busy = pool_busy();
-    atomic_store(&begun.open, 1);
+    atomic_fetch_add(&begun.number, 1);
     const gated_all *first = &begun.experts.first;
     pool_hand_out(gated_all_chunk, (void *)first, first->chunks * begun.experts.count, begun.threads);
+    pool_keep();
     return 0;
 }
 
 static int as_int(int64_t ns) { return ns < 0 ? 0 : ns < INT_MAX ? (int)ns : INT_MAX; }
 
-static int mine(void) { return atomic_load(&begun.open) && pthread_equal(begun.owner, pthread_self()); }
+/* Whether what has begun is that of this number, or for 0 of this thread. */
+static int is_begun(int64_t number) {
+    return number ? number == atomic_load(&begun.number) : pthread_equal(begun.owner, pthread_self());
+}
+
+static int take_back(int64_t number) {
+    if (!is_begun(number) || !pool_return())
+        return 0;
+    if (is_begun(number))
+        return 1;
+    pool_keep(); /* that was another */
+    return 0;
+}
+
+/* Nobody is sure to end what has begun, of this `number`: from now on others may use the pool. */
+int foregate_experts_leave(int64_t number) {
+    if (is_begun(number))
+        pool_leave();
+    return 0;
+}
 
 static void run_alone(chunk_fn fn, void *context, int chunks) {
     for (int chunk = 0; chunk < chunks; chunk++)
         fn(context, chunk);
 }
 
-/* After a foregate_experts_begin that answered 0, once. For how many ns anybody has computed since; -1, and nothing done,
- * where what had begun was dropped. */
-int foregate_experts_end(int64_t nothing) {
-    (void)nothing;
-    if (!mine())
+/* After a foregate_experts_begin that answered 0, once: of this `number` (`residents`), or for 0 the last of this thread.
+ * For how many ns anybody has computed since; -1, and nothing done, where what had begun was dropped. */
+int foregate_experts_end(int64_t number) {
+    if (!take_back(number))
         return -1;
     gated_all *first = &begun.experts.first;
     product_all *second = &begun.experts.second;
@@ -931,27 +949,21 @@ int foregate_experts_end(int64_t nothing) {
     swap_memory();
     if (forked) {
         run_alone(product_all_chunk, second, second->chunks * begun.experts.count);
-        atomic_store(&begun.open, 0);
-        return computed;
+    } else {
+        pool_hand_out(product_all_chunk, second, second->chunks * begun.experts.count, begun.threads);
+        pool_run_rest();
     }
-    pool_hand_out(product_all_chunk, second, second->chunks * begun.experts.count, begun.threads);
-    pool_run_rest();
-    atomic_store(&begun.open, 0);
     pool_release();
     return computed;
 }
 
-/* What this thread has begun, if it was kept from its end, is over: experts and outputs are nobody's any more. */
-int foregate_experts_drop(int64_t nothing) {
-    (void)nothing;
-    if (!mine())
+/* What has begun, `number` as above, is over, if it was kept from its end: experts and outputs are nobody's any more. */
+int foregate_experts_drop(int64_t number) {
+    if (!take_back(number))
         return 0;
-    const int forked = begun.forks != atomic_load(&forks);
-    if (!forked)
+    if (begun.forks == atomic_load(&forks))
         pool_run_rest();
-    atomic_store(&begun.open, 0);
-    if (!forked)
-        pool_release();
+    pool_release();
     return 0;
 }
 

@@ -41,9 +41,9 @@ ACTIVATIONS = {torch.bfloat16: BF16, torch.float32: F32}
 FUNCTIONS = tuple(
     f"foregate_{name}"
     for name in (
-        "expert", "experts", "experts_begin", "experts_end", "experts_drop", "helped", "linear", "rms_norm",
-        "combine", "attend", "qkv", "attend_out", "attention", "expand", "rank", "route", "layer", "layer_settle",
-        "layer_out", "head", "best", "read", "kernels",
+        "expert", "experts", "experts_begin", "experts_end", "experts_leave", "experts_drop", "helped", "linear",
+        "rms_norm", "combine", "attend", "qkv", "attend_out", "attention", "expand", "rank", "route", "layer",
+        "layer_settle", "layer_out", "head", "best", "read", "kernels",
     )
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ typedef struct {
     const int32_t *on;            /* whether to begin any */
     int64_t hidden;
     uint64_t begun; /* bit i: the i-th of the chosen has been */
+    int64_t number; /* of what was begun */
 } residents;
 
 typedef struct {
@@ -31,7 +32,7 @@ static int refuse_layer(const decoder_layer *l) {
 }
 
 /* Have the chosen that are resident computed by other threads, until foregate_experts_end: which of them. */
-static uint64_t begin_residents(const decoder_layer *l, const residents *r, int threads) {
+static uint64_t begin_residents(const decoder_layer *l, residents *r, int threads) {
     const expert *found[MOST_EXPERTS];
     void *outs[MOST_EXPERTS];
     uint64_t which = 0;
@@ -46,6 +47,7 @@ static uint64_t begin_residents(const decoder_layer *l, const residents *r, int 
     }
     if (!count || foregate_experts_begin(found, outs, count, r->hidden, l->routed, n, n, BF16, threads))
         return 0;
+    r->number = atomic_load(&begun.number);
     return which;
 }
 
@@ -97,7 +99,7 @@ int foregate_layer_settle(const decoder_layer *l, const uint16_t *logits, const 
             return 1;
     for (int i = 0; i < l->top && l->there; i++)
         if (l->there->begun >> i & 1 && ids[i] != l->ids[i]) { /* equal ones in another order */
-            foregate_experts_drop(0);
+            foregate_experts_drop(l->there->number);
             l->there->begun = 0;
         }
     const int begun = l->there && l->there->begun;

@@ -32,6 +32,13 @@ static void pool_run_rest(void);
 static int64_t pool_busy(void);
 static void pool_release(void);
 
+/* Whoever has handed out goes on with something else, and comes back: whether the pool is still its own. It is, unless it
+ * has left in between, so that nobody is sure of its return: then whoever needs the pool takes it once those chunks have
+ * run. */
+static void pool_keep(void);
+static void pool_leave(void);
+static int pool_return(void);
+
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -50,6 +57,7 @@ typedef struct {
 
 static struct {
     _Atomic int in_use; /* by the caller of the running job */
+    _Atomic int kept;   /* by a caller that is away: HELD or LEFT */
     _Atomic int workers;
     chunk_fn fn;
     void *context;
@@ -61,6 +69,8 @@ static struct {
     _Atomic int64_t busy, busy_since; /* for how many ns any has, without the time since the first of those began */
     span spans[MAX_THREADS];
 } pool;
+
+enum { HELD = 1, LEFT };
 
 enum { NOTHING, BEING_POSTED, WAITING, RUNNING, DONE };
 
@@ -159,8 +169,10 @@ static void *worker(void *argument) {
     return NULL;
 }
 
-static void in_forked_child(void) { /* no worker came along, and nobody holds the lock */
-    atomic_store(&pool.in_use, 0);
+static void in_forked_child(void) { /* no worker came along, and nobody holds the lock but one who has left */
+    if (atomic_load(&pool.kept))
+        atomic_store(&pool.kept, LEFT);
+    atomic_store(&pool.in_use, atomic_load(&pool.kept) != 0);
     pool.workers = 0;
     atomic_store(&pool.sleepers, 0);
     atomic_store(&pool.pending, 0);
@@ -230,12 +242,32 @@ static void start(chunk_fn fn, void *context, int chunks, int threads) {
     call_workers(pool.workers);
 }
 
+static int kept_becomes(int from, int to) { return atomic_compare_exchange_strong(&pool.kept, &from, to); }
+
+static void pool_keep(void) { atomic_store(&pool.kept, HELD); }
+
+static void pool_leave(void) { kept_becomes(HELD, LEFT); }
+
+static int pool_return(void) { return kept_becomes(HELD, 0) || kept_becomes(LEFT, 0); }
+
+/* The pool, if nobody uses it. */
+static int seize(void) {
+    if (!atomic_exchange(&pool.in_use, 1))
+        return 1;
+    if (atomic_load(&pool.pending) || !kept_becomes(LEFT, 0))
+        return 0;
+    if (!atomic_load(&pool.pending))
+        return 1;
+    atomic_store(&pool.kept, LEFT); /* that was another job already */
+    return 0;
+}
+
 static void pool_run(chunk_fn fn, void *context, int chunks, int threads) {
     if (threads > MAX_THREADS)
         threads = MAX_THREADS;
     if (threads > chunks)
         threads = chunks;
-    if (threads <= 1 || atomic_exchange(&pool.in_use, 1)) { /* in use by another thread: alone, same result */
+    if (threads <= 1 || !seize()) { /* in use by another thread: alone, same result */
         for (int chunk = 0; chunk < chunks; chunk++)
             fn(context, chunk);
         return;
@@ -250,7 +282,7 @@ static void pool_run(chunk_fn fn, void *context, int chunks, int threads) {
 static void pool_release(void) { atomic_store(&pool.in_use, 0); }
 
 static int pool_claim(int threads) {
-    if (threads <= 1 || atomic_exchange(&pool.in_use, 1))
+    if (threads <= 1 || !seize())
         return 0;
     threads = hire(threads < MAX_THREADS ? threads : MAX_THREADS);
     if (threads <= 1)

@@ -21,6 +21,7 @@ class _Residents(ctypes.Structure):
         ("on", c_void_p),
         ("hidden", c_int64),
         ("begun", c_uint64),
+        ("number", c_int64),
     ]
 
 
@@ -35,7 +36,7 @@ class Residents:
     ) -> None:
         self._kept = slots, experts, on
         self._experts = experts
-        self._told = _Residents(slots.ctypes.data, experts.ctypes.data, on.ctypes.data, hidden, 0)
+        self._told = _Residents(slots.ctypes.data, experts.ctypes.data, on.ctypes.data, hidden)
         self.at = ctypes.addressof(self._told)
         self.hidden = hidden
 
@@ -43,6 +44,12 @@ class Residents:
     def begun(self) -> int:
         """Bit i: the i-th of the chosen was begun when the layer was called last."""
         found: int = self._told.begun
+        return found
+
+    @property
+    def number(self) -> int:
+        """Of what was begun: nobody else ends it."""
+        found: int = self._told.number
         return found
 
     def tell(self, slot: int, at: int) -> None:

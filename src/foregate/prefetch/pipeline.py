@@ -72,9 +72,9 @@ class Pipeline:
                 self._request(missing, flight)
             since, waited, self.read_beside = perf_counter_ns() if flight else 0, self.stats.stall_s, None
             self._serve_all(ready, compute, together, partial(self._look_ahead, layer, predict()))
+            self._cache.unpin(ready)
+            pinned.difference_update(ready)
             if flight or missing:
-                self._cache.unpin(ready)
-                pinned.difference_update(ready)
                 self._serve_absent(flight, missing, compute, pinned)
             if then is not None:
                 then()
