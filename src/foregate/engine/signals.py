@@ -132,7 +132,7 @@ class ModelSignals:
     def routed(self, step: RoutingStep, given: NDArray[np.float32] | None = None) -> NDArray[np.float32] | None:
         """Scores [T, E] that this layer's router has just given; None where it gives none that explain its choice.
 
-        ``given``: they are at hand, until this layer is called for the next token, which may be before this one is shown.
+        ``given``: they are at hand, until this layer is called for the next token (it may be before this one is shown).
         """
         if given is not None:
             return None if step.layer in self._unexplained else given
