@@ -113,3 +113,14 @@ def test_a_prompt_of_two_thousand_tokens_stays_inside_budget_dense_and_overhead(
     assert found["limit_bytes"] == found["dense_bytes"] + found["budget_bytes"] + found["overhead_bytes"]
     assert found["budget_bytes"] * 4 <= found["experts_bytes"]
     assert found["resident_bytes_peak"] <= found["budget_bytes"]
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_a_directory_that_is_no_cgroup_limits_nothing_and_says_so(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr("foregate.testing.cgroup.ROOT", tmp_path)
+    with pytest.raises(ForegateError, match=f"cgroup {kind} cannot limit memory here"), confined(Limits(1 << 30), kind):
+        pytest.fail("ran without a limit")
+    assert not [*tmp_path.glob("foregate-*"), *tmp_path.glob("memory/*")]

@@ -141,7 +141,10 @@ def _sweep(root: Path) -> None:
 
 
 def _limit_memory(group: Path, kind: str, limit_bytes: int) -> None:
-    (group / ("memory.limit_in_bytes" if kind == "v1" else "memory.max")).write_text(str(limit_bytes))
+    most = group / ("memory.limit_in_bytes" if kind == "v1" else "memory.max")
+    if not most.exists():  # where no such hierarchy is mounted, writing would make a plain file
+        raise ForegateError(f"cgroup {kind} cannot limit memory here: {most.parent.parent} gives no {most.name}")
+    most.write_text(str(limit_bytes))
     file = group / ("memory.memsw.limit_in_bytes" if kind == "v1" else "memory.swap.max")
     if file.exists():
         file.write_text(str(limit_bytes if kind == "v1" else 0))
