@@ -61,7 +61,8 @@ class DecodeStep:
         self._norm: Any = base.norm
         self._head: Any = model.lm_head
         norm, head = native_norm(base.norm), native_linear(model.lm_head)
-        self._native = Head(norm, head) if norm is not None and head is not None else None
+        kept = [*model.lm_head.parameters(), *model.lm_head.buffers()]
+        self._native = Head(norm, head, kept) if norm is not None and head is not None else None
         self._clock = clock
         self._embedding = _Embedding(base.embed_tokens)
         around = [model, base, base.embed_tokens, self._norm, base.rotary_emb, self._head, base.layers, *base.layers]
@@ -101,7 +102,7 @@ class DecodeStep:
         """Begin what a call for these will go on with if it comes next: the first layer up to its router, and what that
         has begun. Nothing that lasts is changed. Nobody is asked before attention then: it would be too soon."""
         self.forget()
-        layer = self._decoders[0][1] if self.suits(past) else None
+        layer = self._decoders[0][1] if self._suits(past) else None
         if layer is None or layer.signals.early:
             return
         place, position = self._embedding.place(token), past.get_seq_length()
@@ -125,12 +126,12 @@ class DecodeStep:
     def __call__(self, token: int, past: Any) -> Tensor | None:
         """Logits [V] after ``token``, which ``past`` then holds, overwritten by the next; None, and nothing done, where
         something is unusual."""
-        if self.suits(past):
+        if self._suits(past):
             return self.logits(token, past)
         self.forget()
         return None
 
-    def suits(self, past: Any) -> bool:
+    def _suits(self, past: Any) -> bool:
         """Whether nothing is unusual."""
         if not self.ready or not self.layers or not attention.is_on():
             return False

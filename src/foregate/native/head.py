@@ -7,6 +7,7 @@ Shapes: D hidden, V vocabulary.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_void_p
 
 import torch
@@ -25,16 +26,17 @@ class _Head(ctypes.Structure):
 
 
 class Head:
-    """``norm`` (weight [D], epsilon), then ``head`` [V, D], whose weights the caller keeps.
+    """``norm`` (weight [D], epsilon), then ``head`` [V, D], which lies in ``tensors``.
 
     ``logits`` [V] (bf16) is what a call fills: the next token overwrites it.
     """
 
-    def __init__(self, norm: Norm, head: Matrix) -> None:
+    def __init__(self, norm: Norm, head: Matrix, tensors: Sequence[Tensor]) -> None:
         weight, small = norm
         self.logits = torch.zeros(head.rows, dtype=torch.bfloat16)
-        self._kept = weight, torch.zeros(len(weight), dtype=torch.bfloat16)
-        places = self._kept[1].data_ptr(), self.logits.data_ptr()
+        normed = torch.zeros(len(weight), dtype=torch.bfloat16)
+        self._kept = weight, normed, *tensors
+        places = normed.data_ptr(), self.logits.data_ptr()
         self._head = _Head(HeadNorm(weight.data_ptr(), len(weight), small), head, *places)
         self._at = ctypes.addressof(self._head)
         self._run = called("foregate_head", 3)
