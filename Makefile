@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: leaderboard studies demo test fast slow vllm-test rivals rivals-test cgroup traces sample notebook gallery reference frontend clean
+.PHONY: leaderboard studies demo test fast slow vllm-test rivals rivals-test cgroup cgroup-vm traces sample notebook gallery reference frontend clean
 
 demo: $(VENV)/.installed  ## The main job: the built-in model under a quarter of its expert bytes.
 	$(BIN)/foregate run reference --memory-budget 25% --max-new-tokens 96 --stats \
@@ -22,6 +22,9 @@ slow: $(VENV)/.installed  ## The long tests (minutes).
 cgroup: $(VENV)/.installed  ## Several gigabytes of experts, four times the budget, under a hard memory limit. Needs root.
 	$(BIN)/python -m foregate.testing.cgroup_run --dir $(OUT)/large --gigabytes 4
 	$(BIN)/python -m foregate.testing.cgroup_run --dir $(OUT)/large --gigabytes 4 --prompt-tokens 2048 --tokens 4
+
+cgroup-vm: $(VENV)/.installed  ## The other kinds (v2, systemd-run) in a virtual machine (ten minutes). Needs root, qemu, mmdebstrap.
+	scripts/cgroup-vm $(OUT)/cgroup-vm
 
 traces: $(VENV)/.installed  ## Traces of the reference model, five domains (an hour; resumes). DATA=directory with gsm8k_test.jsonl, mmlu/
 	$(BIN)/python -m foregate.trace.make_traces --data-dir $(DATA) --out $(OUT)/traces

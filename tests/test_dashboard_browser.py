@@ -57,6 +57,10 @@ class Page:
         self.click("start")
         self.until(lambda: self.text("status") == f"finished: {tokens} tokens" and not self.session.running)
 
+    def drawn(self) -> None:
+        """Wait until what the last message changed is on the screen: the next frame but one."""
+        self.browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+
     def pixels(self) -> str:
         return str(self.browser.execute_script("return document.getElementById('map').toDataURL()"))
 
@@ -216,7 +220,11 @@ def test_reduced_motion_stands_still(page: Page, screenshots: Path) -> None:
     """Without motion a finished token's picture does not change any more."""
     page.picture(screenshots / "dashboard-still.png", motion="reduce")
     page.run(3)
-    pictures = {page.pixels() for _ in range(5)}
+    page.drawn()
+    pictures = set()
+    for _ in range(5):
+        pictures.add(page.pixels())
+        time.sleep(0.05)
     assert len(pictures) == 1
 
 

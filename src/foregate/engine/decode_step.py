@@ -27,9 +27,9 @@ from foregate.engine.attention_block import same
 from foregate.engine.clock import Clock
 from foregate.engine.decoder_layer import DecoderLayers, Layer, TrialExperts, agreed
 from foregate.engine.dense import native_linear
+from foregate.engine.experts_interface import in_interface, standing_in
 from foregate.engine.kv_room import RoomyLayer, make_room
 from foregate.engine.norms import native_norm
-from foregate.engine.runtime import in_interface, standing_in
 from foregate.engine.turns import Positions
 from foregate.engine.unchanged import Unchanged
 from foregate.native.decoder_layer import DecoderLayer, Turns

@@ -24,10 +24,10 @@ from transformers.cache_utils import DynamicCache
 from foregate.checkpoint.anatomy import MoeAnatomy
 from foregate.engine import attention, attention_block
 from foregate.engine.clock import Clock
+from foregate.engine.experts_interface import in_interface, standing_in
 from foregate.engine.kv_room import RoomyLayer, make_room
 from foregate.engine.norms import native_norm
 from foregate.engine.router import native_router, undecided
-from foregate.engine.runtime import in_interface, standing_in
 from foregate.engine.signals import ModelSignals
 from foregate.engine.unchanged import Unchanged
 from foregate.native import kernels

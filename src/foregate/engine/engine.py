@@ -24,6 +24,7 @@ from foregate.engine.decode_step import DecodeStep
 from foregate.engine.decoder_layer import DecoderLayers
 from foregate.engine.dense import DenseKernels
 from foregate.engine.deviation import Deviation
+from foregate.engine.experts_interface import install, uninstall
 from foregate.engine.kv_room import make_room
 from foregate.engine.lossy import MODES, LowPack, check_family, deviation_of
 from foregate.engine.memory import SlotPlan, Staging, keep_few_products, overhead, plan_slots, plan_staging
@@ -31,7 +32,6 @@ from foregate.engine.meter import Meter
 from foregate.engine.model import load_model, load_tokenizer, stop_ids, takes_logits_to_keep
 from foregate.engine.report import RunReport
 from foregate.engine.reporter import Reporter
-from foregate.engine.runtime import install, uninstall
 from foregate.engine.sampler import Sampler
 from foregate.engine.signals import ModelSignals
 from foregate.engine.text import Detokenizer, check_length, encode

@@ -6,18 +6,15 @@ Shapes: T tokens, k experts chosen, E experts, D hidden.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from foregate.engine.clock import Clock
 from foregate.engine.signals import ModelSignals
@@ -41,15 +38,11 @@ from foregate.prefetch.pipeline import Compute, Pipeline, Together
 from foregate.prefetch.prefetcher import Prefetcher
 from foregate.types import ExpertKey, ExpertLayout, Moment, Phase, RoutingStep
 
-IMPLEMENTATION = "foregate"
-"""Name under which the function is registered in transformers' ExpertsInterface."""
-
 GATHER_TOKENS = 8
 """Up to this many tokens the experts run in order of arrival and [T, k, D] holds their outputs; above, in ascending
 order into one fp32 sum. Chosen by T alone, never by residency: the order of accumulation is part of the result."""
 
 log = logging.getLogger("foregate")
-T = TypeVar("T")
 Floats = NDArray[np.float32]
 Product = Callable[[Sequence[Weights], Sequence[int]], None]
 """Writes what experts give to rows of a token's outputs."""
@@ -434,59 +427,3 @@ def _numbers(index: Tensor, weights: Tensor) -> tuple[NDArray[np.int64], Floats]
 
 def _few(index: Tensor) -> bool:
     return index.shape[0] <= GATHER_TOKENS
-
-
-def install(runtime: ExpertRuntime, modules: Sequence[nn.Module]) -> None:
-    """Point every expert module at ``runtime``, through transformers' own interface where the family uses it."""
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_function)
-    for layer, module in enumerate(modules):
-        module._foregate = (runtime, layer)  # type: ignore[assignment]
-        if in_interface(module):
-            module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
-        else:
-            _install_scaled(runtime, layer, module)
-
-
-@contextmanager
-def standing_in(module: nn.Module, experts: T) -> Iterator[T]:
-    """``experts``, with the ``forward`` of a runtime, computes for ``module``, one of transformers' interface."""
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_function)
-    config: Any = module.config
-    before = config._experts_implementation
-    config._experts_implementation = IMPLEMENTATION
-    module._foregate = (experts, 0)  # type: ignore[assignment]
-    try:
-        yield experts
-    finally:
-        config._experts_implementation = before
-        uninstall([module])
-
-
-def in_interface(module: nn.Module) -> bool:
-    """Whether transformers calls what is registered in place of ``module``."""
-    return hasattr(module, "_is_expert_parallel")
-
-
-def uninstall(modules: Sequence[nn.Module]) -> None:
-    """Take ``runtime`` off the modules again: the model does not keep an engine's pool alive."""
-    for module in modules:
-        module.__dict__.pop("_foregate", None)
-        module.__dict__.pop("forward", None)
-
-
-def _experts_function(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    runtime, layer = self._foregate
-    result: Tensor = runtime.forward(layer, self, hidden_states, top_k_index, top_k_weights)
-    return result
-
-
-def _install_scaled(runtime: ExpertRuntime, layer: int, module: Any) -> None:
-    """Llama 4 is outside the interface: give the instance the flags of its layout and a forward of ours."""
-
-    def apply_gate(gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        gated: Tensor = up * module.act_fn(gate)
-        return gated
-
-    module.is_transposed, module._apply_gate = True, apply_gate
-    module.forward = lambda hidden_states: runtime.forward_scaled(layer, module, hidden_states)

@@ -137,12 +137,13 @@ def _run(
     transfer: Transfer, keys: Iterator[ExpertKey], slots: int, nbytes: int, expert_bytes: int
 ) -> tuple[float, float]:
     """(GB/s, processor milliseconds per GB) of reading about ``nbytes``."""
-    began, cpu = perf_counter(), _cpu_s()
+    began, cpu = perf_counter(), cpu_s()
     gigabytes = drive(transfer, keys, slots, max(1, nbytes // expert_bytes)) * expert_bytes / 1e9
-    return gigabytes / (perf_counter() - began), (_cpu_s() - cpu) * 1e3 / gigabytes
+    return gigabytes / (perf_counter() - began), (cpu_s() - cpu) * 1e3 / gigabytes
 
 
-def _cpu_s() -> float:
+def cpu_s() -> float:
+    """Processor time of this process so far, kernel included."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 

@@ -87,7 +87,7 @@ def confined(limits: Limits, kind: str = "auto") -> Iterator[Box]:
     """A box with ``limits``, gone afterwards.
 
     Raises ConfigError for an unknown kind, ForegateError where memory cannot be limited here, or reads cannot be
-    throttled.
+    throttled, or no longer were at the end.
     """
     if kind not in KINDS:
         raise ConfigError(f"cgroup kind {kind!r} is not one of: {', '.join(KINDS)}")
@@ -95,7 +95,9 @@ def confined(limits: Limits, kind: str = "auto") -> Iterator[Box]:
     if chosen is None:
         raise ForegateError("no way to limit memory here: neither a writable cgroup nor systemd-run")
     if chosen == "systemd-run":
-        yield Box((), _systemd(limits))
+        prefix = _systemd(limits)
+        _prove(prefix, limits)
+        yield Box((), prefix)
         return
     with _group(chosen, "memory", lambda group: _limit_memory(group, chosen, limits.memory_bytes)) as memory:
         if limits.read_bps is None:
@@ -103,6 +105,7 @@ def confined(limits: Limits, kind: str = "auto") -> Iterator[Box]:
         elif chosen == "v2":
             _throttle(memory, "v2", limits)
             yield Box([memory])
+            _still(memory, limits)
         else:
             with _group("v1", "blkio", lambda group: _throttle(group, "v1", limits)) as blkio:
                 yield Box([memory, blkio])
@@ -114,6 +117,51 @@ def _systemd(limits: Limits) -> list[str]:
     if limits.read_bps is not None:
         properties += ["-p", f"IOReadBandwidthMax={_throttled_path(limits)} {limits.read_bps}"]
     return ["systemd-run", *user, "--scope", "--quiet", "--collect", *properties, "--"]
+
+
+def _prove(prefix: Sequence[str], limits: Limits) -> None:
+    """Raise ForegateError unless a command behind ``prefix`` is limited: a user's systemd passes by what it may not."""
+    command = [*prefix, "sh", "-c", "echo inside; read _"]
+    pipe = subprocess.PIPE
+    try:
+        with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as probe:
+            assert probe.stdout is not None
+            inside = probe.stdout.readline()
+            memory, throttles = _limit_of(probe.pid), _throttles_of(probe.pid)
+            _, said = probe.communicate("\n")
+    except OSError as error:
+        raise ForegateError(f"{prefix[0]} cannot be run: {error.strerror}") from error
+    if not inside:
+        raise ForegateError(f"systemd-run: {(said.splitlines() or [f'exit code {probe.returncode}'])[0]}")
+    if memory is None or memory > limits.memory_bytes:
+        raise ForegateError("systemd-run cannot limit memory here: its scope has no such limit")
+    if limits.read_bps is not None and str(limits.read_bps) not in throttles:
+        raise ForegateError("reads cannot be throttled: systemd-run does not do it here (a user's needs Delegate=io)")
+
+
+def _group_of(pid: int, controller: str) -> Path:
+    """The group that limits process ``pid``: that of a version 1 controller, or the unified one."""
+    groups = [line.split(":", 2)[1:] for line in _read(Path(f"/proc/{pid}/cgroup")).splitlines()]
+    for controllers, path in groups:
+        if controller in controllers.split(","):
+            return ROOT / controller / path[1:]
+    return ROOT / next((path[1:] for controllers, path in groups if not controllers), "")
+
+
+def _limit_of(pid: int) -> int | None:
+    group = _group_of(pid, "memory")
+    text = (_read(group / "memory.max") or _read(group / "memory.limit_in_bytes")).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _throttles_of(pid: int) -> str:
+    return _read(_group_of(pid, "io") / "io.max") + _read(_group_of(pid, "blkio") / "blkio.throttle.read_bps_device")
+
+
+def _still(group: Path, limits: Limits) -> None:
+    """Raise ForegateError where systemd, whose the controllers are, has taken the throttle away meanwhile."""
+    if str(limits.read_bps) not in _read(group / "io.max"):
+        raise ForegateError("the throttle was lifted while it ran: systemd took io from its groups; try systemd-run")
 
 
 @contextmanager
@@ -141,6 +189,7 @@ def _sweep(root: Path) -> None:
 
 
 def _limit_memory(group: Path, kind: str, limit_bytes: int) -> None:
+    _hand_down(kind, "memory")
     most = group / ("memory.limit_in_bytes" if kind == "v1" else "memory.max")
     if not most.exists():  # where no such hierarchy is mounted, writing would make a plain file
         raise ForegateError(f"cgroup {kind} cannot limit memory here: {most.parent.parent} gives no {most.name}")
@@ -148,6 +197,14 @@ def _limit_memory(group: Path, kind: str, limit_bytes: int) -> None:
     file = group / ("memory.memsw.limit_in_bytes" if kind == "v1" else "memory.swap.max")
     if file.exists():
         file.write_text(str(limit_bytes if kind == "v1" else 0))
+
+
+def _hand_down(kind: str, controller: str) -> None:
+    """Let version 2's top groups have ``controller``: systemd does so for those alone that one of its units needs."""
+    control = ROOT / "cgroup.subtree_control"
+    if kind == "v2" and control.exists() and controller not in _read(control).split():
+        with suppress(OSError):  # then the group has no such file, which is told there
+            control.write_text(f"+{controller}")
 
 
 def _throttle(group: Path, kind: str, limits: Limits) -> None:
@@ -159,6 +216,7 @@ def _throttle(group: Path, kind: str, limits: Limits) -> None:
         if kind == "v1"
         else ("io.max", f"{number} rbps={limits.read_bps}")
     )
+    _hand_down(kind, "io")
     try:
         (group / name).write_text(line)
     except OSError as error:

@@ -114,10 +114,10 @@ class Calibrator:
             index, weights = found
             outputs = output.reshape(-1, len(index), output.shape[-1]).float()  # [E, T, D]
             self._given[number] = outputs.sum(0)
-            token, rank = torch.where(index >= 0)
-            experts = index[token, rank]
+            token = torch.arange(len(index), device=index.device).repeat_interleave(index.shape[1])
+            experts = index.flatten()
             self.sums[number].index_add_(0, experts, outputs[experts, token])
-            self.counts[number].index_add_(0, experts, weights[token, rank].float())
+            self.counts[number].index_add_(0, experts, weights.flatten().float())
 
         return after
 
