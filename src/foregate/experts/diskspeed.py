@@ -22,7 +22,7 @@ from foregate.experts.native_transfer import NativeTransfer, Place, available
 from foregate.experts.slots import SlotPool
 from foregate.experts.transfer import ThreadedTransfer
 from foregate.interfaces import ExpertRead, Transfer
-from foregate.types import ALIGNMENT, ExpertKey, ExpertLayout, align_up
+from foregate.types import ExpertKey, ExpertLayout, align_up
 
 FILE_BYTES = 256 * 2**20
 DEPTHS = (1, 2, 4, 8)
@@ -64,9 +64,7 @@ def disk_speed(
     """
     nbytes = align_up(read_bytes)
     store = _Pieces(file, nbytes)
-    pool = SlotPool(max(2, min(16, POOL_BYTES // nbytes)), nbytes)
-    for slot in range(pool.slots):
-        pool.view(slot)[::ALIGNMENT] = bytes(nbytes // ALIGNMENT)
+    pool = measuring_pool(nbytes)
     try:
         found: dict[tuple[int, int], list[tuple[float, float]]] = {}
         for _, point in product(range(rounds), product(chunks, depths)):
@@ -80,6 +78,13 @@ def disk_speed(
         DiskSpeed(nbytes, chunk, depth, median(x[0] for x in runs), median(x[1] for x in runs))
         for (chunk, depth), runs in found.items()
     ]
+
+
+def measuring_pool(nbytes: int) -> SlotPool:
+    """Slots to read pieces of ``nbytes`` into, all committed: the first touch of a page is not the disk's time."""
+    pool = SlotPool(max(2, min(16, POOL_BYTES // nbytes)), nbytes)
+    pool.commit()
+    return pool
 
 
 def measure(directory: Path, read_bytes: int) -> dict[str, Any]:
@@ -137,13 +142,12 @@ def _run(
     transfer: Transfer, keys: Iterator[ExpertKey], slots: int, nbytes: int, expert_bytes: int
 ) -> tuple[float, float]:
     """(GB/s, processor milliseconds per GB) of reading about ``nbytes``."""
-    began, cpu = perf_counter(), cpu_s()
+    began, cpu = perf_counter(), _cpu_s()
     gigabytes = drive(transfer, keys, slots, max(1, nbytes // expert_bytes)) * expert_bytes / 1e9
-    return gigabytes / (perf_counter() - began), (cpu_s() - cpu) * 1e3 / gigabytes
+    return gigabytes / (perf_counter() - began), (_cpu_s() - cpu) * 1e3 / gigabytes
 
 
-def cpu_s() -> float:
-    """Processor time of this process so far, kernel included."""
+def _cpu_s() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 

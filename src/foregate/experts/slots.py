@@ -58,6 +58,10 @@ class SlotPool:
         start = slot * self.slot_bytes
         return self._view[start : start + self.slot_bytes]
 
+    def whole(self) -> memoryview:
+        """Writable bytes of all slots, one behind another."""
+        return self._view
+
     def take(self) -> int | None:
         """A free slot, contents undefined; None when every slot is in use."""
         if not self._free:

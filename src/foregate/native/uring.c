@@ -1,5 +1,5 @@
-/* Whole experts by io_uring from one thread: measured against the threads of reads.c (foregate.experts.read_paths), and
-   nothing else. Raw system calls, so that no library is needed. */
+/* Whole experts by io_uring from one thread: to be measured against the threads of reads.c (foregate.experts.read_paths),
+   used by nothing else. Raw system calls, so that no library is needed. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdint.h>
@@ -16,11 +16,14 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
+
+#define MOST_SLOTS 64
 
 typedef struct {
     int fd;
-    struct io_uring_params made;
+    struct io_uring_params layout;
     uint8_t *submissions, *completions; /* rings, as the kernel lays them out: see io_uring_setup(2) */
     size_t submissions_size, completions_size, entries_size;
     struct io_uring_sqe *entries;
@@ -43,13 +46,13 @@ static void *map(int fd, size_t size, off_t at)
 static int ring_open(ring *made, unsigned depth)
 {
     memset(made, 0, sizeof *made);
-    made->fd = (int)syscall(__NR_io_uring_setup, depth, &made->made);
+    made->fd = (int)syscall(__NR_io_uring_setup, depth, &made->layout);
     if (made->fd < 0) return -errno;
-    const struct io_sqring_offsets *out = &made->made.sq_off;
-    const struct io_cqring_offsets *in = &made->made.cq_off;
-    made->submissions_size = out->array + made->made.sq_entries * sizeof(unsigned);
-    made->completions_size = in->cqes + made->made.cq_entries * sizeof(struct io_uring_cqe);
-    made->entries_size = made->made.sq_entries * sizeof(struct io_uring_sqe);
+    const struct io_sqring_offsets *out = &made->layout.sq_off;
+    const struct io_cqring_offsets *in = &made->layout.cq_off;
+    made->submissions_size = out->array + made->layout.sq_entries * sizeof(unsigned);
+    made->completions_size = in->cqes + made->layout.cq_entries * sizeof(struct io_uring_cqe);
+    made->entries_size = made->layout.sq_entries * sizeof(struct io_uring_sqe);
     made->submissions = map(made->fd, made->submissions_size, IORING_OFF_SQ_RING);
     made->completions = map(made->fd, made->completions_size, IORING_OFF_CQ_RING);
     made->entries = map(made->fd, made->entries_size, IORING_OFF_SQES);
@@ -67,38 +70,34 @@ static void ring_close(ring *made)
 /* Buffers and file once, so that no read has to look them up. */
 static int ring_register(ring *made, plan *what)
 {
-    struct iovec all = {what->memory, (size_t)(what->nbytes * what->slots)};
-    if (syscall(__NR_io_uring_register, made->fd, IORING_REGISTER_BUFFERS, &all, 1) < 0) return -errno;
+    struct iovec slots[MOST_SLOTS]; /* one each: a buffer may have 1 GiB */
+    for (int slot = 0; slot < what->slots; slot++)
+        slots[slot] = (struct iovec){what->memory + slot * what->nbytes, (size_t)what->nbytes};
+    if (syscall(__NR_io_uring_register, made->fd, IORING_REGISTER_BUFFERS, slots, (unsigned)what->slots) < 0) return -errno;
     if (syscall(__NR_io_uring_register, made->fd, IORING_REGISTER_FILES, &what->fd, 1) < 0) return -errno;
     return 0;
 }
 
 static unsigned *word(uint8_t *area, unsigned at) { return (unsigned *)(area + at); }
 
-/* Chunk `number` of all; its size is what its completion must say. */
-static int64_t place(const plan *what, int64_t number, int64_t *offset, uint8_t **into)
-{
-    int64_t each = (what->nbytes + what->chunk - 1) / what->chunk, piece = number / each, at = number % each * what->chunk;
-    *offset = what->offsets[piece] + at;
-    *into = what->memory + piece % what->slots * what->nbytes + at;
-    return what->nbytes - at < what->chunk ? what->nbytes - at : what->chunk;
-}
+static int64_t chunks_of(const plan *what) { return (what->nbytes + what->chunk - 1) / what->chunk; }
 
 static void ring_add(ring *made, const plan *what, int64_t number)
 {
-    const struct io_sqring_offsets *at = &made->made.sq_off;
+    const struct io_sqring_offsets *at = &made->layout.sq_off;
     unsigned tail = *word(made->submissions, at->tail), index = tail & *word(made->submissions, at->ring_mask);
     struct io_uring_sqe *entry = &made->entries[index];
-    uint8_t *into;
-    int64_t offset, size = place(what, number, &offset, &into);
+    int64_t piece = number / chunks_of(what), from = number % chunks_of(what) * what->chunk, slot = piece % what->slots;
+    int64_t size = what->nbytes - from < what->chunk ? what->nbytes - from : what->chunk;
     memset(entry, 0, sizeof *entry);
     entry->opcode = what->fixed ? IORING_OP_READ_FIXED : IORING_OP_READ;
     entry->flags = what->fixed ? IOSQE_FIXED_FILE : 0;
     entry->fd = what->fixed ? 0 : what->fd; /* a registered file is told by its number */
-    entry->addr = (uintptr_t)into;
+    entry->buf_index = what->fixed ? (uint16_t)slot : 0;
+    entry->addr = (uintptr_t)(what->memory + slot * what->nbytes + from);
     entry->len = (uint32_t)size;
-    entry->off = (uint64_t)offset;
-    entry->user_data = (uint64_t)size;
+    entry->off = (uint64_t)(what->offsets[piece] + from);
+    entry->user_data = (uint64_t)size; /* what its completion must tell */
     word(made->submissions, at->array)[index] = index;
     __atomic_store_n(word(made->submissions, at->tail), tail + 1, __ATOMIC_RELEASE);
     made->filled++;
@@ -108,19 +107,19 @@ static void ring_add(ring *made, const plan *what, int64_t number)
 static int ring_enter(ring *made)
 {
     for (;;) {
-        long told = syscall(__NR_io_uring_enter, made->fd, made->filled, 1, IORING_ENTER_GETEVENTS, NULL, 0);
-        if (told >= 0) {
-            made->filled -= (unsigned)told;
+        long submitted = syscall(__NR_io_uring_enter, made->fd, made->filled, 1, IORING_ENTER_GETEVENTS, NULL, 0);
+        if (submitted >= 0) {
+            made->filled -= (unsigned)submitted;
             return 0;
         }
-        if (errno != EINTR) return -errno;
+        if (errno != EINTR && errno != EAGAIN && errno != EBUSY) return -errno;
     }
 }
 
 /* Completions taken; `failed` where one has failed, or came short, which is none that we measure. */
 static int ring_take(ring *made, int *failed)
 {
-    const struct io_cqring_offsets *at = &made->made.cq_off;
+    const struct io_cqring_offsets *at = &made->layout.cq_off;
     unsigned head = *word(made->completions, at->head), mask = *word(made->completions, at->ring_mask);
     int taken = 0;
     for (; head != __atomic_load_n(word(made->completions, at->tail), __ATOMIC_ACQUIRE); head++, taken++) {
@@ -136,33 +135,54 @@ static int ring_take(ring *made, int *failed)
 
 static int drive(ring *made, const plan *what, int64_t depth)
 {
-    int64_t chunks = what->count * ((what->nbytes + what->chunk - 1) / what->chunk), begun = 0, done = 0;
+    int64_t chunks = what->count * chunks_of(what), begun = 0, done = 0;
     int failed = 0;
     while (done < (failed ? begun : chunks)) { /* what is in flight writes to memory: it is waited for in any case */
         while (!failed && begun < chunks && begun - done < depth) ring_add(made, what, begun++);
-        int told = ring_enter(made);
-        if (told < 0) return told;
+        int refused = ring_enter(made);
+        if (refused) return refused;
         done += ring_take(made, &failed);
     }
     return failed;
 }
+
+static double seconds(struct timespec at) { return (double)at.tv_sec + (double)at.tv_nsec * 1e-9; }
+
+static double wall(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return seconds(now);
+}
+
+/* Of the whole process: the kernel may read in threads of its own, which count there. */
+static double processor(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+    return seconds(now);
+}
 #endif
 
 /* Read `count` pieces of `nbytes` at `offsets` of `fd`, `depth` chunks at a time, to `slots` places in `memory`.
-   0, or a negated errno: ENOSYS where there is no io_uring, EPERM where it is forbidden. */
+   `took`: seconds, and of processor time, without making and registering. 0, or a negated errno: ENOSYS where there is
+   no io_uring, EPERM where it is forbidden, EIO where the file is too short. */
 int uring_read(int fd, const int64_t *offsets, int64_t count, int64_t nbytes, int64_t chunk, int32_t depth, void *memory,
-               int64_t slots, int32_t fixed)
+               int64_t slots, int32_t fixed, double *took)
 {
 #ifdef HAS_URING
     ring made;
-    plan what = {fd, fixed, offsets, count, nbytes, chunk, slots, memory};
-    int told = ring_open(&made, (unsigned)depth);
-    if (!told && fixed) told = ring_register(&made, &what);
-    if (!told) told = drive(&made, &what, depth);
+    plan what = {fd, fixed, offsets, count, nbytes, chunk, slots < MOST_SLOTS ? slots : MOST_SLOTS, memory};
+    int failed = ring_open(&made, (unsigned)depth);
+    if (!failed && fixed) failed = ring_register(&made, &what);
+    took[0] = -wall(), took[1] = -processor();
+    if (!failed) failed = drive(&made, &what, depth);
+    took[0] += wall(), took[1] += processor();
     ring_close(&made);
-    return told;
+    return failed;
 #else
     (void)fd, (void)offsets, (void)count, (void)nbytes, (void)chunk, (void)depth, (void)memory, (void)slots, (void)fixed;
+    (void)took;
     return -ENOSYS;
 #endif
 }

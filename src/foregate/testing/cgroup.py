@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -96,16 +97,17 @@ def confined(limits: Limits, kind: str = "auto") -> Iterator[Box]:
         raise ForegateError("no way to limit memory here: neither a writable cgroup nor systemd-run")
     if chosen == "systemd-run":
         prefix = _systemd(limits)
-        _prove(prefix, limits)
+        _prove_systemd(prefix, limits)
         yield Box((), prefix)
         return
     with _group(chosen, "memory", lambda group: _limit_memory(group, chosen, limits.memory_bytes)) as memory:
-        if limits.read_bps is None:
+        if chosen == "v2":
+            if limits.read_bps is not None:
+                _throttle(memory, "v2", limits)
             yield Box([memory])
-        elif chosen == "v2":
-            _throttle(memory, "v2", limits)
+            _prove_v2(memory, limits)
+        elif limits.read_bps is None:
             yield Box([memory])
-            _still(memory, limits)
         else:
             with _group("v1", "blkio", lambda group: _throttle(group, "v1", limits)) as blkio:
                 yield Box([memory, blkio])
@@ -119,7 +121,7 @@ def _systemd(limits: Limits) -> list[str]:
     return ["systemd-run", *user, "--scope", "--quiet", "--collect", *properties, "--"]
 
 
-def _prove(prefix: Sequence[str], limits: Limits) -> None:
+def _prove_systemd(prefix: Sequence[str], limits: Limits) -> None:
     """Raise ForegateError unless a command behind ``prefix`` is limited: a user's systemd passes by what it may not."""
     command = [*prefix, "sh", "-c", "echo inside; read _"]
     pipe = subprocess.PIPE
@@ -127,16 +129,28 @@ def _prove(prefix: Sequence[str], limits: Limits) -> None:
         with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as probe:
             assert probe.stdout is not None
             inside = probe.stdout.readline()
-            memory, throttles = _limit_of(probe.pid), _throttles_of(probe.pid)
+            memory, disk = _group_of(probe.pid, "memory"), [_group_of(probe.pid, name) for name in ("io", "blkio")]
+            limited, throttled = _memory_limit(memory), {bps for group in disk for bps in _read_limits(group)}
+            swaps = _swapping() and _read(memory / "memory.swap.max").strip() != "0"
             _, said = probe.communicate("\n")
     except OSError as error:
         raise ForegateError(f"{prefix[0]} cannot be run: {error.strerror}") from error
     if not inside:
         raise ForegateError(f"systemd-run: {(said.splitlines() or [f'exit code {probe.returncode}'])[0]}")
-    if memory is None or memory > limits.memory_bytes:
-        raise ForegateError("systemd-run cannot limit memory here: its scope has no such limit")
-    if limits.read_bps is not None and str(limits.read_bps) not in throttles:
+    if limited is None or limited > limits.memory_bytes or swaps:
+        raise ForegateError(
+            f"systemd-run cannot limit {'swap' if swaps else 'memory'} here: its scope has no such limit"
+        )
+    if limits.read_bps is not None and limits.read_bps not in throttled:
         raise ForegateError("reads cannot be throttled: systemd-run does not do it here (a user's needs Delegate=io)")
+
+
+def _prove_v2(group: Path, limits: Limits) -> None:
+    """Raise ForegateError where a limit is gone in the end: systemd, whose the controllers are, may take one back."""
+    if _memory_limit(group) is None:
+        raise ForegateError("the memory limit was lifted while it ran: systemd took memory from its groups")
+    if limits.read_bps is not None and limits.read_bps not in _read_limits(group):
+        raise ForegateError("the throttle was lifted while it ran: systemd took io from its groups; try systemd-run")
 
 
 def _group_of(pid: int, controller: str) -> Path:
@@ -148,20 +162,20 @@ def _group_of(pid: int, controller: str) -> Path:
     return ROOT / next((path[1:] for controllers, path in groups if not controllers), "")
 
 
-def _limit_of(pid: int) -> int | None:
-    group = _group_of(pid, "memory")
+def _memory_limit(group: Path) -> int | None:
     text = (_read(group / "memory.max") or _read(group / "memory.limit_in_bytes")).strip()
     return int(text) if text.isdigit() else None
 
 
-def _throttles_of(pid: int) -> str:
-    return _read(_group_of(pid, "io") / "io.max") + _read(_group_of(pid, "blkio") / "blkio.throttle.read_bps_device")
+def _read_limits(group: Path) -> set[int]:
+    """Bytes a second, of every disk that has a limit."""
+    told = re.findall(r"rbps=(\d+)", _read(group / "io.max"))
+    told += re.findall(r"^\S+ (\d+)$", _read(group / "blkio.throttle.read_bps_device"), re.MULTILINE)
+    return {int(number) for number in told}
 
 
-def _still(group: Path, limits: Limits) -> None:
-    """Raise ForegateError where systemd, whose the controllers are, has taken the throttle away meanwhile."""
-    if str(limits.read_bps) not in _read(group / "io.max"):
-        raise ForegateError("the throttle was lifted while it ran: systemd took io from its groups; try systemd-run")
+def _swapping() -> bool:
+    return len(_read(Path("/proc/swaps")).splitlines()) > 1
 
 
 @contextmanager
@@ -190,13 +204,21 @@ def _sweep(root: Path) -> None:
 
 def _limit_memory(group: Path, kind: str, limit_bytes: int) -> None:
     _hand_down(kind, "memory")
-    most = group / ("memory.limit_in_bytes" if kind == "v1" else "memory.max")
-    if not most.exists():  # where no such hierarchy is mounted, writing would make a plain file
-        raise ForegateError(f"cgroup {kind} cannot limit memory here: {most.parent.parent} gives no {most.name}")
-    most.write_text(str(limit_bytes))
-    file = group / ("memory.memsw.limit_in_bytes" if kind == "v1" else "memory.swap.max")
-    if file.exists():
-        file.write_text(str(limit_bytes if kind == "v1" else 0))
+    memory = ("memory.limit_in_bytes", limit_bytes) if kind == "v1" else ("memory.max", limit_bytes)
+    swap = ("memory.memsw.limit_in_bytes", limit_bytes) if kind == "v1" else ("memory.swap.max", 0)
+    for what, (name, value) in (("memory", memory), ("swap", swap)):
+        if what == "memory" or _swapping() or (group / name).exists():
+            _set(group / name, str(value), f"cgroup {kind} cannot limit {what} here")
+
+
+def _set(file: Path, text: str, otherwise: str) -> None:
+    """Raises ForegateError: ``otherwise``, and why."""
+    if not file.exists():  # where no such hierarchy is mounted, writing would make a plain file
+        raise ForegateError(f"{otherwise}: {file.parent.parent} gives no {file.name}")
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise ForegateError(f"{otherwise}: {file}: {error.strerror}") from error
 
 
 def _hand_down(kind: str, controller: str) -> None:
@@ -217,10 +239,7 @@ def _throttle(group: Path, kind: str, limits: Limits) -> None:
         else ("io.max", f"{number} rbps={limits.read_bps}")
     )
     _hand_down(kind, "io")
-    try:
-        (group / name).write_text(line)
-    except OSError as error:
-        raise ForegateError(f"reads cannot be throttled: {group / name}: {error.strerror}") from error
+    _set(group / name, line, "reads cannot be throttled")
 
 
 def _throttled_path(limits: Limits) -> Path:
