@@ -21,6 +21,7 @@ from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.checkpoint.readplan import CHUNK_BYTES
 from foregate.experts.diskspeed import FILE_BYTES, disk_speed
 from foregate.experts.kernel_speed import KINDS, KernelSpeed, kernel_speed
+from foregate.experts.readers import CANDIDATES
 
 CHUNKS = (CHUNK_BYTES, 4 * CHUNK_BYTES)
 """Bytes of one read within an expert: the engine's own, and a larger one."""
@@ -93,7 +94,8 @@ def reads_direct(file: Path) -> bool:
 
 def fewest(speeds: Mapping[int, float]) -> int:
     """The smallest depth that reads at nearly full speed: what a run's readers settle on."""
-    return min(depth for depth, speed in speeds.items() if speed >= ENOUGH * max(speeds.values()))
+    enough = ENOUGH * max(speeds.values())
+    return min(depth for depth, speed in speeds.items() if speed >= enough and depth >= min(CANDIDATES))
 
 
 def own_format(checkpoint: Checkpoint) -> str:

@@ -26,7 +26,9 @@ from foregate.types import ExpertKey
 
 AnyTransfer = NativeTransfer | ThreadedTransfer | SyncTransfer
 
-CANDIDATES = (1, 2, 4, 8)
+CANDIDATES = (2, 4, 8)
+"""Never one: it may read as fast alone, but the disk rests while it verifies and while both cores compute, and a needed
+expert waits behind its piece (a tenth to a fifth of a token, twice the time to the first; dev/LOG.md)."""
 ROUNDS = 2
 ROUND_S = 0.015
 """Seconds for each candidate and round, after which what is in flight still arrives: 0.3 s in all at 1.5 GB/s."""
