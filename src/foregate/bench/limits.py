@@ -6,7 +6,7 @@ Shapes: D hidden, F expert hidden.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -21,13 +21,10 @@ from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.checkpoint.readplan import CHUNK_BYTES
 from foregate.experts.diskspeed import FILE_BYTES, disk_speed
 from foregate.experts.kernel_speed import KINDS, KernelSpeed, kernel_speed
-from foregate.experts.readers import CANDIDATES
+from foregate.experts.readers import fewest
 
 CHUNKS = (CHUNK_BYTES, 4 * CHUNK_BYTES)
 """Bytes of one read within an expert: the engine's own, and a larger one."""
-
-ENOUGH = 0.92
-"""Share of the best disk speed. The fewest readers that reach it are what a run would take."""
 
 MEMORY_BYTES = 256 << 20
 """Of experts that a kernel goes through: more than any cache."""
@@ -90,12 +87,6 @@ def reads_direct(file: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def fewest(speeds: Mapping[int, float]) -> int:
-    """The smallest depth that reads at nearly full speed: what a run's readers settle on."""
-    enough = ENOUGH * max(speeds.values())
-    return min(depth for depth, speed in speeds.items() if speed >= enough and depth >= min(CANDIDATES))
 
 
 def own_format(checkpoint: Checkpoint) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ AnyTransfer = NativeTransfer | ThreadedTransfer | SyncTransfer
 
 CANDIDATES = (2, 4, 8)
 """Never one: it may read as fast alone, but the disk rests while it verifies and while both cores compute, and a needed
-expert waits behind its piece (a tenth to a fifth of a token, twice the time to the first; dev/LOG.md)."""
+expert waits behind its piece (10-15 % of a token, at 50 and 75 % twice the time to the first; dev/LOG.md)."""
 ROUNDS = 2
 ROUND_S = 0.015
 """Seconds for each candidate and round, after which what is in flight still arrives: 0.3 s in all at 1.5 GB/s."""
@@ -93,18 +93,19 @@ def choose(wanted: int | None, store: ExpertStore, pool: SlotPool, experts: Sequ
     name = _name(store, native)
     speeds = _remembered(name)
     if speeds:
-        return Readers(_fewest(speeds), "remembered", gb_per_s=speeds, native=native)
+        return Readers(fewest(speeds), "remembered", gb_per_s=speeds, native=native)
     try:
         speeds = _measure(store, pool, experts)
     except ForegateError as error:
         return Readers(DEFAULT_READERS, "default", f"the measurement failed: {error}", native=native)
     _remember(name, speeds)
-    return Readers(_fewest(speeds), "measured", gb_per_s=speeds, native=native)
+    return Readers(fewest(speeds), "measured", gb_per_s=speeds, native=native)
 
 
-def _fewest(speeds: dict[int, float]) -> int:
-    enough = GOOD_ENOUGH * max(speeds.values())
-    return min(threads for threads, speed in speeds.items() if speed >= enough)
+def fewest(speeds: Mapping[int, float]) -> int:
+    """Of CANDIDATES, the fewest threads that read at nearly full speed; ``speeds`` by number of threads."""
+    tried = {threads: speeds[threads] for threads in CANDIDATES}
+    return min(threads for threads, speed in tried.items() if speed >= GOOD_ENOUGH * max(tried.values()))
 
 
 def _measure(store: PackedStore, pool: SlotPool, experts: Sequence[int]) -> dict[int, float]:
