@@ -20,6 +20,7 @@ from foregate.native import kernels
 from foregate.native.decoder_layer import DecoderLayer
 from foregate.native.head import Head, best
 from foregate.testing.tiny import build
+from foregate.types import ExpertKey
 from test_residents import Silent, threads_are_free
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the compiled kernels were not built")
@@ -216,6 +217,22 @@ def test_every_step_has_figures_of_its_own_after_a_reset(engine: Engine) -> None
             engine.reset(memory_budget="100%")
     assert len({id(step.stats) for step in steps}) == len(steps)
     assert all(step.stats.hits + step.stats.misses for step in steps)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_reset_in_the_middle_ends_what_is_read_ahead(engine: Engine, cancelled: bool) -> None:
+    wanted = tokens(engine)
+    stream = engine.stream(PROMPT, SAMPLING)
+    found = [next(stream).token_id for _ in range(5)]
+    everyone = [ExpertKey(at, e) for at, there in enumerate(engine.spec.experts_per_layer) for e in range(there)]
+    absent = [key for key in everyone if not engine.cache.holds(key)]
+    engine.cache.set_staging(2)
+    assert engine.prefetcher._submit(absent[0], None) and engine.cache.staged
+    if cancelled:
+        engine.prefetcher.expire()
+    engine.reset(memory_budget="60%")
+    assert not engine.cache.staged
+    assert found + [step.token_id for step in stream] == wanted
 
 
 def test_slots_that_are_set_aside_are_not_computed_from(engine: Engine) -> None:

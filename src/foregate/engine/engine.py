@@ -130,8 +130,9 @@ class Engine:
         if fixed:
             raise ConfigError(f"{', '.join(sorted(fixed))} cannot change in an engine that runs")
         listeners = self.runtime.observers
-        self.runtime.let_go()
+        self.runtime.finish()
         self.transfer.close()
+        self.prefetcher.settle()
         self.cache.clear()
         with self._guarded():
             self.config = replace(self.config, **changes)
