@@ -227,7 +227,8 @@ def test_a_reset_in_the_middle_ends_what_is_read_ahead(engine: Engine, cancelled
     everyone = [ExpertKey(at, e) for at, there in enumerate(engine.spec.experts_per_layer) for e in range(there)]
     absent = [key for key in everyone if not engine.cache.holds(key)]
     engine.cache.set_staging(2)
-    assert engine.prefetcher._submit(absent[0], None) and engine.cache.staged
+    assert engine.prefetcher._submit(absent[0], None)
+    assert engine.cache.staged
     if cancelled:
         engine.prefetcher.expire()
     engine.reset(memory_budget="60%")
