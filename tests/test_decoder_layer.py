@@ -166,6 +166,11 @@ class Counted:
         self._used.append(1)
         return self._kernel(*args)
 
+    def go_on(self, number: int, following: Any) -> Any:
+        made = self._kernel.go_on(number, following)
+        self._used += [1] * (made is not None)
+        return made
+
 
 def same(one: list[Any], other: list[Any]) -> bool:
     return len(one) == len(other) and all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

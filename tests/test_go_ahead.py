@@ -100,6 +100,14 @@ def test_a_layer_begins_while_the_one_before_is_not_done_with(engine: Engine, mo
 
         return watched
 
+    def ahead(step: DecodeStep, number: int, routed: bool) -> None:
+        layer = step._decoders[number][1]
+        assert layer is not None
+        order.append(("begins", layer.number))
+        has_begun(step, number, routed)
+
+    has_begun = DecodeStep._has_begun
+    monkeypatch.setattr(DecodeStep, "_has_begun", ahead)
     monkeypatch.setattr(Layer, "begin", noted("begins", Layer.begin))
     monkeypatch.setattr(Layer, "end", noted("ends", Layer.end))
     tokens(engine)
@@ -203,7 +211,7 @@ def test_what_others_compute_while_the_user_has_control_is_nobodys_time(
     clock, ms = Clock(), 10**6
     since = perf_counter_ns() - 50 * ms
     clock.away(since + 10 * ms, since + 30 * ms)
-    clock.ended(since, lambda: computed * ms)
+    clock.ended(since, lambda: (computed * ms, 0))
     *others, _own = clock._spans
     spans = [((first - since) // ms, (last - since) // ms) for first, last in others]
     assert [span for span in spans if span[0] < span[1]] == counted
@@ -236,16 +244,23 @@ def test_a_reset_in_the_middle_ends_what_is_read_ahead(engine: Engine, cancelled
     assert found + [step.token_id for step in stream] == wanted
 
 
-def test_slots_that_are_set_aside_are_not_computed_from(engine: Engine) -> None:
+def test_slots_that_are_set_aside_are_not_computed_from(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = tokens(engine)
-    found = []
+    found, dropped = [], []
+    set_staging = engine.cache.set_staging
+
+    def watched(slots: int) -> None:
+        dropped.append(engine.step._ahead is None)
+        set_staging(slots)
+
+    monkeypatch.setattr(engine.cache, "set_staging", watched)
     for step in engine.stream(PROMPT, SAMPLING):
         found.append(step.token_id)
-        controller = engine.prefetcher.controller
-        controller.fixed = None if controller.fixed else 2
-        controller._set_aside = 1 + len(found) % 3
+        engine.runtime._decode_staging = 1 + len(found) % 3
         engine.cache.check_integrity()
     assert found == wanted
+    assert len(dropped) > 4
+    assert all(dropped)
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 4099])

@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,3 +103,13 @@ def test_impossible_numbers_are_refused(file: int, chunk: int, depth: int) -> No
 def test_a_model_that_is_not_packed_is_refused_in_one_line() -> None:
     with pytest.raises(ForegateError, match="reference is not packed"):
         read_paths._main(["reference"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [("rounds", 0, "--rounds 0"), ("depths", [2, 0], "--depth 0"), ("chunks", [-1], "--chunk -1")],
+)
+def test_a_number_that_reads_nothing_is_refused(tmp_path: Path, name: str, value: Any, told: str) -> None:
+    given: dict[str, Any] = {"depths": [1], "chunks": [1], "rounds": 1, name: value}
+    with pytest.raises(ConfigError, match=f"{told}: must be at least 1"):
+        read_paths.compare(tmp_path, 1, **given)

@@ -15,13 +15,16 @@ import pytest
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine import dense
 from foregate.engine.clock import Clock
+from foregate.engine.decode_step import DecodeStep
 from foregate.engine.engine import Engine
+from foregate.engine.following import Following
 from foregate.engine.runtime import ExpertRuntime
 from foregate.engine.signals import ModelSignals
 from foregate.experts.compute import Weights
 from foregate.native import kernels
 from foregate.native.decoder_layer import DecoderLayer
 from foregate.predictors.base import BasePredictor
+from foregate.prefetch.prefetcher import Prefetcher
 from foregate.testing.tiny import build
 from foregate.types import ExpertKey, Moment, Prediction, RoutingStep
 from test_begun_experts import HIDDEN, begin
@@ -49,7 +52,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[ExpertKey]]:
     seen: list[list[ExpertKey]] = []
     forward_one = ExpertRuntime.forward_one
 
-    def watched(self: ExpertRuntime, layer: int, module: Any, kernel: DecoderLayer, then: Callable[[], None]) -> None:
+    def watched(self: ExpertRuntime, layer: int, module: Any, kernel: DecoderLayer, then: Following) -> None:
         residents = kernel.residents
         assert residents is not None
         chosen = kernel.choice.experts[0].tolist()
@@ -82,15 +85,17 @@ def test_what_is_resident_is_begun_and_the_tokens_stay(
     assert len(begun) == 2 * layers * (TOKENS - 1)
     assert any(begun)
     monkeypatch.setattr(DecoderLayer, "__call__", _without(DecoderLayer.__call__))
+    go_on = DecoderLayer.go_on
+    monkeypatch.setattr(DecoderLayer, "go_on", lambda *given: _without(lambda _: go_on(*given))(given[2][0]))
     with Engine(settings(model, memory_budget=budget)) as engine:
         assert [tokens(engine), tokens(engine)] == found
     assert not any(begun[len(begun) // 2 :])
 
 
-def _without(call: Callable[..., bool]) -> Callable[..., bool]:
+def _without(call: Callable[..., Any]) -> Callable[..., Any]:
     """A layer that begins nothing."""
 
-    def alone(self: DecoderLayer, *given: Any) -> bool:
+    def alone(self: DecoderLayer, *given: Any) -> Any:
         there, self._layer.there = self._layer.there, None
         if self.residents is not None:
             self.residents._told.begun = 0
@@ -100,6 +105,68 @@ def _without(call: Callable[..., bool]) -> Callable[..., bool]:
             self._layer.there = there
 
     return alone
+
+
+@pytest.mark.parametrize("budget", ["50%", "100%"])
+def test_a_layer_whose_residents_are_all_there_goes_on_to_the_next_in_one_call(
+    model: str, monkeypatch: pytest.MonkeyPatch, budget: str
+) -> None:
+    made: list[bool] = []
+    go_on = DecoderLayer.go_on
+
+    def watched(self: DecoderLayer, *given: Any) -> Any:
+        told = go_on(self, *given)
+        made.append(told is not None)
+        return told
+
+    monkeypatch.setattr(DecoderLayer, "go_on", watched)
+    with Engine(settings(model, memory_budget=budget)) as engine:
+        found, count = [tokens(engine), tokens(engine)], len(made)
+        assert all(made)
+        if budget == "100%":  # all but what comes before a stranger's layer and before the head, and ties
+            assert len(made) > (engine.spec.layers - 2) * (TOKENS - 1)
+            stats = [step.stats for step in engine.stream(PROMPT, SamplingConfig(max_new_tokens=TOKENS))][1:]
+            assert all(0 < step.compute_s < step.product_s for step in stats)
+        monkeypatch.setattr(DecodeStep, "_prepared", lambda *given: None)
+        made.clear()
+        assert [tokens(engine), tokens(engine)] == found
+        assert count
+        assert not made
+
+
+def test_what_is_dropped_before_its_end_is_computed_again(
+    model: str, begun: list[list[ExpertKey]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, Any]] = []
+    go_on, expire = DecoderLayer.go_on, Prefetcher.expire
+
+    def dropping(self: Prefetcher, *given: Any, **named: Any) -> None:
+        kernels.drop_begun_experts()
+        expire(self, *given, **named)
+
+    def watched(self: DecoderLayer, number: int, following: Any) -> Any:
+        made.append((number, go_on(self, number, following)))
+        return made[-1][1]
+
+    with Engine(settings(model, memory_budget="100%")) as engine:
+        wanted = tokens(engine)
+        monkeypatch.setattr(DecoderLayer, "go_on", watched)
+        monkeypatch.setattr(Prefetcher, "expire", dropping)
+        assert tokens(engine) == wanted
+    assert any(number for number, _ in made)
+    assert all((told is None) == (number > 0) for number, told in made)
+
+
+def test_an_interrupt_behind_that_call_leaves_the_threads_free(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with Engine(settings(model, memory_budget="100%")) as engine:
+        tokens(engine)
+        monkeypatch.setattr(DecodeStep, "_has_begun", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokens(engine)
+        assert threads_are_free()
 
 
 def test_products_of_other_threads_are_timed_once_and_never_beyond_the_step(model: str) -> None:
@@ -260,11 +327,13 @@ def test_products_of_others_are_counted_once_and_no_longer_than_it_took() -> Non
     assert clock.ns >= 10e6
     before, since = clock.ns, perf_counter_ns()
     sleep(0.02)
-    counted = clock.ended(since, lambda: 15_000_000)
+    counted = clock.ended(since, lambda: (15_000_000, 0))
     assert counted * 1e9 == pytest.approx(clock.ns - before, abs=2)
     assert 15e6 <= clock.ns - before <= clock.now - since - 5e6
     before, since = clock.ns, perf_counter_ns()
-    clock.ended(since, lambda: 10**12)
+    assert clock.ended(since, lambda: (0, 1000)) * 1e9 == pytest.approx(clock.ns - before - 1000, abs=2)
+    before, since = clock.ns, perf_counter_ns()
+    clock.ended(since, lambda: (10**12, 0))
     assert 0 <= clock.ns - before <= clock.now - since
 
 

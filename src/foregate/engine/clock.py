@@ -33,10 +33,11 @@ class Clock:
         self._add(began, self.now)
         return made
 
-    def ended(self, since: int, end: Callable[[], int]) -> float:
-        """``end()``, of what others have computed since ``since``, for the nanoseconds that it returns: seconds."""
-        began = perf_counter_ns()
-        before, computed = self.ns, end()
+    def ended(self, since: int, end: Callable[[], tuple[int, int]]) -> float:
+        """``end()`` of what others have computed since ``since`` and of other products, for so many nanoseconds as it
+        tells of both: seconds without the latter."""
+        began, before = perf_counter_ns(), self.ns
+        computed, beyond = end()
         self.now = perf_counter_ns()
         last, (left, back) = min(began, since + computed), self._away
         if since < back:
@@ -44,7 +45,7 @@ class Clock:
             since = min(last, back)
         self._add(since, last)
         self._add(began, self.now)
-        return (self.ns - before) * 1e-9
+        return (self.ns - before - beyond) * 1e-9
 
     def read_beside(self, since: int, until: int, waited_ns: int) -> None:
         """Needed reads were under way from ``since`` to ``until``, and waited for in so many of these nanoseconds."""

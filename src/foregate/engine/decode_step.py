@@ -28,11 +28,12 @@ from foregate.engine.clock import Clock
 from foregate.engine.decoder_layer import DecoderLayers, Layer, TrialExperts, agreed
 from foregate.engine.dense import native_linear
 from foregate.engine.experts_interface import in_interface, standing_in
+from foregate.engine.following import Following
 from foregate.engine.kv_room import RoomyLayer, make_room
 from foregate.engine.norms import native_norm
 from foregate.engine.turns import Positions
 from foregate.engine.unchanged import Unchanged
-from foregate.native.decoder_layer import DecoderLayer, Turns
+from foregate.native.decoder_layer import Call, DecoderLayer, Turns
 from foregate.native.head import Head
 
 BASE, PARTS = {"model", "lm_head"}, {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -156,7 +157,7 @@ class DecodeStep:
                 x = self._theirs(past, position, decoder, x)
             else:
                 held: Any = past.layers[layer.index]
-                x = layer.end(routed, held, partial(self._go_on, layer.kernel, number + 1, turns, past))
+                x = layer.end(routed, held, _Next(self, layer.kernel, number + 1, turns, past))
         return self._told(x) if self._logits is None else self._logits
 
     def _begun(self, number: int, x: int, turns: Turns | None, past: DynamicCache) -> bool | None:
@@ -166,6 +167,18 @@ class DecodeStep:
             return None
         held: Any = past.layers[layer.index]
         return layer.begin(x, turns, held)
+
+    def _prepared(self, number: int, turns: Turns | None, past: DynamicCache) -> Call | None:
+        layer = self._decoders[number][1] if number < len(self._decoders) else None
+        if layer is None or turns is None:
+            return None
+        held: Any = past.layers[layer.index]
+        return layer.prepared(turns, held)
+
+    def _has_begun(self, number: int, routed: bool) -> None:
+        layer, self._routed = self._decoders[number][1], routed
+        assert layer is not None
+        layer.begun += 1
 
     def _go_on(self, last: DecoderLayer, number: int, turns: Turns | None, past: DynamicCache) -> None:
         """What follows the experts of a layer: layer ``number`` up to its router, or what is after the last. Whoever is
@@ -189,6 +202,26 @@ class DecodeStep:
         given = {"position_ids": torch.tensor([[position]]), "position_embeddings": self._positions.at(position)}
         out: Tensor = decoder(x.clone(), attention_mask=None, past_key_values=past, use_cache=True, **given)
         return out
+
+
+@dataclass(slots=True)
+class _Next(Following):
+    """What comes after the experts of ``last``: layer ``number``, or the head."""
+
+    step: DecodeStep
+    last: DecoderLayer
+    number: int
+    turns: Turns | None
+    past: DynamicCache
+
+    def __call__(self) -> None:
+        self.step._go_on(self.last, self.number, self.turns, self.past)
+
+    def prepared(self) -> Call | None:
+        return self.step._prepared(self.number, self.turns, self.past)
+
+    def begun(self, routed: bool) -> None:
+        self.step._has_begun(self.number, routed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,14 @@ from foregate.checkpoint.anatomy import MoeAnatomy
 from foregate.engine import attention, attention_block
 from foregate.engine.clock import Clock
 from foregate.engine.experts_interface import in_interface, standing_in
+from foregate.engine.following import Following
 from foregate.engine.kv_room import RoomyLayer, make_room
 from foregate.engine.norms import native_norm
 from foregate.engine.router import native_router, undecided
 from foregate.engine.signals import ModelSignals
 from foregate.engine.unchanged import Unchanged
 from foregate.native import kernels
-from foregate.native.decoder_layer import DecoderLayer, Turns, fits, turned
+from foregate.native.decoder_layer import Call, DecoderLayer, Turns, fits, turned
 from foregate.native.residents import Residents
 from foregate.types import ExpertKey, ExpertLayout
 
@@ -141,7 +142,7 @@ class Layer:
         if type(held) is not RoomyLayer or not block.takes(x, *turns):
             return None
         routed = self.begin(x.data_ptr(), turned(*turns), held)
-        return None if routed is None else self.end(routed, held, _nothing).clone()
+        return None if routed is None else self.end(routed, held, Following()).clone()
 
     def begin(self, x: int, turns: Turns, held: RoomyLayer) -> bool | None:
         """All up to the router for D numbers (bf16) at ``x`` in memory: whether that could tell its choice. None, and
@@ -156,7 +157,12 @@ class Layer:
         self.begun += 1
         return self._clock.timed(kernel, x, turns, place, signals.early)
 
-    def end(self, routed: bool, held: RoomyLayer, then: Callable[[], None]) -> Tensor:
+    def prepared(self, turns: Turns, held: RoomyLayer) -> Call | None:
+        """What ``begin`` calls, for an input that is still to come; None where it does more, or nothing."""
+        place = None if self.signals.early else held.place(self.kernel.attention.shared, self.kernel.attention.width)
+        return None if place is None else (self.kernel, turns, place)
+
+    def end(self, routed: bool, held: RoomyLayer, then: Following) -> Tensor:
         """[1, 1, D], overwritten by the next token, after a ``begin``: the experts are added, and ``then`` follows at
         once."""
         kernel, experts = self.kernel, self._experts
@@ -176,10 +182,6 @@ class Layer:
         kernel.take(runtime.forward(layer, experts, kernel.routed, index, weights))
         then()
         return kernel.hidden
-
-
-def _nothing() -> None:
-    """Nothing follows."""
 
 
 # Trial
@@ -208,7 +210,7 @@ class TrialExperts:
             return (x.float() * (weights.float() * (index + 1)).sum(dim=1, keepdim=True)).to(x.dtype)
         return kernels.combine(self._parts(x, index), weights)
 
-    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer, then: Callable[[], None]) -> None:
+    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer, then: Following) -> None:
         choice = kernel.choice
         choice.parts.copy_(self._parts(kernel.routed, choice.index))
         kernel.mix()

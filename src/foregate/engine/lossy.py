@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import Checkpoint, open_checkpoint
 from foregate.engine.deviation import Deviation, PartsLeftOut, PartsLow, PredictedLayers
-from foregate.engine.runtime import ExpertRuntime, Then
+from foregate.engine.following import Following
+from foregate.engine.runtime import ExpertRuntime
 from foregate.engine.weighing import Floats, Weigher
 from foregate.errors import ConfigError
 from foregate.experts.compute import check_supported
@@ -44,7 +45,7 @@ class _Lossy(ExpertRuntime):
 
     _computes_less = True
 
-    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer, then: Then) -> None:
+    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer, then: Following) -> None:
         choice = kernel.choice
         self._signals.chosen(layer, (choice.logits, choice.weights, choice.index))
         kernel.take(self.forward(layer, module, kernel.routed, choice.index, choice.weights))

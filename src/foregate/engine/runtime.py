@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from foregate.engine.clock import Clock
+from foregate.engine.following import AfterExperts, Following
 from foregate.engine.signals import ModelSignals
 from foregate.engine.speculation import Speculation
 from foregate.events import ControllerDecided, Part, TimeSpent
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import (
+    End,
     SlotViews,
     Weights,
     at_the_end,
-    begun_experts_of,
     expert_forward,
     experts_forward,
     experts_of,
@@ -46,10 +47,8 @@ log = logging.getLogger("foregate")
 Floats = NDArray[np.float32]
 Product = Callable[[Sequence[Weights], Sequence[int]], None]
 """Writes what experts give to rows of a token's outputs."""
-Then = Callable[[], None]
-"""What follows."""
-Begin = Callable[[Sequence[Weights], Sequence[int]], Callable[[], int]]
-"""Has other threads begin a ``Product``; what it returns ends it, and tells for how many ns they had computed."""
+Begin = Callable[[Sequence[Weights], Sequence[int]], End]
+"""Has other threads begin a ``Product``."""
 
 STAGING_SHARE = 4
 """One slot in so many is set aside for reading the next layer ahead, if the pool cannot hold all experts."""
@@ -164,18 +163,17 @@ class ExpertRuntime(Speculation):
         self._tell(step)
         return self._sum(layer, module, x, index, weights)
 
-    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer, then: Then) -> None:
+    def forward_one(self, layer: int, module: nn.Module, kernel: DecoderLayer, then: Following) -> None:
         """``forward`` for the one token that ``kernel`` has routed, into what it hands on; ``then`` follows at once:
         what is left to be said of this layer is said while the experts of the next are being computed."""
         choice = kernel.choice
         ranks: list[int] = choice.experts[0].tolist()
         begun = kernel.residents.begun if self._early[0] and kernel.residents is not None else 0
         since = self._clock.now if begun else 0
-        product, begin = partial(experts_of, kernel, module), partial(begun_experts_of, kernel, module, begun=begun)
-        after = partial(_go_on, kernel, then, begun)
+        product, after = partial(experts_of, kernel, module), AfterExperts(kernel, then, begun)
         try:
             step = self._routed(layer, choice.experts, choice.shares, choice)
-            self._compute_one(layer, ranks, choice.parts, product, begin, step, since, after)
+            self._compute_one(layer, ranks, choice.parts, product, partial(after.begin, module), step, since, after)
         except BaseException:
             kernels.drop_begun_experts()
             raise
@@ -276,7 +274,7 @@ class ExpertRuntime(Speculation):
         begin: Begin,
         step: RoutingStep | None,
         since: int = 0,
-        then: Then | None = None,
+        then: Callable[[], None] | None = None,
     ) -> None:
         """Fill ``parts`` [k, D] with what the experts ``ranks`` [k] give for one token, by ``product``; ``then`` is
         called as soon as that is done. ``step`` is still to be told, unless there is none. ``since``: when others have
@@ -338,7 +336,7 @@ class ExpertRuntime(Speculation):
         compute: Compute,
         step: RoutingStep | None,
         together: Together | None = None,
-        then: Then | None = None,
+        then: Callable[[], None] | None = None,
     ) -> None:
         began = perf_counter_ns()
         self._pipeline.decode(layer, needed, compute, partial(self._speculate, layer, step), together, then)
@@ -412,13 +410,6 @@ class _Groups:
         """Tokens [n] of ``expert``, ascending, and their weights [n, 1]."""
         here = slice(self._bounds[expert], self._bounds[expert + 1])
         return self._token[here], self._weight[here]
-
-
-def _go_on(kernel: DecoderLayer, then: Then, begun: int) -> None:
-    if begun:  # nothing to do, unless nobody has asked for them
-        kernels.drop_begun_experts()
-    kernel.mix()
-    then()
 
 
 def _numbers(index: Tensor, weights: Tensor) -> tuple[NDArray[np.int64], Floats]:

@@ -27,6 +27,9 @@ from foregate.native.decoder_layer import DecoderLayer
 from foregate.types import ExpertLayout
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
+End = Callable[[], tuple[int, int]]
+"""Ends what was begun: for how many nanoseconds others had computed before, and how long it did something else."""
+
 KNOWN_PARAMS = {"gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"}
 FUSED_PARAMS = {"gate_up_proj", "down_proj"}
 
@@ -124,9 +127,8 @@ def experts_of(kernel: DecoderLayer, module: Any, weights: Sequence[Weights], ro
 
 def begun_experts_of(
     kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int], *, begun: int = 0
-) -> Callable[[], int]:
-    """``experts_of``, begun by other threads where there are any; what this returns ends it, must be called, and tells
-    for how many nanoseconds others had computed before.
+) -> End:
+    """``experts_of``, begun by other threads where there are any; what this returns ends it, and must be called.
 
     ``begun``: bit i says that ``kernel`` has had row i begun already.
     """
@@ -140,23 +142,25 @@ def begun_experts_of(
 
 def at_the_end(
     product: Callable[[Sequence[Weights], Sequence[int]], None], weights: Sequence[Weights], rows: Sequence[int]
-) -> Callable[[], int]:
+) -> End:
     """As ``begun_experts_of``, of a ``product`` that nobody begins before its end."""
 
-    def end() -> int:
+    def end() -> tuple[int, int]:
         product(weights, rows)
-        return 0
+        return 0, 0
 
     return end
 
 
-def _end_begun(kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int], begun: int) -> int:
+def _end_begun(
+    kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int], begun: int
+) -> tuple[int, int]:
     residents = kernel.residents if begun > 0 else None
     computed = kernel.end_experts(0 if residents is None else residents.number)
     left = [i for i, row in enumerate(rows) if computed < 0 or not begun >> row & 1]
     if left:
         experts_of(kernel, module, [weights[i] for i in left], [rows[i] for i in left])
-    return max(0, computed)
+    return max(0, computed), 0
 
 
 def _places(kernel: DecoderLayer, weights: Sequence[Weights], width: int) -> list[int]:

@@ -26,7 +26,7 @@ from foregate.checkpoint.locate import locate
 from foregate.checkpoint.manifest import EXPERTS_FILE
 from foregate.checkpoint.opening import open_checkpoint
 from foregate.checkpoint.readplan import CHUNK_BYTES
-from foregate.errors import ForegateError
+from foregate.errors import ConfigError, ForegateError
 from foregate.experts.diskspeed import DEPTHS, disk_speed, measuring_pool, scattered
 from foregate.native import uring
 
@@ -105,8 +105,12 @@ def compare(
 ) -> Comparison:
     """Every way at every point, ``rounds`` times in turns, each round beginning with another way.
 
-    Raises ForegateError where the file cannot be read at all, ConfigError where nothing was compiled.
+    Raises ForegateError where the file cannot be read at all, ConfigError where nothing was compiled or a number is
+    not positive.
     """
+    for name, value in (("rounds", rounds), *(("depth", depth) for depth in depths), *(("chunk", n) for n in chunks)):
+        if value < 1:
+            raise ConfigError(f"--{name} {value}: must be at least 1")
     turns = [
         (point, list(WAYS)[(number + index) % len(WAYS)])
         for number, point, index in product(range(rounds), list(product(chunks, depths)), range(len(WAYS)))

@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { MOST = 14 };
+enum { MOST = 16 };
 
 /* A C function of `count` arguments, each of 64 bits (a pointer or int64_t), that returns int. */
 typedef struct {
@@ -39,11 +39,14 @@ static int run(void *f, int count, const a *v) {
     case 14:
         return AS(a, a, a, a, a, a, a, a, a, a, a, a, a, a)(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9],
                                                            v[10], v[11], v[12], v[13]);
+    case 16:
+        return AS(a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a)(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8],
+                                                                 v[9], v[10], v[11], v[12], v[13], v[14], v[15]);
     }
     return -1;
 }
 
-static int can_run(int count) { return (count >= 1 && count <= 10) || count == MOST; }
+static int can_run(int count) { return (count >= 1 && count <= 10) || count == 14 || count == MOST; }
 
 /* 1, and where it lies, if `array` is one, in one piece, which its owner keeps; 0 for a number; -1 with an error. */
 static int read_place(PyObject *array, a *value) {
@@ -412,7 +415,7 @@ PyMODINIT_FUNC PyInit__call(void) {
     PyObject *made = PyModule_Create(&module);
     if (made && (PyModule_AddObjectRef(made, "Function", (PyObject *)&Function) < 0 ||
                  PyModule_AddObjectRef(made, "Asker", (PyObject *)&Asker) < 0 ||
-                 PyModule_AddIntConstant(made, "VERSION", 4) < 0))
+                 PyModule_AddIntConstant(made, "VERSION", 5) < 0))
         Py_CLEAR(made);
     return made;
 }

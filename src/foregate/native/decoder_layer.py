@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import c_int32, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from foregate.native.attention_block import AttentionBlock, HeadNorm
-from foregate.native.kernels import MOST_EXPERTS, NOBODY, REFUSED, UNDECIDED, called, check, loaded, num_threads
+from foregate.native.kernels import (
+    DROPPED,
+    MOST_EXPERTS,
+    NOBODY,
+    REFUSED,
+    UNDECIDED,
+    called,
+    check,
+    loaded,
+    num_threads,
+)
 from foregate.native.matrix import BF16, Matrix
 from foregate.native.residents import Residents
 from foregate.native.router import Router
@@ -86,7 +96,9 @@ class DecoderLayer:
         self.residents: Residents | None = None
         self._at = ctypes.addressof(self._layer)
         self._run, self._mix = called("foregate_layer", 14), called("foregate_layer_out", 2)
-        self._settle = called("foregate_layer_settle", 5)
+        self._settle, self._go_on = called("foregate_layer_settle", 5), called("foregate_layer_go_on", 16)
+        self._told = (c_int64 * 2)()
+        self._told_at = ctypes.addressof(self._told)
         self._experts, self._begin = called("foregate_experts", 9), called("foregate_experts_begin", 9)
         self._end = called("foregate_experts_end", 1)
         self._expert_places: Any = (c_void_p * (2 * MOST_EXPERTS))()
@@ -142,6 +154,18 @@ class DecoderLayer:
         Negative, and nothing done, where that was dropped. ``number``: of ``residents``; 0: by ``begin_experts``."""
         return self._end(number)
 
+    def go_on(self, number: int, following: Call) -> tuple[int, int, bool] | None:
+        """``end_experts`` of ``number`` (0: of nothing), ``mix``, and the ``following`` layer for ``hidden``, at once:
+        what the first gives, nanoseconds spent beyond it, and what the last gives. None, and nothing done, where what
+        had begun was dropped."""
+        layer, turns, place = following
+        at = self._at, number, self.hidden_at, self._told_at, layer._at
+        code = self._go_on(*at, *turns, *place, num_threads())
+        if code == DROPPED:
+            return None
+        routed = layer._has_routed(code)
+        return self._told[0], self._told[1], routed
+
     def leave_residents(self) -> None:
         """Nobody is sure to end what of ``residents`` has begun: others may have the threads for something else."""
         if self.residents is not None and self.residents.begun:
@@ -179,8 +203,14 @@ class DecoderLayer:
 
         ``place`` as ``AttentionBlock.attention`` takes them; ``normed``: ``norm`` has been called for ``x``.
         """
-        code = self._run(self._at, x, normed, *turns, *place, num_threads())
+        return self._has_routed(self._run(self._at, x, normed, *turns, *place, num_threads()))
+
+    def _has_routed(self, code: int) -> bool:
         if code == UNDECIDED:
             return False
         check(code)
         return True
+
+
+Call = tuple[DecoderLayer, Turns, tuple[int, ...]]
+"""A layer, and what it can be called with for any input: turns and place."""

@@ -43,16 +43,16 @@ FUNCTIONS = tuple(
     for name in (
         "expert", "experts", "experts_begin", "experts_end", "experts_leave", "experts_drop", "helped", "linear",
         "rms_norm", "combine", "attend", "qkv", "attend_out", "attention", "expand", "rank", "route", "layer",
-        "layer_settle", "layer_out", "head", "best", "read", "kernels",
+        "layer_settle", "layer_out", "layer_go_on", "head", "best", "read", "kernels",
     )
 )  # fmt: skip
 
 _MOST_VALUES, _MOST_WIDTH = 16384, 1024
 """Of decode.h."""
 
-MOST_RANKED, REFUSED, UNDECIDED, NOBODY = 4096, 1, 3, 5
-"""Experts of a router at most; the answers to what a kernel does not take, where experts tie, and where no
-other thread computes."""
+MOST_RANKED, REFUSED, UNDECIDED, NOBODY, DROPPED = 4096, 1, 3, 5, -1
+"""Experts of a router at most; the answers to what a kernel does not take, where experts tie, where no other thread
+computes, and where what had begun was dropped."""
 
 
 def num_threads() -> int:

@@ -71,9 +71,7 @@ class Pipeline:
             if missing:
                 self._request(missing, flight)
             since, waited, self.read_beside = perf_counter_ns() if flight else 0, self.stats.stall_s, None
-            self._serve_all(ready, compute, together, partial(self._look_ahead, layer, predict()))
-            self._cache.unpin(ready)
-            pinned.difference_update(ready)
+            self._serve_all(ready, compute, together, partial(self._look_ahead, layer, predict()), pinned)
             if flight or missing:
                 self._serve_absent(flight, missing, compute, pinned)
             if then is not None:
@@ -264,17 +262,25 @@ class Pipeline:
         compute: Compute,
         together: Together | None,
         meanwhile: Callable[[], None],
+        pinned: set[ExpertKey],
     ) -> None:
         if together is None or not keys or self._events.on:
             meanwhile()
             for key in keys:
                 self._compute(key, compute)
+            self._unpin(keys, pinned)
             return
         end = together([key.expert for key in keys], [self._slot(key) for key in keys])
         try:
             meanwhile()
+            # Before the end, which may begin the next layer's residents: what loses its slot must be none of them.
+            self._unpin(keys, pinned)
         finally:
             self.stats.compute_s += end()
+
+    def _unpin(self, keys: Sequence[ExpertKey], pinned: set[ExpertKey]) -> None:
+        self._cache.unpin(keys)
+        pinned.difference_update(keys)
 
     def _slot(self, key: ExpertKey) -> int:
         slot = self._cache.lookup(key)
