@@ -16,6 +16,7 @@ from foregate.engine.clock import Clock
 from foregate.engine.decode_step import DecodeStep
 from foregate.engine.decoder_layer import Layer
 from foregate.engine.engine import Engine
+from foregate.experts.compute import Ended
 from foregate.native import kernels
 from foregate.native.decoder_layer import DecoderLayer
 from foregate.native.head import Head, best
@@ -211,7 +212,7 @@ def test_what_others_compute_while_the_user_has_control_is_nobodys_time(
     clock, ms = Clock(), 10**6
     since = perf_counter_ns() - 50 * ms
     clock.away(since + 10 * ms, since + 30 * ms)
-    clock.ended(since, lambda: (computed * ms, 0))
+    clock.ended(since, lambda: Ended(computed * ms))
     *others, _own = clock._spans
     spans = [((first - since) // ms, (last - since) // ms) for first, last in others]
     assert [span for span in spans if span[0] < span[1]] == counted
@@ -227,32 +228,55 @@ def test_every_step_has_figures_of_its_own_after_a_reset(engine: Engine) -> None
     assert all(step.stats.hits + step.stats.misses for step in steps)
 
 
+def read_ahead(engine: Engine) -> None:
+    """Something, whatever the predictor says."""
+    everyone = [ExpertKey(at, e) for at, there in enumerate(engine.spec.experts_per_layer) for e in range(there)]
+    absent = next(key for key in everyone if not engine.cache.holds(key))
+    engine.cache.set_staging(2)
+    assert engine.prefetcher._submit(absent, None)
+    assert engine.cache.staged
+
+
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_a_reset_in_the_middle_ends_what_is_read_ahead(engine: Engine, cancelled: bool) -> None:
     wanted = tokens(engine)
     stream = engine.stream(PROMPT, SAMPLING)
     found = [next(stream).token_id for _ in range(5)]
-    everyone = [ExpertKey(at, e) for at, there in enumerate(engine.spec.experts_per_layer) for e in range(there)]
-    absent = [key for key in everyone if not engine.cache.holds(key)]
-    engine.cache.set_staging(2)
-    assert engine.prefetcher._submit(absent[0], None)
-    assert engine.cache.staged
-    if cancelled:
-        engine.prefetcher.expire()
+    read_ahead(engine)
+    if cancelled:  # and still being read
+        engine.prefetcher._dying.update(engine.prefetcher._tickets)
+        engine.prefetcher._tickets.clear()
+        engine.prefetcher.stats.cancelled += 1
     engine.reset(memory_budget="60%")
     assert not engine.cache.staged
     assert found + [step.token_id for step in stream] == wanted
 
 
+def test_an_oracle_records_another_text_while_something_is_read_ahead(model: str) -> None:
+    given: Any = {"memory_budget": "60%", "predictor": "oracle", "prefetch": "2", "threads": 2}
+    with Engine(RunConfig(model=model, **given)) as engine:
+        wanted = tokens(engine)
+        stream = engine.stream(PROMPT, SAMPLING)
+        found = [next(stream).token_id for _ in range(5)]
+        read_ahead(engine)
+        tokens(engine, OTHER)
+        assert found + [step.token_id for step in stream] == wanted
+
+
 def test_slots_that_are_set_aside_are_not_computed_from(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = tokens(engine)
-    found, dropped = [], []
-    set_staging = engine.cache.set_staging
+    found, dropped, begun = [], [], []
+    set_staging, forget = engine.cache.set_staging, engine.step.forget
+
+    def forgotten() -> None:
+        begun.append(engine.step._ahead is not None)
+        forget()
 
     def watched(slots: int) -> None:
         dropped.append(engine.step._ahead is None)
         set_staging(slots)
 
+    monkeypatch.setattr(engine.runtime, "_forget", forgotten)
     monkeypatch.setattr(engine.cache, "set_staging", watched)
     for step in engine.stream(PROMPT, SAMPLING):
         found.append(step.token_id)
@@ -261,6 +285,7 @@ def test_slots_that_are_set_aside_are_not_computed_from(engine: Engine, monkeypa
     assert found == wanted
     assert len(dropped) > 4
     assert all(dropped)
+    assert sum(begun) > 4
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 4099])

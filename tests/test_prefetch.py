@@ -103,8 +103,8 @@ def test_what_is_predicted_is_read_ahead_while_residents_are_computed(breaks: bo
         b.served.clear()
         with pytest.raises(RuntimeError, match="broken in between") if breaks else nullcontext():
             b.pipeline.decode(0, [1, 2, 3], lambda e, s: b.compute(0, e, s), predict, together)
-        assert heard == ["predict", "begin [1, 2]", "meanwhile", "end"]
-        assert b.pipeline.stats.compute_s >= 0.25
+        assert heard == ["predict", "begin [1, 2]", "meanwhile"] + ["end"] * (not breaks)
+        assert (b.pipeline.stats.compute_s >= 0.25) is not breaks
         assert b.served == ([] if breaks else [3])
         b.cache.check_integrity(idle=True)
 

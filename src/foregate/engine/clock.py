@@ -6,6 +6,8 @@ from collections.abc import Callable
 from time import perf_counter_ns
 from typing import TypeVar
 
+from foregate.experts.compute import End
+
 Made = TypeVar("Made")
 
 
@@ -33,18 +35,17 @@ class Clock:
         self._add(began, self.now)
         return made
 
-    def ended(self, since: int, end: Callable[[], tuple[int, int]]) -> float:
-        """``end()`` of what others have computed since ``since`` and of other products, for so many nanoseconds as it
-        tells of both: seconds without the latter."""
+    def ended(self, since: int, end: End) -> float:
+        """``end()``, added with what others have computed since ``since``: how many seconds experts took of that."""
         began, before = perf_counter_ns(), self.ns
-        computed, beyond = end()
+        computed, beyond, other = end()
         self.now = perf_counter_ns()
         last, (left, back) = min(began, since + computed), self._away
         if since < back:
             self._add(since, max(since, min(last, left)))
             since = min(last, back)
         self._add(since, last)
-        self._add(began, self.now)
+        self._add(began, self.now - other)
         return (self.ns - before - beyond) * 1e-9
 
     def read_beside(self, since: int, until: int, waited_ns: int) -> None:

@@ -124,17 +124,18 @@ class Engine:
     def reset(self, **changes: Any) -> None:
         """Cold again, with other settings: any field of RunConfig but ``model`` and ``threads``. The weights stay.
 
-        Raises ConfigError, or BudgetError, for a setting that cannot be honoured; then the engine has failed.
+        Raises ConfigError, or BudgetError, for a setting that cannot be honoured, TransferError or IntegrityError where
+        a read fails or hangs; then the engine has failed.
         """
         fixed = {"model", "threads"} & set(changes)
         if fixed:
             raise ConfigError(f"{', '.join(sorted(fixed))} cannot change in an engine that runs")
         listeners = self.runtime.observers
-        self.runtime.finish()
-        self.transfer.close()
-        self.prefetcher.settle()
-        self.cache.clear()
         with self._guarded():
+            self.runtime.finish()
+            self.transfer.close()
+            self.prefetcher.settle()
+            self.cache.clear()
             self.config = replace(self.config, **changes)
             self._check_config(self.config)
             plan, before = self._plan(), self.plan
@@ -347,6 +348,7 @@ class Engine:
 
     def _renew(self, observers: list[RoutingObserver]) -> None:
         """Cold again, with ``observers`` listening."""
+        self.runtime.finish()
         self.cache.clear()
         self._assemble()
         self.runtime.observers = observers

@@ -7,9 +7,10 @@ from functools import partial
 
 from torch import nn
 
-from foregate.experts.compute import End, Weights, begun_experts_of
+from foregate.engine.clock import Clock
+from foregate.experts.compute import End, Ended, Weights, begun_experts_of
 from foregate.native import kernels
-from foregate.native.decoder_layer import Call, DecoderLayer
+from foregate.native.decoder_layer import Call, DecoderLayer, Gone
 
 
 class Following:
@@ -29,44 +30,52 @@ class Following:
 
 
 class AfterExperts:
-    """What comes after the experts of one token: ``kernel`` mixes what they gave, and ``then``. Where all of them are
-    there, that is one call with their end, or where ``kernel`` had not begun them all (``begun``, by bits) right after.
-    """
+    """What comes after the experts of one token: ``kernel`` mixes what they gave, and ``then``. That is one call where
+    the next layer is compiled too, and one with the end of the experts where ``kernel`` had begun them all (``begun``,
+    by bits)."""
 
-    __slots__ = ("_begun", "_done", "_kernel", "_then")
+    __slots__ = ("_asked", "_begun", "_clock", "_following", "_kernel", "_routed", "_then")
 
-    def __init__(self, kernel: DecoderLayer, then: Following, begun: int) -> None:
-        self._kernel, self._then, self._begun, self._done = kernel, then, begun, False
+    def __init__(self, kernel: DecoderLayer, then: Following, begun: int, clock: Clock) -> None:
+        self._kernel, self._then, self._begun, self._clock = kernel, then, begun, clock
+        self._following, self._asked = then.prepared(), False
+        self._routed: bool | None = None
+        """What the next layer has said."""
 
     def begin(self, module: nn.Module, held: Sequence[Weights], rows: Sequence[int]) -> End:
-        """As ``begun_experts_of``."""
+        """``begun_experts_of``, whose end goes on at once where these are all."""
+        self._asked = True
         end = begun_experts_of(self._kernel, module, held, rows, begun=self._begun)
-        return partial(self._end, end) if len(rows) == len(self._kernel.choice.parts) else end
+        if self._following is None or len(rows) < len(self._kernel.choice.parts):
+            return end
+        return partial(self._end, end, self._following)
 
-    def _end(self, end: End) -> tuple[int, int]:
-        following = self._then.prepared()
-        if following is None:
-            return end()
-        made, computed = self._at_once(following), 0
-        if made is None:
-            computed, _ = end()
-            made = self._kernel.go_on(0, following)
-            assert made is not None
-        before, beyond, routed = made
-        self._done = True
-        self._then.begun(routed)
-        return computed + before, beyond
+    def _end(self, end: End, following: Call) -> Ended:
+        kernel, residents = self._kernel, self._kernel.residents
+        if residents is not None and self._begun == (1 << len(kernel.choice.parts)) - 1:
+            gone = kernel.go_on(residents.number, following)
+            if gone is not None:
+                return self._ended(gone)
+        computed = end().computed
+        return self._go_on(following)._replace(computed=computed)
 
-    def _at_once(self, following: Call) -> tuple[int, int, bool] | None:
-        residents, everyone = self._kernel.residents, (1 << len(self._kernel.choice.parts)) - 1
-        if residents is None or self._begun != everyone:
-            return None
-        return self._kernel.go_on(residents.number, following)
+    def _go_on(self, following: Call) -> Ended:
+        gone = self._kernel.go_on(0, following)
+        assert gone is not None
+        return self._ended(gone)
+
+    def _ended(self, gone: Gone) -> Ended:
+        self._routed = gone.routed
+        return Ended(gone.computed, beyond=gone.layer, other=gone.mix)
 
     def __call__(self) -> None:
-        if self._done:
-            return
-        if self._begun:  # nothing to do, unless nobody has asked for them
+        if self._begun and not self._asked:
             kernels.drop_begun_experts()
-        self._kernel.mix()
-        self._then()
+        if self._following is None:
+            self._kernel.mix()
+            self._then()
+            return
+        if self._routed is None:
+            self._clock.ended(self._clock.now, partial(self._go_on, self._following))
+            assert self._routed is not None
+        self._then.begun(self._routed)

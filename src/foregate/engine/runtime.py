@@ -170,8 +170,9 @@ class ExpertRuntime(Speculation):
         ranks: list[int] = choice.experts[0].tolist()
         begun = kernel.residents.begun if self._early[0] and kernel.residents is not None else 0
         since = self._clock.now if begun else 0
-        product, after = partial(experts_of, kernel, module), AfterExperts(kernel, then, begun)
+        product = partial(experts_of, kernel, module)
         try:
+            after = AfterExperts(kernel, then, begun, self._clock)
             step = self._routed(layer, choice.experts, choice.shares, choice)
             self._compute_one(layer, ranks, choice.parts, product, partial(after.begin, module), step, since, after)
         except BaseException:

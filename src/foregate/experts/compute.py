@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,19 @@ from foregate.native.decoder_layer import DecoderLayer
 from foregate.types import ExpertLayout
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
-End = Callable[[], tuple[int, int]]
-"""Ends what was begun: for how many nanoseconds others had computed before, and how long it did something else."""
+
+
+class Ended(NamedTuple):
+    """Nanoseconds. ``computed``: in which others had computed experts before. Of the end itself, ``beyond``: in other
+    products; ``other``: in none."""
+
+    computed: int
+    beyond: int = 0
+    other: int = 0
+
+
+End = Callable[[], Ended]
+"""Ends what was begun."""
 
 KNOWN_PARAMS = {"gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"}
 FUSED_PARAMS = {"gate_up_proj", "down_proj"}
@@ -145,22 +156,20 @@ def at_the_end(
 ) -> End:
     """As ``begun_experts_of``, of a ``product`` that nobody begins before its end."""
 
-    def end() -> tuple[int, int]:
+    def end() -> Ended:
         product(weights, rows)
-        return 0, 0
+        return Ended(0)
 
     return end
 
 
-def _end_begun(
-    kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int], begun: int
-) -> tuple[int, int]:
+def _end_begun(kernel: DecoderLayer, module: Any, weights: Sequence[Weights], rows: Sequence[int], begun: int) -> Ended:
     residents = kernel.residents if begun > 0 else None
     computed = kernel.end_experts(0 if residents is None else residents.number)
     left = [i for i, row in enumerate(rows) if computed < 0 or not begun >> row & 1]
     if left:
         experts_of(kernel, module, [weights[i] for i in left], [rows[i] for i in left])
-    return max(0, computed), 0
+    return Ended(max(0, computed))
 
 
 def _places(kernel: DecoderLayer, weights: Sequence[Weights], width: int) -> list[int]:

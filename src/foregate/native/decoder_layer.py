@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_int32, c_int64, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -76,6 +76,15 @@ def fits(attention: AttentionBlock, before: Norm, after: Norm, router: Router) -
     return widths == {attention.inputs} and attention.inputs % 16 == 0 and router.top_k <= MOST_EXPERTS
 
 
+class Gone(NamedTuple):
+    """What ``end_experts`` and the layer that followed gave; ``mix`` and that layer took so many nanoseconds."""
+
+    computed: int
+    mix: int
+    layer: int
+    routed: bool
+
+
 class DecoderLayer:
     """``attention`` between two norms (weight [D], epsilon), with a sum around it, and the ``router`` after the second.
 
@@ -97,7 +106,7 @@ class DecoderLayer:
         self._at = ctypes.addressof(self._layer)
         self._run, self._mix = called("foregate_layer", 14), called("foregate_layer_out", 2)
         self._settle, self._go_on = called("foregate_layer_settle", 5), called("foregate_layer_go_on", 16)
-        self._told = (c_int64 * 2)()
+        self._told = (c_int64 * 3)()
         self._told_at = ctypes.addressof(self._told)
         self._experts, self._begin = called("foregate_experts", 9), called("foregate_experts_begin", 9)
         self._end = called("foregate_experts_end", 1)
@@ -154,17 +163,17 @@ class DecoderLayer:
         Negative, and nothing done, where that was dropped. ``number``: of ``residents``; 0: by ``begin_experts``."""
         return self._end(number)
 
-    def go_on(self, number: int, following: Call) -> tuple[int, int, bool] | None:
+    def go_on(self, number: int, following: Call) -> Gone | None:
         """``end_experts`` of ``number`` (0: of nothing), ``mix``, and the ``following`` layer for ``hidden``, at once:
-        what the first gives, nanoseconds spent beyond it, and what the last gives. None, and nothing done, where what
-        had begun was dropped."""
+        None, and nothing done, where what had begun was dropped."""
         layer, turns, place = following
         at = self._at, number, self.hidden_at, self._told_at, layer._at
         code = self._go_on(*at, *turns, *place, num_threads())
         if code == DROPPED:
             return None
         routed = layer._has_routed(code)
-        return self._told[0], self._told[1], routed
+        computed, mix, taken = self._told
+        return Gone(computed, mix, taken, routed)
 
     def leave_residents(self) -> None:
         """Nobody is sure to end what of ``residents`` has begun: others may have the threads for something else."""

@@ -125,7 +125,7 @@ enum { DROPPED = -1 };
 
 /* foregate_experts_end of `number` (0: of nothing), foregate_layer_out to `out`, and for that foregate_layer of `next`,
  * whose other arguments follow: nothing lies between. Returns as the last; DROPPED, and nothing done, as the first.
- * `told`: what that answered, and for how many ns this took beyond it. */
+ * `told`: what that answered, and for how many ns the second took, and the last. */
 int foregate_layer_go_on(const decoder_layer *l, int64_t number, uint16_t *out, int64_t *told, const decoder_layer *next,
                          const uint16_t *cos, const uint16_t *sin, int64_t turned, uint16_t *k, int64_t k_head,
                          int64_t k_row, uint16_t *v, int64_t v_head, int64_t v_row, int64_t positions,
@@ -135,10 +135,12 @@ int foregate_layer_go_on(const decoder_layer *l, int64_t number, uint16_t *out, 
         return DROPPED;
     const int64_t ended = now_ns();
     int code = foregate_layer_out(l, out);
+    const int64_t mixed = now_ns();
     if (!code)
         code = foregate_layer(next, out, 0, cos, sin, turned, k, k_head, k_row, v, v_head, v_row, positions, threads);
     told[0] = computed;
-    told[1] = now_ns() - ended;
+    told[1] = mixed - ended;
+    told[2] = now_ns() - mixed;
     return code;
 }
 

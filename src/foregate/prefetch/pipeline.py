@@ -22,7 +22,8 @@ Compute = Callable[[int, int], None]
 
 Together = Callable[[Sequence[int], Sequence[int]], Callable[[], float]]
 """``compute`` of several experts at once: ``together(experts, slots)`` begins; what it returns ends that, and tells for
-how many seconds any was being computed."""
+how many seconds any was being computed. Where something breaks in between it is not called: the caller of ``decode``
+lets go. When it is called they may have lost their slots already, which keep their bytes until it has returned."""
 
 
 _BLOCKED_S = 20e-6
@@ -271,16 +272,15 @@ class Pipeline:
             self._unpin(keys, pinned)
             return
         end = together([key.expert for key in keys], [self._slot(key) for key in keys])
-        try:
-            meanwhile()
-            # Before the end, which may begin the next layer's residents: what loses its slot must be none of them.
-            self._unpin(keys, pinned)
-        finally:
-            self.stats.compute_s += end()
+        meanwhile()
+        # Before the end, which may begin the next layer's residents: what loses its slot must be none of them. Nobody
+        # gets that slot before the next layer asks for one.
+        self._unpin(keys, pinned)
+        self.stats.compute_s += end()
 
     def _unpin(self, keys: Sequence[ExpertKey], pinned: set[ExpertKey]) -> None:
-        self._cache.unpin(keys)
         pinned.difference_update(keys)
+        self._cache.unpin(keys)
 
     def _slot(self, key: ExpertKey) -> int:
         slot = self._cache.lookup(key)
