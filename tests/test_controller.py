@@ -178,6 +178,37 @@ def on_a_slow_link(alone_s: Sequence[float], with_s: Sequence[float], steps: int
     return c
 
 
+def first_steps(needed: int, stall_s: float, *, prompt_s: float) -> Controller:
+    """Three of them: a layer takes 8 ms, the prompt says ``prompt_s`` for an expert, reads themselves 8 ms."""
+    c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=8, layers=LAYERS)
+    c.saw_prompt(100 * 8 * 2**20, 100 * prompt_s, 50 * prompt_s, 100 * prompt_s)
+    for _ in range(3):
+        c.begin_step()
+        c.saw_layer(0.008)
+        c.saw_io(needed * 8 * 2**20, needed * 0.008)
+        c.saw_step(needed, stall_s, 0)
+    return c
+
+
+def test_on_a_busy_link_the_first_steps_read_little() -> None:
+    """Of a step's time the link is needed for all, or for two thirds."""
+    for stall_s, busy in ((0.008 * (20 - LAYERS), True), (0.008 * (30 - LAYERS), False)):
+        c = first_steps(20, stall_s, prompt_s=0.008)
+        assert (c.speculating, c.decision.reason) == (True, "warming up")
+        for _ in range(4):
+            assert c.allowance(6) == 6
+            c.issued(Guess(1, 1, 0))
+        assert c.allowance(6) == (0 if busy else 6)
+
+
+def test_a_prompt_that_waited_for_something_else_says_nothing_of_the_link() -> None:
+    """32 ms an expert would be four layers: slow. But then no step could have read 20 in the time of 30."""
+    assert not first_steps(2, 0.064, prompt_s=0.032).speculating
+    c = first_steps(20, 0.008 * (30 - LAYERS), prompt_s=0.032)
+    assert c.speculating
+    assert c.decision.reason == "warming up"
+
+
 def test_on_a_slow_link_speculation_is_off_until_it_has_paid_beyond_chance() -> None:
     early = on_a_slow_link([0.064], [0.030], 10)
     assert (early.decision.enabled, early.decision.reason) == (False, "slow link: tried now and then")
@@ -209,7 +240,7 @@ def test_a_prompt_that_computing_was_the_bound_of_says_nothing_of_the_link_thoug
             one.begin_step()
             one.saw_layer(0.002)
             one.saw_io(4 * 8 * 2**20, 0.008)
-            one.saw_step(4, 0.006, 0)
+            one.saw_step(4, 0.060, 0)
         one.begin_step()
     assert c.decision.reason == "warming up"
     assert waited.decision.reason == "slow link: tried now and then"

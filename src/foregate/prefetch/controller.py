@@ -55,6 +55,12 @@ _PROBES = 4
 _SLOW = 2.5
 """A link that needs so many layers' time for an expert is slow: 1.0 to 1.2 without a throttle here, 2.9 to 3.4 at 700
 MB/s."""
+_BUSY = 0.86
+"""Share of a step without speculation for which the link is needed, from which on little can be saved: 0.5 to 0.83
+without a throttle here, 0.87 to 1 at 1200 MB/s but where three of four experts are resident."""
+_IMPOSSIBLE = 1.25
+"""The same, beyond which the link is faster than the prompt has said: that also waited for something else, as for the
+memory of a new pool (1.3 to 1.5 then; 1.15 where a throttle saves up what is not read)."""
 _FAVOUR, _ERRORS = 1, 2
 """Standard errors that speculation is given on a link that brings an expert in a layer's time, where a wrong read costs
 little and the first two steps without it say little; and by which it must have paid on a slow one. Between, by line."""
@@ -153,6 +159,8 @@ class Controller:
         self._with, self._alone, self._needed = Waits(0.05), Waits(0.1), Average()
         """Of steps with speculation and without, and what any step needs."""
         self._layer_s = Average()
+        self._busy = Average(0.1)
+        """Of steps without speculation, the share for which the link was needed."""
         self._link_s: float | None = None
         """For one expert, where a prompt was read as fast as the link gave it."""
         self._now = _Counts()
@@ -250,8 +258,11 @@ class Controller:
 
     @property
     def sated(self) -> bool:
-        """Whether this step probes a slow link, and has read enough for that: what nobody uses, somebody waits for."""
-        return self._issued >= _EXPLORED and self._probing and self._slow
+        """Whether this step probes a slow link, or is one of the first on a busy one, and has read enough for that:
+        what nobody uses, somebody waits for."""
+        if self._issued < _EXPLORED:
+            return False
+        return (self._probing and self._slow) or (self._busy.get() >= _BUSY and self._warming_up)
 
     def _shape(self, rank: int) -> float:
         """How much likelier than all reads one of ``rank`` is, before any was judged."""
@@ -374,6 +385,14 @@ class Controller:
         return min(1.0, max(0.0, (self._layers - 1) / (_SLOW - 1)))
 
     @property
+    def _warming_up(self) -> bool:
+        """Whether it is too early for a decision."""
+        if self.fixed is not None or not self._with.steps or not self._alone.steps:
+            return self.fixed is None
+        patience = _PATIENCE * (1 - self._slowness) if self._busy.get() < _BUSY else 0
+        return self._with.steps < patience or (self._all.cases < _WARM_UP and self._step <= 2 * _WARM_UP)
+
+    @property
     def _probing(self) -> bool:
         return not self.decision.enabled and self._step >= self._probe_at
 
@@ -384,6 +403,7 @@ class Controller:
         self._needed.add(now.needed)
         if not self.speculating:
             self._alone.add(now.needed, now.stall_s)
+            self._look_at_link(now)
             return
         self._with.add(now.needed, now.stall_s)
         self._ask_s.add(now.ask_s)
@@ -391,6 +411,14 @@ class Controller:
         self._unused.add(now.unused)
         self._ahead_bytes.add(now.ahead_bytes)
         self._ghosts.add(now.ghosts)
+
+    def _look_at_link(self, alone: _Counts) -> None:
+        if self._layer_s.value is None:
+            return
+        step_s = alone.stall_s + len(self._by_layer) * self._layer_s.value
+        self._busy.add(alone.needed * self._expert_s / step_s)
+        if self._busy.get() > _IMPOSSIBLE and self._link_s is not None:
+            self._link_s, self._busy = None, Average(0.1)
 
     @property
     def _precision(self) -> float:
@@ -416,9 +444,8 @@ class Controller:
         return self._alone.wait(needed, alone) - self._with.wait(needed, ahead) + favour * error
 
     def _decide(self) -> Decision:
-        precision, early = self._precision, self._all.cases < _WARM_UP and self._step <= 2 * _WARM_UP
-        early |= self._with.steps < _PATIENCE * (1 - self._slowness)
-        if early or not self._with.steps or not self._alone.steps:
+        precision = self._precision
+        if self._warming_up:
             return Decision(not self._slow, "slow link: tried now and then" if self._slow else "warming up", precision)
         expert_s, used = self._expert_s, self._used.get()
         gain = max(0.0, min(self._saved(), used * max(expert_s, self._miss_s.get())))
