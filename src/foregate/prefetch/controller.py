@@ -11,7 +11,7 @@ queues and a link that never rests are in that. It must be more than the predict
 read for nothing, and the hits that the slots set aside would have been (counted: misses of experts that were evicted
 last). On a slow link, which needs many layers' time for an expert, little can be saved and much be
 lost: there it is off at first, must have paid in the steps that probe, and by more than chance. On a fast one doubt is
-in its favour. A link that the first steps have needed for most of their time is tried with few reads, and judged sooner.
+in its favour. A link that the first steps need most of the time is tried with few reads, and judged sooner.
 """
 
 from __future__ import annotations
