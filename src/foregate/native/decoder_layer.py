@@ -164,7 +164,7 @@ class DecoderLayer:
         return self._end(number)
 
     def go_on(self, number: int, following: Call) -> Gone | None:
-        """``end_experts`` of ``number`` (0: of nothing), ``mix``, and the ``following`` layer for ``hidden``, at once:
+        """``end_experts`` of ``number`` (0: of nothing), ``mix``, and the ``following`` layer for ``hidden``, at once.
         None, and nothing done, where what had begun was dropped."""
         layer, turns, place = following
         at = self._at, number, self.hidden_at, self._told_at, layer._at

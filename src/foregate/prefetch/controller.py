@@ -387,8 +387,10 @@ class Controller:
     @property
     def _warming_up(self) -> bool:
         """Whether it is too early for a decision."""
-        if self.fixed is not None or not self._with.steps or not self._alone.steps:
-            return self.fixed is None
+        if self.fixed is not None:
+            return False
+        if not self._with.steps or not self._alone.steps:
+            return True
         patience = _PATIENCE * (1 - self._slowness) if self._busy.get() < _BUSY else 0
         return self._with.steps < patience or (self._all.cases < _WARM_UP and self._step <= 2 * _WARM_UP)
 
