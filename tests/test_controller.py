@@ -8,13 +8,14 @@ from itertools import pairwise
 import pytest
 
 from foregate.prefetch.average import Average
-from foregate.prefetch.controller import CONTROL_EVERY, PROBE_EVERY, Controller, Guess
+from foregate.prefetch.controller import CONTROL_EVERY, PROBE_EVERY, Controller
+from foregate.prefetch.precision import Guess
 
 LAYERS = 3
 
 
-def controller(limit: int | None = None, **settings: str) -> Controller:
-    return Controller(limit, expert_bytes=8 * 2**20, chunk_bytes=2**20, layers=LAYERS, **settings)
+def controller(limit: int | None = None, off_reason: str = "") -> Controller:
+    return Controller(limit, expert_bytes=8 * 2**20, chunk_bytes=2**20, layers=LAYERS, off_reason=off_reason)
 
 
 def test_a_fixed_limit_is_taken_as_it_is() -> None:
@@ -28,7 +29,7 @@ def judged(used: int, wasted: int) -> Controller:
     outcomes = [True] * used + [False] * wasted
     for step in range(0, len(outcomes), 10):
         c.begin_step()
-        c.saw_io(8 * 2**20, 0.008)
+        c.link.saw_io(8 * 2**20, 0.008)
         c.saw_misses(1, 0.008)
         here = outcomes[step : step + 10]
         c.saw_step(10, 0.008 * (1 + here.count(False)) if c.speculating else 0.080, 10 * 8 * 2**20)
@@ -51,7 +52,7 @@ def test_where_the_link_never_rests_reads_that_are_used_save_nothing() -> None:
     c = controller()
     for _ in range(20):
         c.begin_step()
-        c.saw_io(10 * 8 * 2**20, 0.080)
+        c.link.saw_io(10 * 8 * 2**20, 0.080)
         c.saw_misses(5, 0.040)
         # Nine reads are needed, one was in vain: computation hides 5 ms, and the waste has taken 8.
         c.saw_step(9, 0.075 if c.speculating else 0.072, 5 * 8 * 2**20)
@@ -67,7 +68,7 @@ def test_a_read_that_is_cancelled_before_it_began_costs_nothing() -> None:
     c = controller()
     for _ in range(20):
         c.begin_step()
-        c.saw_io(4 * 8 * 2**20, 0.032)
+        c.link.saw_io(4 * 8 * 2**20, 0.032)
         c.saw_misses(1, 0.008)
         c.saw_step(4, 0.008 if c.speculating else 0.032, 3 * 8 * 2**20)
         for outcome in [True, True, True, False, False, False]:
@@ -80,7 +81,7 @@ def test_what_is_not_waited_for_without_speculation_is_not_its_merit() -> None:
         c = controller()
         for _ in range(2 * CONTROL_EVERY):
             c.begin_step()
-            c.saw_io(4 * 8 * 2**20, 0.032)
+            c.link.saw_io(4 * 8 * 2**20, 0.032)
             c.saw_misses(1, 0.008)
             c.saw_step(4, 0.002 if c.speculating else without, 4 * 8 * 2**20)
             for outcome in [True, True, True, False]:
@@ -94,8 +95,8 @@ def test_two_chance_steps_without_speculation_do_not_end_it_and_enough_of_them_d
         c = controller()
         for step in range(20):
             c.begin_step()
-            c.saw_layer(0.008)
-            c.saw_io(4 * 8 * 2**20, 0.032)
+            c.link.saw_layer(0.012)
+            c.link.saw_io(4 * 8 * 2**20, 0.032)
             c.saw_misses(1, 0.008)
             c.saw_step(4, 0.016 if c.speculating else alone[step % 2], 4 * 8 * 2**20)
             for outcome in [True, True, True, False]:
@@ -113,7 +114,7 @@ def test_a_read_is_worth_what_its_window_has_room_for() -> None:
 def test_no_more_than_a_few_best_guesses_are_explored_at_once() -> None:
     c = controller()
     c.begin_step()
-    c.saw_io(8 * 2**20, 0.008)
+    c.link.saw_io(8 * 2**20, 0.008)
     guesses = [Guess(n % LAYERS, 1 + n, 0) for n in range(6)]
     assert [one.precision for one in c.odds(guesses)] == [1.0] * 4 + [pytest.approx(0.7)] * 2
     for guess in guesses[:3]:
@@ -124,7 +125,7 @@ def test_no_more_than_a_few_best_guesses_are_explored_at_once() -> None:
 def test_better_ranks_are_expected_to_be_used_more_until_reads_tell() -> None:
     c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, layers=LAYERS, top_k=4)
     c.begin_step()
-    c.saw_io(8 * 2**20, 0.008)
+    c.link.saw_io(8 * 2**20, 0.008)
     guesses = [Guess(1, 1, rank) for rank in range(6)]
     for guess in [*guesses[:3], guesses[0]]:
         c.issued(guess)
@@ -165,11 +166,11 @@ def test_speculation_that_wastes_is_switched_off_but_probed() -> None:
 def on_a_slow_link(alone_s: Sequence[float], with_s: Sequence[float], steps: int) -> Controller:
     """An expert takes 16 ms, a layer 2: steps need four and wait as long as the sequences say, in turn."""
     c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=8, layers=LAYERS)
-    c.saw_prompt(100 * 8 * 2**20, 1.6, 1.0, 1.6)
+    c.link.saw_prompt(100 * 8 * 2**20, 1.6, 1.0, 1.6)
     for step in range(steps):
         c.begin_step()
-        c.saw_layer(0.002)
-        c.saw_io(4 * 8 * 2**20, 0.064)
+        c.link.saw_layer(0.002)
+        c.link.saw_io(4 * 8 * 2**20, 0.064)
         waits = with_s if c.speculating else alone_s
         c.saw_step(4, waits[step % len(waits)], 4 * 8 * 2**20 if c.speculating else 0)
         if c.speculating:
@@ -181,11 +182,11 @@ def on_a_slow_link(alone_s: Sequence[float], with_s: Sequence[float], steps: int
 def first_steps(needed: int, stall_s: float, *, prompt_s: float) -> Controller:
     """Three of them: a layer takes 8 ms, the prompt says ``prompt_s`` for an expert, reads themselves 8 ms."""
     c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=8, layers=LAYERS)
-    c.saw_prompt(100 * 8 * 2**20, 100 * prompt_s, 50 * prompt_s, 100 * prompt_s)
+    c.link.saw_prompt(100 * 8 * 2**20, 100 * prompt_s, 50 * prompt_s, 100 * prompt_s)
     for _ in range(3):
         c.begin_step()
-        c.saw_layer(0.008)
-        c.saw_io(needed * 8 * 2**20, needed * 0.008)
+        c.link.saw_layer(0.008)
+        c.link.saw_io(needed * 8 * 2**20, needed * 0.008)
         c.saw_step(needed, stall_s, 0)
     return c
 
@@ -199,6 +200,33 @@ def test_on_a_busy_link_the_first_steps_read_little() -> None:
             assert c.allowance(6) == 6
             c.issued(Guess(1, 1, 0))
         assert c.allowance(6) == (0 if busy else 6)
+
+
+def tried(alone_s: Sequence[float], with_s: Sequence[float]) -> Controller:
+    """For 20 steps: a layer and an expert take 16 ms each, steps need four and wait in turn as the sequences say."""
+    c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=8, layers=LAYERS)
+    for step in range(20):
+        c.begin_step()
+        c.link.saw_layer(0.016)
+        c.link.saw_io(4 * 8 * 2**20, 0.064)
+        waits = with_s if c.speculating else alone_s
+        c.saw_step(4, waits[step % len(waits)], 4 * 8 * 2**20)
+        if c.speculating:
+            for outcome in [True, True, True, False]:
+                c.judge(Guess(1, 1, 0), used=outcome)
+    return c
+
+
+@pytest.mark.parametrize(("wait_s", "busy"), [(0.016, True), (0.040, False)])
+def test_on_a_busy_link_speculation_must_have_paid_beyond_chance_and_elsewhere_doubt_is_in_its_favour(
+    wait_s: float, busy: bool
+) -> None:
+    """Of steps of 64 ms or 88 the link is needed for 64; speculation saves 2, for sure or give or take 6."""
+    sure = tried([wait_s], [wait_s - 0.002])
+    assert sure.decision.enabled
+    assert "pays: saves" in sure.decision.reason
+    assert sure.costs().crowding == (1.0 if busy else 0.2)
+    assert tried([wait_s - 0.006, wait_s + 0.006], [wait_s - 0.002]).decision.enabled is not busy
 
 
 def test_a_prompt_that_waited_for_something_else_says_nothing_of_the_link() -> None:
@@ -219,27 +247,27 @@ def test_on_a_slow_link_speculation_is_off_until_it_has_paid_beyond_chance() -> 
 
 def test_a_link_that_gives_more_after_a_rest_is_taken_for_what_it_gives_in_the_long_run() -> None:
     c = on_a_slow_link([0.064], [0.064], 10)
-    c.saw_io(8 * 2**20, 0.001)
+    c.link.saw_io(8 * 2**20, 0.001)
     c.saw_window(1, 1, 0.002)
     # 2 ms may be saved, and 14 of 16 lost.
     bound = c.value(Guess(1, 1, 1), 0)
     assert bound < 0
     for nothing in ((0, 0.0, 0.0, 0.1), (10 * 8 * 2**20, 0.01, 0.01, 0.01), (100 * 8 * 2**20, 0.8, 0.5, 1.7)):
-        c.saw_prompt(*nothing)
+        c.link.saw_prompt(*nothing)
         assert c.value(Guess(1, 1, 1), 0) == bound
-    c.saw_prompt(100 * 8 * 2**20, 0.8, 0.1, 1.2)  # faster, and computing was the bound
+    c.link.saw_prompt(100 * 8 * 2**20, 0.8, 0.1, 1.2)  # faster, and computing was the bound
     assert c.value(Guess(1, 1, 1), 0) > bound
 
 
 def test_a_prompt_that_computing_was_the_bound_of_says_nothing_of_the_link_though_reads_ran_all_the_time() -> None:
     c, waited = controller(), controller()
-    c.saw_prompt(100 * 8 * 2**20, 1.6, 0.2, 1.6)
-    waited.saw_prompt(100 * 8 * 2**20, 1.6, 0.6, 1.6)
+    c.link.saw_prompt(100 * 8 * 2**20, 1.6, 0.2, 1.6)
+    waited.link.saw_prompt(100 * 8 * 2**20, 1.6, 0.6, 1.6)
     for one in (c, waited):
         for _ in range(4):
             one.begin_step()
-            one.saw_layer(0.002)
-            one.saw_io(4 * 8 * 2**20, 0.008)
+            one.link.saw_layer(0.002)
+            one.link.saw_io(4 * 8 * 2**20, 0.008)
             one.saw_step(4, 0.060, 0)
         one.begin_step()
     assert c.decision.reason == "warming up"
@@ -251,7 +279,7 @@ def test_probes_try_best_guesses_that_have_become_better() -> None:
     best, reads = Guess(1, 1, 0), []
     for step in range(400):
         c.begin_step()
-        c.saw_io(4 * 8 * 2**20, 0.032)
+        c.link.saw_io(4 * 8 * 2**20, 0.032)
         c.saw_window(1, 1, 0.003)
         here = 0
         while c.speculating and here < 3 and c.value(best, 0) > 0:
@@ -291,7 +319,7 @@ def test_what_a_wrong_read_holds_up_counts_against_it() -> None:
     one, eight = (Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=n, layers=LAYERS) for n in (1, 8))
     for c in (one, eight):
         c.begin_step()
-        c.saw_io(8 * 2**20, 0.016)
+        c.link.saw_io(8 * 2**20, 0.016)
         c.saw_window(1, 1, 0.004)
         for outcome in [True, True, True, False] * 3:
             c.judge(Guess(1, 1, 0), used=outcome)
@@ -317,35 +345,35 @@ def test_a_reason_known_beforehand_is_final() -> None:
 def test_slots_are_set_aside_for_what_the_link_can_bring_in_time() -> None:
     c = controller()
     assert c.staging(2, 8) == 8  # nothing is known yet
-    c.saw_io(8 * 2**20, 0.004)
+    c.link.saw_io(8 * 2**20, 0.004)
     assert c.staging(2, 8) == 8
-    c.saw_layer(0.005)
+    c.link.saw_layer(0.005)
     assert [c.staging(reach, 8) for reach in (1, 2, 6)] == [3, 4, 8]
     assert c.staging(2, 3) == 3
     for _ in range(200):
-        c.saw_io(8 * 2**20, 0.050)  # a slow link: less than a read in two layers
+        c.link.saw_io(8 * 2**20, 0.050)  # a slow link: less than a read in two layers
     assert c.staging(2, 8) == 2
     c = controller()
-    c.saw_io(8 * 2**20, 0.005)
-    c.saw_layer(0.00495)
+    c.link.saw_io(8 * 2**20, 0.005)
+    c.link.saw_layer(0.00495)
     assert c.staging(2, 8) == 3
     for _ in range(200):  # a little more than two reads now: no reason to evict
-        c.saw_layer(0.00505)
+        c.link.saw_layer(0.00505)
     assert c.staging(2, 8) == 3
     for _ in range(200):
-        c.saw_layer(0.006)
+        c.link.saw_layer(0.006)
     assert c.staging(2, 8) == 4
     fixed = controller(4)
-    fixed.saw_io(8 * 2**20, 0.050)
-    fixed.saw_layer(0.005)
+    fixed.link.saw_io(8 * 2**20, 0.050)
+    fixed.link.saw_layer(0.005)
     assert fixed.staging(2, 8) == 8
 
 
 def test_a_slow_link_is_probed_with_few_reads() -> None:
     c = Controller(None, expert_bytes=8 * 2**20, chunk_bytes=2**20, readers=8, layers=LAYERS)
     c.begin_step()
-    c.saw_io(8 * 2**20, 0.050)
-    c.saw_layer(0.005)
+    c.link.saw_io(8 * 2**20, 0.050)
+    c.link.saw_layer(0.005)
     while not c.speculating:
         c.begin_step()
     assert not c.decision.enabled
@@ -358,3 +386,14 @@ def test_a_slow_link_is_probed_with_few_reads() -> None:
     while c.speculating:
         c.begin_step()
     assert c.allowance(8) == 0
+
+
+def test_so_is_a_busy_one() -> None:
+    c = tried([0.010, 0.022], [0.014])
+    assert not c.decision.enabled
+    while not c.speculating:
+        c.begin_step()
+    for _ in range(4):
+        assert c.allowance(6) == 6
+        c.issued(Guess(1, 1, 0))
+    assert c.allowance(6) == 0

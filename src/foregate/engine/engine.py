@@ -453,7 +453,7 @@ class Engine:
     def _inform(self, controller: Controller) -> None:
         """A lap ends: tell ``controller`` what this step has read and waited for."""
         step = self._meter.lap()
-        controller.saw_io(step.demand_bytes + step.prefetch_bytes, step.io_s)
+        controller.link.saw_io(step.demand_bytes + step.prefetch_bytes, step.io_s)
         controller.saw_misses(step.misses - step.late, step.demand_stall_s)
         controller.saw_step(step.misses - step.late + step.used, step.stall_s, step.prefetch_bytes)
 
@@ -462,7 +462,7 @@ class Engine:
         whether the model's routers can be asked ahead; if not, say so and do not."""
         step = self._meter.lap()
         nbytes = step.demand_bytes + step.prefetch_bytes
-        self.prefetcher.controller.saw_prompt(nbytes, step.io_s, step.stall_s, seconds)
+        self.prefetcher.controller.link.saw_prompt(nbytes, step.io_s, step.stall_s, seconds)
         self.signals.stop_learning()
         if self.signals.distrust and self.predictor.asks_routers:
             self.runtime.give_up_predicting(self.signals.distrust)

@@ -9,9 +9,10 @@ share by which it delays other reads.
 each expert that it needs, steps with it how long they wait: as steps need now, the difference is what it saves; waste,
 queues and a link that never rests are in that. It must be more than the predictor's time, the CPU time of what was
 read for nothing, and the hits that the slots set aside would have been (counted: misses of experts that were evicted
-last). On a slow link, which needs many layers' time for an expert, little can be saved and much be
-lost: there it is off at first, must have paid in the steps that probe, and by more than chance. On a fast one doubt is
-in its favour. A link that the first steps need most of the time is tried with few reads, and judged sooner.
+last). On a slow link, which needs many layers' time for an expert, and on a busy one, which steps need most of the
+time, little can be saved and much be lost: there it must have paid by more than chance. A slow one is off at first, and
+tried in the steps that probe; a busy one is tried with few reads, and judged sooner. On any other doubt is in its
+favour.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from foregate.prefetch.average import Average
 from foregate.prefetch.ledger import Ledger
+from foregate.prefetch.link import Link
 from foregate.prefetch.odds import Costs, Odds
+from foregate.prefetch.precision import Guess, Precision
 from foregate.prefetch.waits import Waits
 
 CPU_SECONDS_PER_BYTE = 60e-12
@@ -40,43 +42,24 @@ CONTROL_STEPS = 2
 
 _EXPLORED = 4
 """Reads of a probe, or of one of the first steps, up to which a layer's best guess is tried whatever it seems worth:
-nothing else would show that predictions have become better. A slow link is probed with no more."""
+nothing else would show that predictions have become better. A slow or busy link is tried with no more."""
 _WARM_UP = 8
 """Speculative reads judged before the first decision; twice as many steps are enough, too."""
 _PATIENCE = 8
 """Steps with speculation before the first decision on a fast link: the first reads, of a precision not known yet, are
 in vain more often, and little is lost by them."""
-_LINK_BOUND, _WAITED, _ENOUGH_EXPERTS = 0.95, 0.25, 16
-"""Shares of a prompt's time with reads running (1.0 under a throttle, 0.73 to 0.98 without) and of waiting for them,
-from which on the link was its bound: where computing is, reads run all the time as well, and slowly. And experts that
-it must have read: fewer say little about the long run."""
 _PROBES = 4
 """Steps with speculation that a slow link is to be judged by at least, before probes become rare."""
-_SLOW = 2.5
-"""A link that needs so many layers' time for an expert is slow: 1.0 to 1.2 without a throttle here, 2.9 to 3.4 at 700
-MB/s."""
-_BUSY = 0.86
-"""Share of a step without speculation for which the link is needed, from which on little can be saved: 0.5 to 0.83
-without a throttle here, 0.87 to 1 at 1200 MB/s but where three of four experts are resident."""
-_IMPOSSIBLE = 1.25
-"""The same, beyond which the link is faster than the prompt has said: that also waited for something else, as for the
-memory of a new pool (1.3 to 1.5 then; 1.15 where a throttle saves up what is not read)."""
 _FAVOUR, _ERRORS = 1, 2
 """Standard errors that speculation is given on a link that brings an expert in a layer's time, where a wrong read costs
-little and the first two steps without it say little; and by which it must have paid on a slow one. Between, by line."""
+little and the first two steps without it say little; and by which it must have paid on a slow or busy one. Between, by
+line."""
 _DOUBT = 0.25
 """Reads by which more or less than before must fit into the windows for slots to be given back or taken: each of those
 that are taken costs a resident."""
-_PRIOR = 4.0
-"""Reads that the precision of all counts for, where a layer, or a distance and rank, has few of its own."""
-_EXPECTED = 0.7
-"""Precision before any read was judged, worth ``_PRIOR`` reads; trained predictors have 0.65 to 0.9 on the absent."""
-_BEST, _FALL, _BEYOND = 0.95, 0.45, 0.25
-"""The same by rank: of the first of k, how much less of the k-th, nearly, and of those beyond. Of ``fusion`` and
-``next-gate`` 0.96, 0.87, 0.77, 0.54 were measured for four, and 0.2 to 0.1 beyond."""
 _CROWDING = 0.2
 """Share of its time by which a read in vain delays others, on a link that brings an expert in a layer's time; all of it
-on a slow one, which never rests."""
+on a slow or busy one, which never rests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,30 +71,6 @@ class Decision:
     precision: float = 1.0
     gain_s: float = 0.0
     loss_s: float = 0.0
-
-
-class Guess(NamedTuple):
-    """Why a read was issued: for ``layer``, from ``distance`` layers before, ``rank``-th of the predicted (from 0)."""
-
-    layer: int
-    distance: int
-    rank: int
-
-
-class _Share:
-    """How often something was so, with a prior that fades as cases come in."""
-
-    def __init__(self) -> None:
-        self.recent = Average(0.03)
-        self.cases = 0
-
-    def add(self, so: bool) -> None:
-        self.cases += 1
-        self.recent.add(1.0 if so else 0.0)
-
-    def blended(self, prior: float) -> float:
-        """The recent share, drawn towards ``prior`` while there are few cases."""
-        return ((self.recent.value or 0.0) * self.cases + prior * _PRIOR) / (self.cases + _PRIOR)
 
 
 class Controller:
@@ -139,17 +98,14 @@ class Controller:
         started = "start" if limit is None else f"{limit} a layer, as asked"
         self.decision = Decision(not off_reason and limit != 0, off_reason or started)
         self.ledger.decided(0, self.decision.enabled, self.decision.reason)
+        self.link = Link(expert_bytes, layers)
         self._expert_bytes = expert_bytes
         self._in_hand = min(1.0, max(1, readers) * chunk_bytes / expert_bytes)
         """Share of an expert that all readers together are reading."""
-        self._top_k = top_k
-        self._all = _Share()
-        self._by_guess: dict[tuple[int, int], _Share] = {}
-        self._by_layer = [_Share() for _ in range(layers)]
+        self.precision = Precision(layers, top_k)
         self._windows: list[dict[int, Average]] = [{} for _ in range(layers)]
         """Of each layer, by distance."""
         self._any_window: dict[int, Average] = {}
-        self._read_s = Average()
         self._miss_s = Average()
         self._ask_s = Average()
         self._used = Average()
@@ -158,11 +114,6 @@ class Controller:
         self._ghosts = Average()
         self._with, self._alone, self._needed = Waits(0.05), Waits(0.1), Average()
         """Of steps with speculation and without, and what any step needs."""
-        self._layer_s = Average()
-        self._busy = Average(0.1)
-        """Of steps without speculation, the share for which the link was needed."""
-        self._link_s: float | None = None
-        """For one expert, where a prompt was read as fast as the link gave it."""
         self._now = _Counts()
         self._step = 0
         self._issued = 0
@@ -193,7 +144,7 @@ class Controller:
             self._probe_every = PROBE_EVERY
             self._probe_at = self._step + self._probe_every
         elif probed:
-            if not self._slow or self._with.steps >= _PROBES:
+            if not self.link.slow or self._with.steps >= _PROBES:
                 self._probe_every = min(2 * self._probe_every, PROBE_MOST)
             self._probe_at = self._step + self._probe_every
         self.decision = decided
@@ -225,7 +176,7 @@ class Controller:
     def staging(self, reach: int, most: int) -> int:
         """Slots of ``most`` to set aside for reading ``reach`` layers ahead: what the link can bring in their time, and
         what it is bringing. More would wait for nothing, where residents would have been hits."""
-        expert_s, layer_s = self._expert_s, self._layer_s.value
+        expert_s, layer_s = self.link.expert_s, self.link.layer_s.value
         if self.fixed is not None or not expert_s or layer_s is None:
             return most
         reads = reach * layer_s / expert_s
@@ -240,47 +191,34 @@ class Controller:
 
     def costs(self) -> Costs:
         """What any read costs and saves now."""
-        read_s = self._expert_s
+        read_s = self.link.expert_s
         cpu_s = self._expert_bytes * CPU_SECONDS_PER_BYTE
-        crowding = _CROWDING + (1 - _CROWDING) * self._slowness
+        crowding = _CROWDING + (1 - _CROWDING) * self.link.slowness
         return Costs(read_s, self._miss_s.get(read_s), cpu_s, self._in_hand * read_s, crowding)
 
     def odds(self, guesses: Iterable[Guess]) -> list[Odds]:
         """Of each of ``guesses``. What is explored counts as sure."""
-        overall = self._precision
-        exploring = _EXPLORED - self._issued if self._all.cases < _WARM_UP or self._probing else 0
+        overall = self.precision.overall
+        exploring = _EXPLORED - self._issued if self.precision.cases < _WARM_UP or self._probing else 0
         found = []
         for guess in guesses:
             explored = guess.rank == 0 and exploring > 0
             exploring -= explored
-            found.append(Odds(1.0 if explored else self._likely(guess, overall), self._window(guess)))
+            found.append(Odds(1.0 if explored else self.precision.of(guess, overall), self._window(guess)))
         return found
 
     @property
     def sated(self) -> bool:
-        """Whether this step probes a slow link, or is one of the first on a busy one, and has read enough for that:
-        what nobody uses, somebody waits for."""
+        """Whether this step tries what a slow link or a busy one gives, and has read enough for that: what nobody uses,
+        somebody waits for."""
         if self._issued < _EXPLORED:
             return False
-        return (self._probing and self._slow) or (self._busy.get() >= _BUSY and self._warming_up)
-
-    def _shape(self, rank: int) -> float:
-        """How much likelier than all reads one of ``rank`` is, before any was judged."""
-        if self._top_k is None:
-            return 1.0
-        return (_BEST - _FALL * rank / self._top_k if rank < self._top_k else _BEYOND) / _EXPECTED
+        return (self.link.slow or self.link.busy) and (self._probing or self._warming_up)
 
     @property
     def trusting(self) -> bool:
         """Whether every read is taken as worth it: a fixed limit, or nobody has read anything yet."""
-        return self.fixed is not None or not self._expert_s
-
-    def _likely(self, guess: Guess, overall: float) -> float:
-        """Probability that what ``guess`` reads is used, where ``overall`` of all reads are."""
-        shared, expected = self._by_guess.get((guess.distance, guess.rank)), min(1.0, overall * self._shape(guess.rank))
-        general = shared.blended(expected) if shared else expected
-        layer = self._by_layer[guess.layer].blended(overall)
-        return min(1.0, general * layer / overall)
+        return self.fixed is not None or not self.link.expert_s
 
     # Being told
 
@@ -295,41 +233,14 @@ class Controller:
 
     def judge(self, guess: Guess, *, used: bool, late: bool = False) -> None:
         """The read for ``guess`` turned out to be used or not; ``late``: it was still under way when needed."""
-        self._all.add(used)
-        self._by_guess.setdefault((guess.distance, guess.rank), _Share()).add(used)
-        self._by_layer[guess.layer].add(used)
+        self.precision.add(guess, used)
         account = self.ledger.accounts[guess.layer]
         account.used += used
         account.unused += not used
         account.late += late
-        account.precision = self._by_layer[guess.layer].recent.value
+        account.precision = self.precision.recent(guess.layer)
         self._now.used += used
         self._now.unused += not used
-
-    def saw_io(self, nbytes: int, seconds: float) -> None:
-        """``nbytes`` were read in ``seconds`` in which at least one read was running."""
-        if nbytes > 0 and seconds > 0:
-            self._read_s.add(seconds * self._expert_bytes / nbytes)
-
-    def saw_prompt(self, nbytes: int, io_s: float, stall_s: float, seconds: float) -> None:
-        """A prompt took ``seconds``; in ``io_s`` of them at least one read of its ``nbytes`` was running, and for
-        ``stall_s`` the model waited.
-
-        Where that was the bound, it tells what the link gives in the long run: some give more after a rest. Where it
-        was not, only that a link said to be slower is faster now.
-        """
-        if nbytes < _ENOUGH_EXPERTS * self._expert_bytes:
-            return
-        expert_s = seconds * self._expert_bytes / nbytes
-        if io_s >= _LINK_BOUND * seconds and stall_s >= _WAITED * seconds:
-            self._link_s = expert_s
-        elif self._link_s is not None and expert_s < self._link_s:
-            self._link_s = None
-
-    def saw_layer(self, seconds: float) -> None:
-        """``seconds`` passed from one routing to the next, waits left out."""
-        if seconds > 0:
-            self._layer_s.add(seconds)
 
     def saw_window(self, layer: int, distance: int, seconds: float) -> None:
         """``seconds``, waits for reads left out, passed between the prediction of ``layer``, ``distance`` layers before
@@ -371,28 +282,15 @@ class Controller:
         return 1 <= self._step % CONTROL_EVERY <= CONTROL_STEPS
 
     @property
-    def _layers(self) -> float:
-        """How many layers' time an expert takes on the link."""
-        return self._expert_s / self._layer_s.get(self._expert_s) if self._expert_s else 1.0
-
-    @property
-    def _slow(self) -> bool:
-        return self._layers > _SLOW
-
-    @property
-    def _slowness(self) -> float:
-        """0 on a link that brings an expert in a layer's time, 1 on a slow one."""
-        return min(1.0, max(0.0, (self._layers - 1) / (_SLOW - 1)))
-
-    @property
     def _warming_up(self) -> bool:
         """Whether it is too early for a decision."""
         if self.fixed is not None:
             return False
         if not self._with.steps or not self._alone.steps:
             return True
-        patience = _PATIENCE * (1 - self._slowness) if self._busy.get() < _BUSY else 0
-        return self._with.steps < patience or (self._all.cases < _WARM_UP and self._step <= 2 * _WARM_UP)
+        if self._with.steps < _PATIENCE * (1 - self.link.slowness):
+            return True
+        return self.precision.cases < _WARM_UP and self._step <= 2 * _WARM_UP
 
     @property
     def _probing(self) -> bool:
@@ -405,7 +303,7 @@ class Controller:
         self._needed.add(now.needed)
         if not self.speculating:
             self._alone.add(now.needed, now.stall_s)
-            self._look_at_link(now)
+            self.link.saw_step(now.needed, now.stall_s)
             return
         self._with.add(now.needed, now.stall_s)
         self._ask_s.add(now.ask_s)
@@ -414,42 +312,25 @@ class Controller:
         self._ahead_bytes.add(now.ahead_bytes)
         self._ghosts.add(now.ghosts)
 
-    def _look_at_link(self, alone: _Counts) -> None:
-        if self._layer_s.value is None:
-            return
-        step_s = alone.stall_s + len(self._by_layer) * self._layer_s.value
-        self._busy.add(alone.needed * self._expert_s / step_s)
-        if self._busy.get() > _IMPOSSIBLE and self._link_s is not None:
-            self._link_s, self._busy = None, Average(0.1)
-
-    @property
-    def _precision(self) -> float:
-        return self._all.blended(_EXPECTED)
-
-    @property
-    def _expert_s(self) -> float:
-        """Seconds of the link for one expert."""
-        return self._read_s.get() if self._link_s is None else self._link_s
-
     def _window(self, guess: Guess) -> float | None:
         """Seconds that pass until the routing of the layer; where it has not been seen yet, of others."""
         window = self._windows[guess.layer].get(guess.distance) or self._any_window.get(guess.distance)
-        return self._layer_s.value if window is None else window.value
+        return self.link.layer_s.value if window is None else window.value
 
     def _saved(self) -> float:
         """Seconds that a step of the usual need waits less with speculation than without, and what doubt adds."""
-        slowness, needed = self._slowness, self._needed.get()
-        miss_s = self._miss_s.get(self._expert_s)
-        alone, ahead = (waits.each(miss_s, self._expert_s, slowness) for waits in (self._alone, self._with))
+        slowness, needed = self.link.slowness, self._needed.get()
+        miss_s = self._miss_s.get(self.link.expert_s)
+        alone, ahead = (waits.each(miss_s, self.link.expert_s, slowness) for waits in (self._alone, self._with))
         error = math.hypot(self._alone.error(alone), self._with.error(ahead))
         favour = _FAVOUR - slowness * (_FAVOUR + _ERRORS)
         return self._alone.wait(needed, alone) - self._with.wait(needed, ahead) + favour * error
 
     def _decide(self) -> Decision:
-        precision = self._precision
+        precision, slow = self.precision.overall, self.link.slow
         if self._warming_up:
-            return Decision(not self._slow, "slow link: tried now and then" if self._slow else "warming up", precision)
-        expert_s, used = self._expert_s, self._used.get()
+            return Decision(not slow, "slow link: tried now and then" if slow else "warming up", precision)
+        expert_s, used = self.link.expert_s, self._used.get()
         gain = max(0.0, min(self._saved(), used * max(expert_s, self._miss_s.get())))
         in_vain = max(0.0, self._ahead_bytes.get() - used * self._expert_bytes)  # of what is cancelled little was read
         cpu_s = in_vain * CPU_SECONDS_PER_BYTE

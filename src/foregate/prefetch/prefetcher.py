@@ -11,7 +11,8 @@ import numpy as np
 from foregate.events import SILENCE, EventHub, Fate, PredictionMade, ReadEnded, ReadSubmitted, SpeculationEnded
 from foregate.experts.cache import ExpertCache
 from foregate.interfaces import Ticket, Transfer
-from foregate.prefetch.controller import Controller, Guess
+from foregate.prefetch.controller import Controller
+from foregate.prefetch.precision import Guess
 from foregate.types import ExpertKey, Moment, Prediction, StepStats
 
 Absent = tuple[Guess, ExpertKey]
@@ -121,7 +122,7 @@ class Prefetcher:
         now, last = perf_counter() - self._waited_s, self._arrived_at
         self._arrived_at = now
         if last is not None and (layer or len(self._experts) == 1):  # between tokens is more than a layer
-            self.controller.saw_layer(now - last)
+            self.controller.link.saw_layer(now - last)
         made = self._predicted_at.pop(layer, None)
         if made is not None:
             for distance, predicted in made.items():

@@ -1,0 +1,93 @@
+"""What the link to the experts gives, against what layers take and steps need. No torch, no I/O."""
+
+from __future__ import annotations
+
+from foregate.prefetch.average import Average
+
+_BOUND, _WAITED, _ENOUGH_EXPERTS = 0.95, 0.25, 16
+"""Shares of a prompt's time with reads running (1.0 under a throttle, 0.73 to 0.98 without) and of waiting for them,
+from which on the link was its bound: where computing is, reads run all the time as well, and slowly. And experts that
+it must have read: fewer say little about the long run."""
+_SLOW = 2.5
+"""A link that needs so many layers' time for an expert is slow: 1.0 to 1.2 without a throttle here, 2.9 to 3.4 at 700
+MB/s."""
+_BUSY = 0.86
+"""Share of a step without speculation for which the link is needed, from which on little can be saved: 0.5 to 0.83
+without a throttle here, 0.87 to 1 at 1200 MB/s but where three of four experts are resident."""
+_IMPOSSIBLE = 1.25
+"""The same, beyond which the link is faster than the prompt has said: that also waited for something else, as for the
+memory of a new pool (1.3 to 1.5 then; 1.15 where a throttle saves up what is not read)."""
+
+
+class Link:
+    """Of experts of ``expert_bytes``, in a model of ``layers``."""
+
+    def __init__(self, expert_bytes: int, layers: int) -> None:
+        self._expert_bytes = expert_bytes
+        self._layers = layers
+        self.layer_s = Average()
+        """From one routing to the next, waits left out."""
+        self._read_s = Average()
+        self._long_run_s: float | None = None
+        """For one expert, where a prompt was read as fast as the link gave it."""
+        self._need = Average(0.1)
+        """Of steps without speculation, the share for which the link was needed."""
+
+    def saw_io(self, nbytes: int, seconds: float) -> None:
+        """``nbytes`` were read in ``seconds`` in which at least one read was running."""
+        if nbytes > 0 and seconds > 0:
+            self._read_s.add(seconds * self._expert_bytes / nbytes)
+
+    def saw_prompt(self, nbytes: int, io_s: float, stall_s: float, seconds: float) -> None:
+        """A prompt took ``seconds``; in ``io_s`` of them at least one read of its ``nbytes`` was running, and for
+        ``stall_s`` the model waited.
+
+        Where that was the bound, it tells what the link gives in the long run: some give more after a rest. Where it
+        was not, only that a link said to be slower is faster now.
+        """
+        if nbytes < _ENOUGH_EXPERTS * self._expert_bytes:
+            return
+        expert_s = seconds * self._expert_bytes / nbytes
+        if io_s >= _BOUND * seconds and stall_s >= _WAITED * seconds:
+            self._long_run_s = expert_s
+        elif self._long_run_s is not None and expert_s < self._long_run_s:
+            self._long_run_s = None
+
+    def saw_layer(self, seconds: float) -> None:
+        """``seconds`` passed from one routing to the next, waits left out."""
+        if seconds > 0:
+            self.layer_s.add(seconds)
+
+    def saw_step(self, needed: int, stall_s: float) -> None:
+        """A step without speculation needed ``needed`` experts that were absent, and waited ``stall_s`` for them."""
+        if self.layer_s.value is None:
+            return
+        self._need.add(needed * self.expert_s / (stall_s + self._layers * self.layer_s.value))
+        if self._need.get() > _IMPOSSIBLE and self._long_run_s is not None:
+            self._long_run_s, self._need = None, Average(0.1)
+
+    @property
+    def expert_s(self) -> float:
+        """Seconds for one expert; 0 before the first read."""
+        return self._read_s.get() if self._long_run_s is None else self._long_run_s
+
+    @property
+    def slow(self) -> bool:
+        """Whether an expert takes many layers' time."""
+        return self._in_layers > _SLOW
+
+    @property
+    def busy(self) -> bool:
+        """Whether steps need it most of the time, so that little can be saved."""
+        return self._need.get() >= _BUSY
+
+    @property
+    def slowness(self) -> float:
+        """0 where an expert comes in a layer's time, 1 on a slow link and on a busy one, neither of which ever rests:
+        what is read in vain there, something else waits for."""
+        return 1.0 if self.busy else min(1.0, max(0.0, (self._in_layers - 1) / (_SLOW - 1)))
+
+    @property
+    def _in_layers(self) -> float:
+        """How many layers' time an expert takes."""
+        return self.expert_s / self.layer_s.get(self.expert_s) if self.expert_s else 1.0
