@@ -11,8 +11,8 @@ queues and a link that never rests are in that. It must be more than the predict
 read for nothing, and the hits that the slots set aside would have been (counted: misses of experts that were evicted
 last). On a slow link, which needs many layers' time for an expert, and on a busy one, which steps need most of the
 time, little can be saved and much be lost: there it must have paid by more than chance. A slow one is off at first, and
-tried in the steps that probe; a busy one is tried with few reads, and judged sooner. On any other doubt is in its
-favour.
+tried in the steps that probe; a busy one is tried with few reads, and judged sooner. Where an expert comes in a layer's
+time doubt is in its favour; between, by line.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _PATIENCE = 8
 """Steps with speculation before the first decision on a fast link: the first reads, of a precision not known yet, are
 in vain more often, and little is lost by them."""
 _PROBES = 4
-"""Steps with speculation that a slow link is to be judged by at least, before probes become rare."""
+"""Steps with speculation that a busy link is to be judged by at least, and a slow one before probes become rare."""
 _FAVOUR, _ERRORS = 1, 2
 """Standard errors that speculation is given on a link that brings an expert in a layer's time, where a wrong read costs
 little and the first two steps without it say little; and by which it must have paid on a slow or busy one. Between, by
@@ -59,7 +59,7 @@ _DOUBT = 0.25
 that are taken costs a resident."""
 _CROWDING = 0.2
 """Share of its time by which a read in vain delays others, on a link that brings an expert in a layer's time; all of it
-on a slow or busy one, which never rests."""
+on a slow or busy one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,8 @@ class Controller:
         """Of steps with speculation and without, and what any step needs."""
         self._now = _Counts()
         self._step = 0
+        self._judged = False
+        """Whether it has been decided what pays."""
         self._issued = 0
         """Reads of this step."""
         self._set_aside = 0
@@ -270,10 +272,11 @@ class Controller:
         """In this step ``needed`` experts had to be read, ahead or not; the model waited ``stall_s`` for them, and
         ``ahead_bytes`` came by speculation."""
         self._now.needed, self._now.stall_s, self._now.ahead_bytes = needed, stall_s, ahead_bytes
+        self._now.over = True
 
     def saw_ghost(self) -> None:
-        """A miss would have been a hit, had its slot not been set aside for speculation."""
-        self._now.ghosts += 1
+        """A miss would have been a hit, had its slot not been set aside for speculation. A prompt's is no step's."""
+        self._now.ghosts += not self._now.over
 
     # Deciding
 
@@ -288,7 +291,8 @@ class Controller:
             return False
         if not self._with.steps or not self._alone.steps:
             return True
-        if self._with.steps < _PATIENCE * (1 - self.link.slowness):
+        patience = _PROBES if self.link.busy else _PATIENCE * (1 - self.link.slowness)
+        if not self._judged and self._with.steps < patience:
             return True
         return self.precision.cases < _WARM_UP and self._step <= 2 * _WARM_UP
 
@@ -330,6 +334,7 @@ class Controller:
         precision, slow = self.precision.overall, self.link.slow
         if self._warming_up:
             return Decision(not slow, "slow link: tried now and then" if slow else "warming up", precision)
+        self._judged = True
         expert_s, used = self.link.expert_s, self._used.get()
         gain = max(0.0, min(self._saved(), used * max(expert_s, self._miss_s.get())))
         in_vain = max(0.0, self._ahead_bytes.get() - used * self._expert_bytes)  # of what is cancelled little was read
@@ -355,3 +360,4 @@ class _Counts:
     stall_s: float = 0.0
     ahead_bytes: int = 0
     ask_s: float = 0.0
+    over: bool = False

@@ -11,9 +11,10 @@ it must have read: fewer say little about the long run."""
 _SLOW = 2.5
 """A link that needs so many layers' time for an expert is slow: 1.0 to 1.2 without a throttle here, 2.9 to 3.4 at 700
 MB/s."""
-_BUSY = 0.86
-"""Share of a step without speculation for which the link is needed, from which on little can be saved: 0.5 to 0.83
-without a throttle here, 0.87 to 1 at 1200 MB/s but where three of four experts are resident."""
+_BUSY, _RESTS = 0.86, 0.8
+"""Share of a step without speculation for which the link is needed, from which on little can be saved, and below which
+that is over: 0.5 to 0.83 without a throttle here, 0.87 to 1 at 1200 MB/s but where three of four experts are resident.
+"""
 _IMPOSSIBLE = 1.25
 """The same, beyond which the link is faster than the prompt has said: that also waited for something else, as for the
 memory of a new pool (1.3 to 1.5 then; 1.15 where a throttle saves up what is not read)."""
@@ -30,8 +31,10 @@ class Link:
         self._read_s = Average()
         self._long_run_s: float | None = None
         """For one expert, where a prompt was read as fast as the link gave it."""
-        self._need = Average(0.1)
-        """Of steps without speculation, the share for which the link was needed."""
+        self._needed = Average(0.1)
+        """Experts that steps without speculation need in a second."""
+        self.busy = False
+        """Whether steps need it most of the time, so that little can be saved."""
 
     def saw_io(self, nbytes: int, seconds: float) -> None:
         """``nbytes`` were read in ``seconds`` in which at least one read was running."""
@@ -52,6 +55,7 @@ class Link:
             self._long_run_s = expert_s
         elif self._long_run_s is not None and expert_s < self._long_run_s:
             self._long_run_s = None
+        self._look()
 
     def saw_layer(self, seconds: float) -> None:
         """``seconds`` passed from one routing to the next, waits left out."""
@@ -60,11 +64,15 @@ class Link:
 
     def saw_step(self, needed: int, stall_s: float) -> None:
         """A step without speculation needed ``needed`` experts that were absent, and waited ``stall_s`` for them."""
-        if self.layer_s.value is None:
-            return
-        self._need.add(needed * self.expert_s / (stall_s + self._layers * self.layer_s.value))
-        if self._need.get() > _IMPOSSIBLE and self._long_run_s is not None:
-            self._long_run_s, self._need = None, Average(0.1)
+        if self.layer_s.value is not None:
+            self._needed.add(needed / (stall_s + self._layers * self.layer_s.value))
+            self._look()
+
+    def _look(self) -> None:
+        """Whether it is busy, as far as steps have told."""
+        if self._needed.get() * self.expert_s > _IMPOSSIBLE:
+            self._long_run_s, self.busy = None, False
+        self.busy = self._needed.get() * self.expert_s >= (_RESTS if self.busy else _BUSY)
 
     @property
     def expert_s(self) -> float:
@@ -77,14 +85,9 @@ class Link:
         return self._in_layers > _SLOW
 
     @property
-    def busy(self) -> bool:
-        """Whether steps need it most of the time, so that little can be saved."""
-        return self._need.get() >= _BUSY
-
-    @property
     def slowness(self) -> float:
-        """0 where an expert comes in a layer's time, 1 on a slow link and on a busy one, neither of which ever rests:
-        what is read in vain there, something else waits for."""
+        """0 where an expert comes in a layer's time, 1 on a slow link and on a busy one, between by line: how far what
+        is read in vain is what something else waits for."""
         return 1.0 if self.busy else min(1.0, max(0.0, (self._in_layers - 1) / (_SLOW - 1)))
 
     @property

@@ -26,7 +26,7 @@ class Waits:
 
     def each(self, miss_s: float, link_s: float, slowness: float) -> float:
         """Seconds that one expert more adds: its share of the wait (``miss_s`` where none was needed), or on a slow
-        link the link's time for it."""
+        or busy link the link's time for it."""
         needed = self._needed.get()
         share_s = self._stall_s.get() / needed if needed else miss_s
         return share_s + slowness * (link_s - share_s)

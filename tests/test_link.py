@@ -1,0 +1,75 @@
+"""What the link gives, against what layers take and steps need. No model, no timing."""
+
+from __future__ import annotations
+
+import pytest
+
+from foregate.prefetch.link import Link
+
+LAYERS = 4
+EXPERT = 2**20
+
+
+def link(*, read_s: float = 0.008, layer_s: float = 0.008, prompt_s: float | None = None) -> Link:
+    """An expert takes ``read_s`` by itself, and ``prompt_s`` in a prompt that it was the bound of."""
+    found = Link(EXPERT, LAYERS)
+    found.saw_layer(layer_s)
+    found.saw_io(EXPERT, read_s)
+    if prompt_s is not None:
+        found.saw_prompt(100 * EXPERT, 100 * prompt_s, 50 * prompt_s, 100 * prompt_s)
+    return found
+
+
+def needed_for(share: float, of: Link, expert_s: float = 0.008) -> None:
+    """A step needs 16 experts, at ``expert_s`` for this share of its time."""
+    of.saw_step(16, 16 * expert_s / share - LAYERS * 0.008)
+
+
+@pytest.mark.parametrize(("read_s", "slowness"), [(0.004, 0.0), (0.008, 0.0), (0.014, 0.5), (0.020, 1.0), (0.080, 1.0)])
+def test_a_link_is_slow_by_the_layers_time_that_an_expert_takes(read_s: float, slowness: float) -> None:
+    found = link(read_s=read_s)
+    assert found.slowness == pytest.approx(slowness)
+    assert found.slow is (read_s > 0.020)
+    assert not found.busy
+
+
+def test_before_anything_is_known_it_is_neither_slow_nor_busy() -> None:
+    found = Link(EXPERT, LAYERS)
+    found.saw_step(16, 0.1)
+    assert (found.expert_s, found.slowness, found.slow, found.busy) == (0.0, 0.0, False, False)
+
+
+def test_a_link_that_steps_need_most_of_the_time_is_busy_until_they_clearly_do_not() -> None:
+    found = link()
+    needed_for(0.85, found)
+    assert (found.busy, found.slowness) == (False, 0.0)
+    needed_for(0.95, found)
+    assert (found.busy, found.slowness) == (True, 1.0)
+    for _ in range(20):
+        needed_for(0.82, found)
+    assert found.busy
+    for _ in range(100):
+        needed_for(0.75, found)
+    assert not found.busy
+
+
+def test_a_prompt_tells_the_long_run_and_what_cannot_be_is_dropped_at_whichever_step_that_shows() -> None:
+    for shares in ([1.3], [1.2, 1.32]):
+        found = link(prompt_s=0.012)
+        assert found.expert_s == 0.012
+        for share in shares[:-1]:
+            needed_for(share, found, 0.012)
+            assert found.expert_s == 0.012
+        needed_for(shares[-1], found, 0.012)
+        assert found.expert_s == 0.008
+        assert found.busy is (sum(shares) / len(shares) * 2 / 3 >= 0.86)
+
+
+def test_what_steps_needed_of_the_link_is_told_by_what_it_is_known_to_give() -> None:
+    found = link()
+    needed_for(0.7, found)
+    assert not found.busy
+    found.saw_prompt(100 * EXPERT, 1.0, 0.5, 1.0)  # a throttle: 10 ms an expert
+    assert found.busy
+    found.saw_prompt(100 * EXPERT, 0.8, 0.5, 0.8)
+    assert not found.busy
