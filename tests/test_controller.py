@@ -197,12 +197,14 @@ def test_on_a_busy_link_the_first_steps_read_little() -> None:
     for stall_s, busy in ((0.008 * (20 - LAYERS), True), (0.008 * (30 - LAYERS), False)):
         c = first_steps(20, stall_s, prompt_s=0.008)
         assert (c.speculating, c.decision.reason) == (True, "warming up")
-        for _ in range(4):
-            assert c.allowance(6) == 6
-            c.issued(Guess(1, 1, 0))
-        for _ in range(20):  # judged or not, this step has read enough
-            c.judge(Guess(1, 1, 0), used=True)
-        assert c.allowance(6) == (0 if busy else 6)
+        for _ in range(2):
+            for _ in range(4):
+                assert c.allowance(6) == 6
+                c.issued(Guess(1, 1, 0))
+                c.judge(Guess(1, 1, 0), used=True)
+            assert c.allowance(6) == (0 if busy else 6)  # though the second has seen enough to judge by
+            c.saw_step(20, stall_s, 0)
+            c.begin_step()
 
 
 def try_once(c: Controller, step: int, alone_s: Sequence[float], with_s: Sequence[float]) -> None:
@@ -409,22 +411,25 @@ def test_a_slow_link_is_probed_as_often_until_there_is_something_to_judge_it_by(
 
 
 def test_so_is_a_busy_one() -> None:
-    c = tried([0.010, 0.022], [0.014])
-    assert not c.decision.enabled
-    step = 20
-    while not c.speculating:
-        try_once(c, step, [0.010, 0.022], [0.014])
-        step += 1
-    for _ in range(4):
-        assert c.allowance(6) == 6
-        c.issued(Guess(1, 1, 0))
-    assert c.allowance(6) == 0
+    alone, ahead = [0.010, 0.022], [0.014]
+    c = tried(alone, ahead, 5)
+    assert (c.decision.enabled, c.link.busy) == (False, True)
+    probes = []
+    for step in range(6, 2 * CONTROL_EVERY):
+        try_once(c, step, alone, ahead)
+        if c.speculating:
+            probes.append(step)
+            for _ in range(4):
+                assert c.allowance(6) == 6
+                c.issued(Guess(1, 1, 0))
+            assert c.allowance(6) == 0
+    assert [later - earlier for earlier, later in pairwise(probes)] == [PROBE_EVERY + 1, 2 * PROBE_EVERY + 1]
 
 
 def test_a_verdict_on_a_busy_link_stands_when_it_rests_again() -> None:
-    """Judged by four steps; one that is not busy gets more, but not a second time."""
-    assert tried([0.016], [0.020], 6).decision.reason == "warming up"
-    c = tried([0.016], [0.020], 8)
+    """Judged by eight reads; one that is not busy gets more steps, but not a second time."""
+    assert tried([0.016], [0.020], 4).decision.reason == "warming up"
+    c = tried([0.016], [0.020], 6)
     assert (c.decision.enabled, c.link.busy) == (False, True)
     for step in range(6):
         try_once(c, step, [0.200], [0.020])

@@ -49,7 +49,7 @@ _PATIENCE = 8
 """Steps with speculation before the first decision on a fast link: the first reads, of a precision not known yet, are
 in vain more often, and little is lost by them."""
 _PROBES = 4
-"""Steps with speculation that a busy link is to be judged by at least, and a slow one before probes become rare."""
+"""Steps with speculation that a slow or busy link is to be judged by before probes become rare."""
 _FAVOUR, _ERRORS = 1, 2
 """Standard errors that speculation is given on a link that brings an expert in a layer's time, where a wrong read costs
 little and the first two steps without it say little; and by which it must have paid on a slow or busy one. Between, by
@@ -116,8 +116,8 @@ class Controller:
         """Of steps with speculation and without, and what any step needs."""
         self._now = _Counts()
         self._step = 0
-        self._judged = False
-        """Whether it has been decided what pays."""
+        self._tentative, self._judged = limit is None, False
+        """Whether it was too early for a decision when this step began, and whether there has been any."""
         self._issued = 0
         """Reads of this step."""
         self._set_aside = 0
@@ -139,6 +139,7 @@ class Controller:
         self._issued = 0
         if self.off_reason or self.fixed is not None:
             return
+        self._tentative = self._warming_up
         decided = self._decide()
         if decided.enabled != self.decision.enabled:
             self.switches += 1
@@ -146,7 +147,7 @@ class Controller:
             self._probe_every = PROBE_EVERY
             self._probe_at = self._step + self._probe_every
         elif probed:
-            if not self.link.slow or self._with.steps >= _PROBES:
+            if not (self.link.slow or self.link.busy) or self._with.steps >= _PROBES:
                 self._probe_every = min(2 * self._probe_every, PROBE_MOST)
             self._probe_at = self._step + self._probe_every
         self.decision = decided
@@ -215,7 +216,7 @@ class Controller:
         somebody waits for."""
         if self._issued < _EXPLORED:
             return False
-        return (self.link.slow or self.link.busy) and (self._probing or self._warming_up)
+        return (self.link.slow or self.link.busy) and (self._probing or self._tentative)
 
     @property
     def trusting(self) -> bool:
@@ -291,8 +292,7 @@ class Controller:
             return False
         if not self._with.steps or not self._alone.steps:
             return True
-        patience = _PROBES if self.link.busy else _PATIENCE * (1 - self.link.slowness)
-        if not self._judged and self._with.steps < patience:
+        if not self._judged and self._with.steps < _PATIENCE * (1 - self.link.slowness):
             return True
         return self.precision.cases < _WARM_UP and self._step <= 2 * _WARM_UP
 
