@@ -210,6 +210,24 @@ def test_a_rival_runs_in_the_same_limit_and_one_that_fails_is_listed_with_its_re
 
 
 @needs_cgroup
+@pytest.mark.parametrize("rivals", [[], ["e"]])
+def test_every_other_round_runs_the_arms_backwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rivals: list[str]
+) -> None:
+    monkeypatch.setattr("foregate.bench.lineup.read_ahead", _read_ahead_in(tmp_path)[0])
+    lineup = line_up(rivals, open_checkpoint(locate("reference")), tmp_path, {"e": Echo(PROTOCOL)}, lambda text: None)
+    session = Session(
+        "reference", choose(standard_arms(["next-gate"], 1, "lfru"), "cache-only:lru,cache+prefetch"),
+        {"code/1": list(range(5, 15))}, tokens=2, rounds=3, threads=1, cgroup="auto", lineup=lineup,
+    )  # fmt: skip
+    runs = [(run["round"], run["arm"].split(":")[0]) for run in session.run(Setting("25%")).runs]
+    ours = [run for run in runs if run[1] != "rival"]
+    a, b = "cache-only", "cache+prefetch"
+    assert ours == [(0, a), (0, b), (1, b), (1, a), (2, a), (2, b)]
+    assert [number for number, arm in runs if arm == "rival"] == list(range(3 * len(rivals)))
+
+
+@needs_cgroup
 def test_a_second_benchmark_on_the_machine_is_an_error_and_not_the_failure_of_a_rival(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,7 +103,7 @@ class Session:
         """Every arm under ``setting``. Raises ForegateError when a worker fails or is killed for memory.
 
         Without rivals one process does all rounds of our arms. With rivals, which are processes of their own, each
-        round is a new process of ours and then one of each rival: A B A B all the same.
+        round is a new process of ours and then one of each rival.
         """
         outcome = Outcome(setting, self._limit(setting.budget), warm=self.holds_all(setting))
         rivals = self._rivals(setting)
@@ -204,7 +204,7 @@ class Session:
     ) -> None:
         spec = WorkerSpec(
             self._model, budget, self._threads, [WorkerSpec.arm(arm) for arm in arms], self._prompts,
-            self._tokens, rounds, watch=first == 0,
+            self._tokens, rounds, first, watch=first == 0,
         )  # fmt: skip
         limits = Limits(self._limit(budget), setting.throttle_bps, self._checkpoint.directory)
 
@@ -214,7 +214,7 @@ class Session:
             elif line["kind"] == "watched":
                 outcome.watched[line["arm"]] = {k: v for k, v in line.items() if k not in ("kind", "arm")}
             elif line["kind"] == "run":
-                outcome.runs.append({**line, "round": first + line["round"]})
+                outcome.runs.append(line)
                 self._progress(f"{setting.budget} {line['arm']}")
 
         usage, peak = self._confined(spec, limits, hear)

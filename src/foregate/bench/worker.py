@@ -23,7 +23,8 @@ from foregate.predictors.oracle import Oracle, RouteRecorder
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What a worker is to do. ``prompts``: name → token ids; every arm runs every prompt ``rounds`` times.
+    """What a worker is to do. ``prompts``: name → token ids; every arm runs every prompt ``rounds`` times, of which the
+    ``first`` bears that number.
 
     ``watch``: each arm once more before that, not timed, for what its reads cost its arithmetic.
     """
@@ -35,6 +36,7 @@ class WorkerSpec:
     prompts: dict[str, list[int]]
     tokens: int
     rounds: int
+    first: int = 0
     watch: bool = False
 
     @staticmethod
@@ -58,16 +60,18 @@ class Worker:
         self._own_budget = str(self._engine.plan.budget_bytes)
 
     def run(self) -> None:
-        """A first pass that is not counted learns each prompt's routing; then rounds of all arms, A B A B."""
+        """A first pass that is not counted learns each prompt's routing; then rounds of all arms, every other one
+        backwards: A B, B A. Whoever always followed the same arm would be compared in the state that this leaves."""
         for name, ids in self._spec.prompts.items():
             self._routes[name] = self._record(ids)
         say({"kind": "ready", "dense_s": dense_seconds(self._engine), "load_s": self._engine.load_s})
         if self._spec.watch:
             for arm in self._spec.arms:
                 say({"kind": "watched", "arm": arm["name"], **self._watch(arm)})
-        for number in range(self._spec.rounds):
+        for number in range(self._spec.first, self._spec.first + self._spec.rounds):
+            arms = self._spec.arms[::-1] if number % 2 else self._spec.arms
             for name, ids in self._spec.prompts.items():
-                for arm in self._spec.arms:
+                for arm in arms:
                     say({"kind": "run", "arm": arm["name"], "prompt": name, "round": number, **self._measure(arm, ids)})
         self._engine.close()
 
