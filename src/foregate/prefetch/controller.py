@@ -10,9 +10,8 @@ each expert that it needs, steps with it how long they wait: as steps need now, 
 queues and a link that never rests are in that. It must be more than the predictor's time, the CPU time of what was
 read for nothing, and the hits that the slots set aside would have been (counted: misses of experts that were evicted
 last). On a slow link, which needs many layers' time for an expert, and on a busy one, which steps need most of the
-time, little can be saved and much be lost: there it must have paid by more than chance. A slow one is off at first, and
-tried in the steps that probe; a busy one is tried with few reads, and judged sooner. Where an expert comes in a layer's
-time doubt is in its favour; between, by line.
+time, little can be saved and much be lost: there it is off at first, must have paid in the steps that probe, and by
+more than chance. Where an expert comes in a layer's time doubt is in its favour; between, by line.
 """
 
 from __future__ import annotations
@@ -116,8 +115,8 @@ class Controller:
         """Of steps with speculation and without, and what any step needs."""
         self._now = _Counts()
         self._step = 0
-        self._tentative, self._judged = limit is None, False
-        """Whether it was too early for a decision when this step began, and whether there has been any."""
+        self._judged = False
+        """Whether there has been any decision."""
         self._issued = 0
         """Reads of this step."""
         self._set_aside = 0
@@ -139,7 +138,6 @@ class Controller:
         self._issued = 0
         if self.off_reason or self.fixed is not None:
             return
-        self._tentative = self._warming_up
         decided = self._decide()
         if decided.enabled != self.decision.enabled:
             self.switches += 1
@@ -147,7 +145,7 @@ class Controller:
             self._probe_every = PROBE_EVERY
             self._probe_at = self._step + self._probe_every
         elif probed:
-            if not (self.link.slow or self.link.busy) or self._with.steps >= _PROBES:
+            if not self.link.strain or self._with.steps >= _PROBES:
                 self._probe_every = min(2 * self._probe_every, PROBE_MOST)
             self._probe_at = self._step + self._probe_every
         self.decision = decided
@@ -212,11 +210,9 @@ class Controller:
 
     @property
     def sated(self) -> bool:
-        """Whether this step tries what a slow link or a busy one gives, and has read enough for that: what nobody uses,
-        somebody waits for."""
-        if self._issued < _EXPLORED:
-            return False
-        return (self.link.slow or self.link.busy) and (self._probing or self._tentative)
+        """Whether this step probes a slow or busy link, and has read enough for that: what nobody uses, somebody waits
+        for."""
+        return self._issued >= _EXPLORED and self._probing and bool(self.link.strain)
 
     @property
     def trusting(self) -> bool:
@@ -331,9 +327,9 @@ class Controller:
         return self._alone.wait(needed, alone) - self._with.wait(needed, ahead) + favour * error
 
     def _decide(self) -> Decision:
-        precision, slow = self.precision.overall, self.link.slow
+        precision, strain = self.precision.overall, self.link.strain
         if self._warming_up:
-            return Decision(not slow, "slow link: tried now and then" if slow else "warming up", precision)
+            return Decision(not strain, f"{strain} link: tried now and then" if strain else "warming up", precision)
         self._judged = True
         expert_s, used = self.link.expert_s, self._used.get()
         gain = max(0.0, min(self._saved(), used * max(expert_s, self._miss_s.get())))

@@ -11,9 +11,9 @@ it must have read: fewer say little about the long run."""
 _SLOW = 2.5
 """A link that needs so many layers' time for an expert is slow: 1.0 to 1.2 without a throttle here, 2.9 to 3.4 at 700
 MB/s."""
-_BUSY, _RESTS = 0.86, 0.8
+_BUSY, _RESTS = 0.86, 0.82
 """Share of a step without speculation for which the link is needed, from which on little can be saved, and below which
-that is over: 0.5 to 0.83 without a throttle here, 0.87 to 1 at 1200 MB/s but where three of four experts are resident.
+that is over: 0.5 to 0.82 without a throttle here, 0.87 to 1 at 1200 MB/s but where three of four experts are resident.
 """
 _IMPOSSIBLE = 1.25
 """The same, beyond which the link is faster than the prompt has said: that also waited for something else, as for the
@@ -80,9 +80,9 @@ class Link:
         return self._read_s.get() if self._long_run_s is None else self._long_run_s
 
     @property
-    def slow(self) -> bool:
-        """Whether an expert takes many layers' time."""
-        return self._in_layers > _SLOW
+    def strain(self) -> str:
+        """ "slow" where an expert takes many layers' time, or "busy"; else empty. Either way little can be saved."""
+        return "slow" if self._in_layers > _SLOW else "busy" if self.busy else ""
 
     @property
     def slowness(self) -> float:
