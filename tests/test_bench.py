@@ -51,8 +51,8 @@ needs_read_ahead = pytest.mark.skipif(not _sets_read_ahead(), reason="read-ahead
 
 def test_an_arm_that_does_not_exist_is_refused_with_the_choices() -> None:
     arms = standard_arms(["next-gate"], 2, "lfru")
-    assert [arm.name for arm in choose(arms, "oracle,cache-only:lru")] == [
-        "oracle@1", "oracle@2", "oracle@4", "cache-only:lru",
+    assert [arm.name for arm in choose(arms, "oracle@2,oracle,cache-only:lru")] == [
+        "oracle@2", "oracle@1", "oracle@4", "oracle@1:all", "oracle@2:all", "oracle@4:all", "cache-only:lru",
     ]  # fmt: skip
     with pytest.raises(ConfigError, match=r"'oracles'.*all-resident"):
         choose(arms, "oracles")
@@ -379,13 +379,16 @@ def test_a_box_kills_what_takes_too_much_memory() -> None:
 def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "foregate", "bench", "reference", "--budget", "25%", "--tokens", "4", "--rounds", "1",
-        "--out", str(tmp_path), "--arms", "cache-only:lru,cache+prefetch,oracle@1,all-resident", "--lookahead", "2",
+        "--out", str(tmp_path), "--lookahead", "2",
+        "--arms", "cache-only:lru,cache+prefetch,oracle@1,oracle@1:all,all-resident",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["outputs_identical"] is True
-    assert set(found["arms"]) == {"cache-only:lru", "cache+prefetch:next-gate@2", "oracle@1", RESIDENT}
+    assert set(found["arms"]) == {"cache-only:lru", "cache+prefetch:next-gate@2", "oracle@1", "oracle@1:all", RESIDENT}
+    asked = [name for name, arm in found["arms"].items() if "as asked" in arm["controller"]["reason"]]
+    assert asked == ["oracle@1:all"]
     assert found["arms"]["cache-only:lru"]["read_mb_per_token"] > 0
     assert found["arms"][RESIDENT]["read_mb_per_token"] == 0
     assert found["arms"][RESIDENT]["hit"] == 1

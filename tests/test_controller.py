@@ -199,6 +199,17 @@ def test_on_a_busy_link_speculation_is_off_at_first() -> None:
     assert (resting.speculating, resting.decision.reason) == (True, "warming up")
 
 
+@pytest.mark.parametrize(("prompt_s", "slow"), [(0.024, False), (0.032, True)])
+def test_on_a_link_that_takes_many_layers_time_for_an_expert_too_though_steps_need_it_little(
+    prompt_s: float, slow: bool
+) -> None:
+    """Three or four layers' time, and needed for two experts in 88 ms."""
+    c = first_steps(2, 0.064, prompt_s=prompt_s)
+    assert not c.link.busy
+    assert (c.speculating, c.decision.reason) == (not slow, "slow link: tried now and then" if slow else "warming up")
+    assert c.costs().crowding == (1.0 if slow else 0.2)
+
+
 def try_once(c: Controller, step: int, alone_s: Sequence[float], with_s: Sequence[float]) -> None:
     """A layer and an expert take 16 ms each, the step needs four and waits as the sequences say, in turn."""
     c.begin_step()
@@ -222,12 +233,13 @@ def tried(alone_s: Sequence[float], with_s: Sequence[float], steps: int) -> Cont
 def test_on_a_busy_link_speculation_must_have_paid_beyond_chance_and_elsewhere_doubt_is_in_its_favour(
     wait_s: float, busy: bool
 ) -> None:
-    """Of steps of 64 ms or 88 the link is needed for 64; speculation saves 2, for sure or give or take 6."""
-    sure = tried([wait_s], [wait_s - 0.002], 120)
+    """Of steps of 64 ms or 88 the link is needed for 64; speculation saves 4, and costs 2, for sure or give or take
+    12."""
+    sure = tried([wait_s], [wait_s - 0.004], 120)
     assert sure.decision.enabled
     assert "pays: saves" in sure.decision.reason
     assert sure.costs().crowding == (1.0 if busy else 0.2)
-    assert tried([wait_s - 0.006, wait_s + 0.006], [wait_s - 0.002], 120).decision.enabled is not busy
+    assert tried([wait_s - 0.012, wait_s + 0.012], [wait_s - 0.004], 120).decision.enabled is not busy
 
 
 def test_a_prompt_that_waited_for_something_else_says_nothing_of_the_link() -> None:

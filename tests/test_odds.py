@@ -14,11 +14,11 @@ BUSY = RESTING._replace(crowding=1)
 @pytest.mark.parametrize(
     ("window_s", "queued", "worth"),
     [
-        (20, 0, 0.5 * 7 - 0.5 * 1),  # over before its layer comes: all of a miss, or its bytes
-        (20, 2, 0.5 * 4 - 0.5 * (1 + 2)),  # 16 go by until it begins: 4 left, and readers are at it when it is over
-        (9, 1, 0.5 * 1 - 0.5 * (1 + 2)),
+        (20, 0, 0.5 * 7 - 1),  # over before its layer comes: all of a miss, and its bytes
+        (20, 2, 0.5 * 4 - 0.5 * 2 - 1),  # 16 go by until it begins: 4 left, and readers are at it when it is over
+        (9, 1, 0.5 * 1 - 0.5 * 2 - 1),
         (16, 2, 0),  # not begun by then
-        (None, 5, 0.5 * 7 - 0.5 * (1 + 1)),
+        (None, 5, 0.5 * 7 - 0.5 * 1 - 1),
     ],
 )
 def test_a_read_saves_what_its_window_has_room_for_and_costs_what_it_is_in_the_way_of(

@@ -43,7 +43,8 @@ class WorkerSpec:
     def arm(arm: Arm) -> dict[str, Any]:
         """JSON form of an arm."""
         return {
-            "name": arm.name, "settings": dict(arm.settings), "slots_of_top_k": arm.slots_of_top_k, "warm": arm.warm
+            "name": arm.name, "settings": dict(arm.settings), "slots_of_top_k": arm.slots_of_top_k, "warm": arm.warm,
+            "reads_all": arm.reads_all,
         }  # fmt: skip
 
 
@@ -101,7 +102,7 @@ class Worker:
     def _prepare(self, arm: dict[str, Any], ids: list[int]) -> None:
         """The engine as ``arm`` has it: an empty cache, or, if it is warm, what this very run leaves behind."""
         engine = self._engine
-        engine.reset(**{**BASE, "memory_budget": self._budget(arm), **arm["settings"]})
+        engine.reset(**{**BASE, "memory_budget": self._budget(arm), **arm["settings"], **self._reads(arm)})
         engine.pool.commit()  # a new pool's first reads wait for the system's memory: the arm is not to be charged
         if isinstance(engine.predictor, Oracle):
             name = next(name for name, prompt in self._spec.prompts.items() if prompt == ids)
@@ -119,6 +120,9 @@ class Worker:
             return self._own_budget
         spec = self._engine.spec
         return str(times * spec.top_k * spec.expert_slot_bytes)
+
+    def _reads(self, arm: dict[str, Any]) -> dict[str, str]:
+        return {"prefetch": str(self._engine.spec.top_k)} if arm["reads_all"] else {}
 
 
 BASE = {

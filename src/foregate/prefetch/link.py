@@ -8,13 +8,13 @@ _BOUND, _WAITED, _ENOUGH_EXPERTS = 0.95, 0.25, 16
 """Shares of a prompt's time with reads running (1.0 under a throttle, 0.73 to 0.98 without) and of waiting for them,
 from which on the link was its bound: where computing is, reads run all the time as well, and slowly. And experts that
 it must have read: fewer say little about the long run."""
-_SLOW = 2.5
-"""A link that needs so many layers' time for an expert is slow: 1.0 to 1.2 without a throttle here, 2.9 to 3.4 at 700
-MB/s."""
+_SLOW = 3.5
+"""A link that needs more layers' time for an expert is slow: trying alone costs too much there. 1.0 to 1.2 without a
+throttle here, 2.5 to 3.2 at 1200 MB/s, 4.3 to 5.3 at 700."""
 _BUSY, _RESTS = 0.86, 0.82
 """Share of a step without speculation for which the link is needed, from which on little can be saved, and below which
-that is over: 0.5 to 0.82 without a throttle here, 0.87 to 1 at 1200 MB/s but where three of four experts are resident.
-"""
+that is over: 0.4 to 0.82 without a throttle here; at 1200 MB/s 0.5 to 0.8 where three of four experts are resident, and
+0.87 to 1 where fewer are."""
 _IMPOSSIBLE = 1.25
 """The same, beyond which the link is faster than the prompt has said: that also waited for something else, as for the
 memory of a new pool (1.3 to 1.5 then; 1.15 where a throttle saves up what is not read)."""
@@ -31,10 +31,10 @@ class Link:
         self._read_s = Average()
         self._long_run_s: float | None = None
         """For one expert, where a prompt was read as fast as the link gave it."""
-        self._needed = Average(0.1)
-        """Experts that steps without speculation need in a second."""
+        self._needed, self._step_s = Average(0.1), Average(0.1)
+        """Of steps without speculation: experts that they need, and seconds that they take."""
         self.busy = False
-        """Whether steps need it most of the time, so that little can be saved."""
+        """Whether steps need it most of the time."""
 
     def saw_io(self, nbytes: int, seconds: float) -> None:
         """``nbytes`` were read in ``seconds`` in which at least one read was running."""
@@ -65,14 +65,15 @@ class Link:
     def saw_step(self, needed: int, stall_s: float) -> None:
         """A step without speculation needed ``needed`` experts that were absent, and waited ``stall_s`` for them."""
         if self.layer_s.value is not None:
-            self._needed.add(needed / (stall_s + self._layers * self.layer_s.value))
+            self._needed.add(needed)
+            self._step_s.add(stall_s + self._layers * self.layer_s.value)
             self._look()
 
     def _look(self) -> None:
         """Whether it is busy, as far as steps have told."""
-        if self._needed.get() * self.expert_s > _IMPOSSIBLE:
+        if self.need > _IMPOSSIBLE:
             self._long_run_s, self.busy = None, False
-        self.busy = self._needed.get() * self.expert_s >= (_RESTS if self.busy else _BUSY)
+        self.busy = self.need >= (_RESTS if self.busy else _BUSY)
 
     @property
     def expert_s(self) -> float:
@@ -80,17 +81,14 @@ class Link:
         return self._read_s.get() if self._long_run_s is None else self._long_run_s
 
     @property
+    def need(self) -> float:
+        """Share of steps without speculation for which it is needed; 0 before the first. Above 1 where it gave more
+        than it does in the long run."""
+        return self._needed.get() * self.expert_s / self._step_s.get(1.0)
+
+    @property
     def strain(self) -> str:
-        """ "slow" where an expert takes many layers' time, or "busy"; else empty. Either way little can be saved."""
-        return "slow" if self._in_layers > _SLOW else "busy" if self.busy else ""
-
-    @property
-    def slowness(self) -> float:
-        """0 where an expert comes in a layer's time, 1 on a slow link and on a busy one, between by line: how far what
-        is read in vain is what something else waits for."""
-        return 1.0 if self.busy else min(1.0, max(0.0, (self._in_layers - 1) / (_SLOW - 1)))
-
-    @property
-    def _in_layers(self) -> float:
-        """How many layers' time an expert takes."""
-        return self.expert_s / self.layer_s.get(self.expert_s) if self.expert_s else 1.0
+        """ "slow" where an expert takes many layers' time, or "busy"; else empty. Either way little can be saved, and
+        what is read in vain is what something else waits for."""
+        in_layers = self.expert_s / self.layer_s.get(self.expert_s) if self.expert_s else 1.0
+        return "slow" if in_layers > _SLOW else "busy" if self.busy else ""

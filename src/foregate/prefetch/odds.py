@@ -35,4 +35,4 @@ class Costs(NamedTuple):
                 return 0.0
             saving_s, over_s = min(miss_s, left_s), min(in_hand_s, max(0.0, read_s - left_s))
         delay_s = over_s + crowding * (read_s - over_s)
-        return precision * saving_s - (1.0 - precision) * (cpu_s + delay_s)
+        return precision * saving_s - cpu_s - (1.0 - precision) * delay_s

@@ -24,12 +24,10 @@ class Waits:
         self._products.add(needed * stall_s)
         self._stall_squares.add(stall_s * stall_s)
 
-    def each(self, miss_s: float, link_s: float, slowness: float) -> float:
-        """Seconds that one expert more adds: its share of the wait (``miss_s`` where none was needed), or on a slow
-        or busy link the link's time for it."""
+    def each(self, miss_s: float) -> float:
+        """Seconds that one expert more adds: its share of the wait, or ``miss_s`` where none was needed."""
         needed = self._needed.get()
-        share_s = self._stall_s.get() / needed if needed else miss_s
-        return share_s + slowness * (link_s - share_s)
+        return self._stall_s.get() / needed if needed else miss_s
 
     def wait(self, needed: float, each_s: float) -> float:
         """Mean wait of a step that needs ``needed``."""
