@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from foregate.bench.arms import RESIDENT, choose, standard_arms
+from foregate.bench.arms import ORACLE, ORACLE_ALL, RESIDENT, choose, standard_arms
 from foregate.bench.contention import contention
 from foregate.bench.figure import parts
 from foregate.bench.grid import never_below, worst
@@ -25,7 +25,7 @@ from foregate.bench.rivals import RIVALS
 from foregate.bench.rivals.pagecache import drop
 from foregate.bench.rivals.readahead import HeldError, read_ahead, setting_of
 from foregate.bench.session import Outcome, Session, Setting
-from foregate.bench.summary import _compute_s, _domains, bound, disk_limit, paired, ratios, summarise
+from foregate.bench.summary import _compute_s, _domains, bound, disk_limit, oracle_gain, paired, ratios, summarise
 from foregate.bench.usage import gauged
 from foregate.checkpoint.locate import locate
 from foregate.checkpoint.opening import open_checkpoint
@@ -51,11 +51,20 @@ needs_read_ahead = pytest.mark.skipif(not _sets_read_ahead(), reason="read-ahead
 
 def test_an_arm_that_does_not_exist_is_refused_with_the_choices() -> None:
     arms = standard_arms(["next-gate"], 2, "lfru")
-    assert [arm.name for arm in choose(arms, "oracle@2,oracle,cache-only:lru")] == [
-        "oracle@2", "oracle@1", "oracle@4", "oracle@1:all", "oracle@2:all", "oracle@4:all", "cache-only:lru",
+    assert [arm.name for arm in choose(arms, "oracle@,oracle-all@2,cache-only:lru")] == [
+        "oracle@1", "oracle@2", "oracle@4", "oracle-all@2", "cache-only:lru",
     ]  # fmt: skip
     with pytest.raises(ConfigError, match=r"'oracles'.*all-resident"):
         choose(arms, "oracles")
+
+
+def test_the_share_of_an_oracles_gain_is_told_against_each_kind_of_oracle() -> None:
+    stalls = {"cache-only:lru": 10, "cache+prefetch:x@1": 7, "oracle@1": 8, "oracle@2": 6, "oracle-all@2": 4}
+    arms = {name: {"exposed_io_ms": stall} for name, stall in stalls.items()}
+    told = [oracle_gain(arms, "cache-only:lru", "cache+prefetch:x@1", kind) for kind in (ORACLE, ORACLE_ALL)]
+    assert told == [0.75, 0.5]
+    assert oracle_gain(arms, "cache-only:lru", "cache-only:lru", ORACLE) is None
+    assert oracle_gain(arms, None, "cache+prefetch:x@1", ORACLE) is None
 
 
 def test_ratios_pair_runs_of_the_same_prompt_and_round() -> None:
@@ -380,15 +389,15 @@ def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "foregate", "bench", "reference", "--budget", "25%", "--tokens", "4", "--rounds", "1",
         "--out", str(tmp_path), "--lookahead", "2",
-        "--arms", "cache-only:lru,cache+prefetch,oracle@1,oracle@1:all,all-resident",
+        "--arms", "cache-only:lru,cache+prefetch,oracle@1,oracle-all@1,all-resident",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["outputs_identical"] is True
-    assert set(found["arms"]) == {"cache-only:lru", "cache+prefetch:next-gate@2", "oracle@1", "oracle@1:all", RESIDENT}
-    asked = [name for name, arm in found["arms"].items() if "as asked" in arm["controller"]["reason"]]
-    assert asked == ["oracle@1:all"]
+    assert set(found["arms"]) == {"cache-only:lru", "cache+prefetch:next-gate@2", "oracle@1", "oracle-all@1", RESIDENT}
+    asked = [name for name, arm in found["arms"].items() if arm["controller"]["reason"] == "4 a layer, as asked"]
+    assert asked == ["oracle-all@1"]
     assert found["arms"]["cache-only:lru"]["read_mb_per_token"] > 0
     assert found["arms"][RESIDENT]["read_mb_per_token"] == 0
     assert found["arms"][RESIDENT]["hit"] == 1

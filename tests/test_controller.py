@@ -65,15 +65,17 @@ def test_where_the_link_never_rests_reads_that_are_used_save_nothing() -> None:
 
 
 def test_a_read_that_is_cancelled_before_it_began_costs_nothing() -> None:
+    """1.5 ms of three reads, which is all that it loses, of 2 ms saved."""
     c = controller()
     for _ in range(20):
         c.begin_step()
         c.link.saw_io(4 * 8 * 2**20, 0.032)
         c.saw_misses(1, 0.008)
-        c.saw_step(4, 0.008 if c.speculating else 0.032, 3 * 8 * 2**20)
+        c.saw_step(4, 0.030 if c.speculating else 0.032, 3 * 8 * 2**20)
         for outcome in [True, True, True, False, False, False]:
             c.judge(Guess(1, 1, 0), used=outcome)
     assert c.decision.enabled
+    assert c.decision.loss_s == pytest.approx(0.0015, rel=0.01)
 
 
 def test_what_is_not_waited_for_without_speculation_is_not_its_merit() -> None:
@@ -233,13 +235,21 @@ def tried(alone_s: Sequence[float], with_s: Sequence[float], steps: int) -> Cont
 def test_on_a_busy_link_speculation_must_have_paid_beyond_chance_and_elsewhere_doubt_is_in_its_favour(
     wait_s: float, busy: bool
 ) -> None:
-    """Of steps of 64 ms or 88 the link is needed for 64; speculation saves 4, and costs 2, for sure or give or take
-    12."""
+    """Of steps of 64 ms or 88 the link is needed for 64; speculation costs 2, and saves 4 or 1, give or take 12."""
     sure = tried([wait_s], [wait_s - 0.004], 120)
     assert sure.decision.enabled
     assert "pays: saves" in sure.decision.reason
     assert sure.costs().crowding == (1.0 if busy else 0.2)
-    assert tried([wait_s - 0.012, wait_s + 0.012], [wait_s - 0.004], 120).decision.enabled is not busy
+    for saved_s in (0.001, 0.004):
+        in_doubt = tried([wait_s - 0.012, wait_s + 0.012], [wait_s - saved_s], 120)
+        assert in_doubt.decision.enabled is not busy
+
+
+def test_what_is_read_ahead_costs_its_processor_time_used_or_not() -> None:
+    """2 ms of four reads, of which one is in vain."""
+    for saved_s, pays in ((0.0015, False), (0.0025, True)):
+        c = tried([0.040], [0.040 - saved_s], 120)
+        assert (c.decision.enabled, c.decision.loss_s) == (pays, pytest.approx(0.002, rel=0.01))
 
 
 def test_a_prompt_that_waited_for_something_else_says_nothing_of_the_link() -> None:

@@ -13,8 +13,8 @@ EXPERT = 2**20
 def link(*, read_s: float = 0.008, prompt_s: float | None = None) -> Link:
     """A layer takes 8 ms, an expert ``read_s`` by itself, and ``prompt_s`` in a prompt that it was the bound of."""
     found = Link(EXPERT, LAYERS)
-    found.saw_layer(0.008)
     found.saw_io(EXPERT, read_s)
+    found.saw_layer(0.008)
     if prompt_s is not None:
         found.saw_prompt(100 * EXPERT, 100 * prompt_s, 50 * prompt_s, 100 * prompt_s)
     return found
@@ -28,6 +28,14 @@ def needed_for(share: float, of: Link, expert_s: float = 0.008) -> None:
 @pytest.mark.parametrize(("read_s", "strain"), [(0.004, ""), (0.027, ""), (0.029, "slow")])
 def test_a_link_is_slow_by_the_layers_time_that_an_expert_takes(read_s: float, strain: str) -> None:
     assert link(read_s=read_s).strain == strain
+
+
+def test_a_slow_link_is_slow_until_it_clearly_is_not() -> None:
+    found = link(read_s=0.029)
+    for layer_s, slow in ((0.009, True), (0.0105, False), (0.0085, False)):
+        for _ in range(200):
+            found.saw_layer(layer_s)
+        assert found.slow is slow
 
 
 def test_before_anything_is_known_it_is_neither_slow_nor_busy() -> None:

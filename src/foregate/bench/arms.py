@@ -17,6 +17,7 @@ RESIDENT = "all-resident"
 BASELINE = "cache-only"
 PREFETCH = "cache+prefetch"
 ORACLE = "oracle@"
+ORACLE_ALL = "oracle-all@"
 RIVAL = "rival:"
 BEST = "best-cache-only"
 """In ratios: the fastest cache-only arm of the runs compared, chosen after the fact."""
@@ -34,7 +35,7 @@ class Arm:
     warm: bool = False
     """Every run is preceded by the same run, which is not counted: what it needs is in memory."""
     reads_all: bool = False
-    """Of every layer k reads ahead, the controller deciding nothing."""
+    """``prefetch`` is k: the controller decides nothing."""
 
 
 def _arm(name: str, slots_of_top_k: int | None = None, *, reads_all: bool = False, **settings: Any) -> Arm:
@@ -52,8 +53,7 @@ def standard_arms(predictors: Sequence[str], lookahead: int | None, policy: str)
     for predictor, label in _labels(predictors).items():
         ahead = own_lookahead(predictor) if lookahead is None else lookahead
         found += [_prefetch_only(predictor, label, ahead), _both(predictor, label, ahead, policy)]
-    found += [_oracle(ahead, policy) for ahead in (1, 2, 4)]
-    found += [_oracle(ahead, policy, reads_all=True) for ahead in (1, 2, 4)]
+    found += [_oracle(ahead, policy, all_read) for all_read in (False, True) for ahead in (1, 2, 4)]
     # prefetch off: a prompt's reading ahead of whole layers would read experts that no token has needed
     settled = MappingProxyType({**quiet, "prefetch": "off", "cache_policy": "lru"})
     return [*found, Arm(RESIDENT, settled, whole=True, warm=True)]
@@ -90,16 +90,11 @@ def _both(predictor: str, label: str, lookahead: int, policy: str) -> Arm:
     )
 
 
-def _oracle(lookahead: int, policy: str, *, reads_all: bool = False) -> Arm:
+def _oracle(lookahead: int, policy: str, reads_all: bool) -> Arm:
     """Perfect prediction, under the controller as any other, or with everything read that it foresees."""
-    return _arm(
-        f"{ORACLE}{lookahead}{':all' if reads_all else ''}",
-        reads_all=reads_all,
-        predictor="oracle",
-        prefetch="auto",
-        lookahead=lookahead,
-        cache_policy=policy,
-    )
+    name = f"{ORACLE_ALL if reads_all else ORACLE}{lookahead}"
+    decided: dict[str, Any] = {} if reads_all else {"prefetch": "auto"}
+    return _arm(name, reads_all=reads_all, predictor="oracle", **decided, lookahead=lookahead, cache_policy=policy)
 
 
 def _labels(predictors: Sequence[str]) -> dict[str, str]:
@@ -110,7 +105,7 @@ def _labels(predictors: Sequence[str]) -> dict[str, str]:
 
 
 def choose(arms: list[Arm], wanted: str) -> list[Arm]:
-    """The arms that ``wanted`` names: ``all``, or names, or beginnings of names, with commas between.
+    """The arms that ``wanted`` names: ``all``, or names or their beginnings, with commas between.
 
     Raises ConfigError for one that names nothing.
     """
@@ -118,7 +113,7 @@ def choose(arms: list[Arm], wanted: str) -> list[Arm]:
         return arms
     chosen: list[Arm] = []
     for part in filter(None, (text.strip() for text in wanted.split(","))):
-        found = [arm for arm in arms if arm.name == part] or [arm for arm in arms if arm.name.startswith(part)]
+        found = [arm for arm in arms if arm.name == part or arm.name.startswith(part)]
         if not found:
             raise ConfigError(f"no arm {part!r}; choose from: {', '.join(arm.name for arm in arms)}")
         chosen += [arm for arm in found if arm not in chosen]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from foregate.bench.arms import BASELINE, BEST, ORACLE, PREFETCH, RESIDENT, RIVAL
+from foregate.bench.arms import BASELINE, BEST, ORACLE, ORACLE_ALL, PREFETCH, RESIDENT, RIVAL
 from foregate.bench.session import Outcome
 
 Runs = Sequence[Mapping[str, Any]]
@@ -26,7 +26,8 @@ def summarise(outcome: Outcome, limits: Mapping[str, Any]) -> dict[str, Any]:
         arm["warm"] = outcome.warm or name == RESIDENT
         arm["contention"] = outcome.watched.get(name)
         arm["expert_vs_resident"] = arm["expert_ms"] / arms[RESIDENT]["expert_ms"] if RESIDENT in arms else None
-        arm["oracle_gain"] = _gain(arms, best, name)
+        arm["oracle_gain"] = oracle_gain(arms, best, name, ORACLE)
+        arm["oracle_all_gain"] = oracle_gain(arms, best, name, ORACLE_ALL)
     arms |= {name: _rival_arm(runs) for name, runs in _by_arm(outcome.runs).items() if name.startswith(RIVAL)}
     for name, runs in _by_arm(outcome.runs).items():
         arms[name]["prompts"] = by_prompt(runs, disk)
@@ -136,12 +137,12 @@ def ratios(runs: Runs) -> dict[str, Any]:
     def compare(name: str, other: str) -> None:
         if name in arms and other in arms:
             found[f"{name} vs {other}"] = paired(runs, name, other)
-            if other.startswith(RIVAL) and not name.startswith(ORACLE):
+            if other.startswith(RIVAL) and not name.startswith((ORACLE, ORACLE_ALL)):
                 found[f"{name} vs {other} (TTFT)"] = paired(runs, name, other, _ttft)
 
     # a rival that is only there at its full size is so in a cell that holds everything, as our arms then do
     peers = limited or whole
-    for name in (name for name in arms if name.startswith((PREFETCH, ORACLE))):
+    for name in (name for name in arms if name.startswith((PREFETCH, ORACLE, ORACLE_ALL))):
         if best is not None:
             found[f"{name} vs {BEST}"] = {"against": best, **paired(runs, name, best)}
         for other in (*(policies if name.startswith(PREFETCH) else ()), *ON_DEMAND, *peers):
@@ -267,10 +268,10 @@ def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
     return sum(float(row[name]) for row in rows) / len(rows)
 
 
-def _gain(arms: Mapping[str, Any], best: str | None, name: str) -> float | None:
-    """Share of the stall that the best oracle saves, against the best cache-only arm, that ``name`` saves."""
-    oracles = [arm["exposed_io_ms"] for other, arm in arms.items() if other.startswith(ORACLE)]
-    if best is None or not oracles or not name.startswith((PREFETCH, ORACLE)):
+def oracle_gain(arms: Mapping[str, Any], best: str | None, name: str, kind: str) -> float | None:
+    """Stall that ``name`` saves against cache-only ``best``, over what the best oracle of ``kind`` saves."""
+    oracles = [arm["exposed_io_ms"] for other, arm in arms.items() if other.startswith(kind)]
+    if best is None or not oracles or not name.startswith((PREFETCH, ORACLE, ORACLE_ALL)):
         return None
     possible = arms[best]["exposed_io_ms"] - min(oracles)
     return (arms[best]["exposed_io_ms"] - arms[name]["exposed_io_ms"]) / possible if possible > 0 else None

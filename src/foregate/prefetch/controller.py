@@ -10,9 +10,9 @@ delays other reads.
 each expert that it needs, steps with it how long they wait: as steps need now, the difference is what it saves; waste,
 queues and a link that never rests are in that. It must be more than the predictor's time, the CPU time of what was
 read ahead, and the hits that the slots set aside would have been (counted: misses of experts that were evicted last).
-On a slow link, which needs many layers' time for an expert, and on a busy one, which steps need most of the time,
-little can be saved and much be lost: there it is off at first, must have paid in the steps that probe, and by more than
-chance. Elsewhere doubt is in its favour.
+On a slow link, which needs many layers' time for an expert, a read in vain costs much, and on a busy one, which steps
+need most of the time, little can be saved: there it is off at first, must have paid in the steps that probe, and by
+more than chance. Elsewhere doubt is in its favour.
 """
 
 from __future__ import annotations
@@ -41,25 +41,23 @@ CONTROL_STEPS = 2
 """Switched on, so many steps in so many, the first of them, do without, to see what waiting costs then."""
 
 _EXPLORED = 4
-"""Reads of a probe, or of one of the first steps, up to which a layer's best guess is tried whatever it seems worth:
-nothing else would show that predictions have become better. A slow or busy link is tried with no more."""
+"""Reads of a probe, or of one of the first steps, up to which a layer's best guess is tried as if it were sure: nothing
+else would show that predictions have become better. A slow or busy link is tried with no more."""
 _WARM_UP = 8
 """Speculative reads judged before the first decision; twice as many steps are enough, too."""
 _PATIENCE = 8
 """Steps with speculation before the first decision, but on a slow or busy link: the first reads, of a precision not
-known yet, are in vain more often, and little is lost by them elsewhere."""
+known yet, are in vain more often than later ones."""
 _PROBES = 4
 """Steps with speculation that a slow or busy link is to be judged by before probes become rare."""
 _FAVOUR, _ERRORS = 1, 2
-"""Standard errors that speculation is given where a wrong read costs little, as the first two steps without it say
-little; and by which it must have paid on a slow or busy link."""
+"""Standard errors that speculation is given, as the first two steps without it say little; and by which it must have
+paid on a slow or busy link."""
 _DOUBT = 0.25
 """Reads by which more or less than before must fit into the windows for slots to be given back or taken: each of those
 that are taken costs a resident."""
 _CROWDING = 0.2
-"""Share of its time by which a read in vain delays others; all of it on a slow or busy link. With the share for which
-steps need the link in its place less is gained where that is a half to three quarters (1200 MB/s, 75 %: 1.05 for 1.08).
-"""
+"""Share of its time by which a read in vain delays others; all of it on a slow or busy link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,8 +317,8 @@ class Controller:
 
     def _saved(self) -> float:
         """Seconds that a step of the usual need waits less with speculation than without, and what doubt adds."""
-        needed, expert_s = self._needed.get(), self.link.expert_s
-        if strained := bool(self.link.strain):
+        needed, expert_s, strained = self._needed.get(), self.link.expert_s, bool(self.link.strain)
+        if strained:
             alone = ahead = expert_s
         else:
             alone, ahead = (waits.each(self._miss_s.get(expert_s)) for waits in (self._alone, self._with))

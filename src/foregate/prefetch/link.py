@@ -8,9 +8,9 @@ _BOUND, _WAITED, _ENOUGH_EXPERTS = 0.95, 0.25, 16
 """Shares of a prompt's time with reads running (1.0 under a throttle, 0.73 to 0.98 without) and of waiting for them,
 from which on the link was its bound: where computing is, reads run all the time as well, and slowly. And experts that
 it must have read: fewer say little about the long run."""
-_SLOW = 3.5
-"""A link that needs more layers' time for an expert is slow: trying alone costs too much there. 1.0 to 1.2 without a
-throttle here, 2.5 to 3.2 at 1200 MB/s, 4.3 to 5.3 at 700."""
+_SLOW, _SLOW_NO_MORE = 3.5, 3.0
+"""A link that needs this many layers' time for an expert is slow: each read in vain costs so much that trying alone is
+dear. 1.0 to 1.2 without a throttle here, 2.5 to 3.2 at 1200 MB/s, 4.3 to 5.3 at 700."""
 _BUSY, _RESTS = 0.86, 0.82
 """Share of a step without speculation for which the link is needed, from which on little can be saved, and below which
 that is over: 0.4 to 0.82 without a throttle here; at 1200 MB/s 0.5 to 0.8 where three of four experts are resident, and
@@ -33,8 +33,8 @@ class Link:
         """For one expert, where a prompt was read as fast as the link gave it."""
         self._needed, self._step_s = Average(0.1), Average(0.1)
         """Of steps without speculation: experts that they need, and seconds that they take."""
-        self.busy = False
-        """Whether steps need it most of the time."""
+        self.slow, self.busy = False, False
+        """Whether an expert takes many layers' time, and whether steps need the link most of the time."""
 
     def saw_io(self, nbytes: int, seconds: float) -> None:
         """``nbytes`` were read in ``seconds`` in which at least one read was running."""
@@ -61,6 +61,7 @@ class Link:
         """``seconds`` passed from one routing to the next, waits left out."""
         if seconds > 0:
             self.layer_s.add(seconds)
+            self._look()
 
     def saw_step(self, needed: int, stall_s: float) -> None:
         """A step without speculation needed ``needed`` experts that were absent, and waited ``stall_s`` for them."""
@@ -70,10 +71,12 @@ class Link:
             self._look()
 
     def _look(self) -> None:
-        """Whether it is busy, as far as steps have told."""
+        """Whether it is slow or busy, as far as is known."""
         if self.need > _IMPOSSIBLE:
             self._long_run_s, self.busy = None, False
         self.busy = self.need >= (_RESTS if self.busy else _BUSY)
+        if self.layer_s.value is not None:
+            self.slow = self.expert_s > (_SLOW_NO_MORE if self.slow else _SLOW) * self.layer_s.value
 
     @property
     def expert_s(self) -> float:
@@ -88,7 +91,5 @@ class Link:
 
     @property
     def strain(self) -> str:
-        """ "slow" where an expert takes many layers' time, or "busy"; else empty. Either way little can be saved, and
-        what is read in vain is what something else waits for."""
-        in_layers = self.expert_s / self.layer_s.get(self.expert_s) if self.expert_s else 1.0
-        return "slow" if in_layers > _SLOW else "busy" if self.busy else ""
+        """ "slow" or "busy", or empty: either way what is read in vain is what something else waits for."""
+        return "slow" if self.slow else "busy" if self.busy else ""
