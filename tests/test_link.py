@@ -87,10 +87,3 @@ def test_what_steps_needed_of_the_link_is_told_by_what_it_is_known_to_give() -> 
     assert found.busy
     found.saw_prompt(100 * EXPERT, 0.8, 0.5, 0.8)
     assert not found.busy
-
-
-def test_a_read_takes_what_it_takes_now_but_under_strain_what_it_does_in_the_long_run() -> None:
-    for share, read_s in ((0.7, 0.008), (0.95, 0.012)):
-        found = link(prompt_s=0.012)
-        needed_for(share, found, 0.012)
-        assert (found.expert_s, found.read_s) == (0.012, read_s)

@@ -176,10 +176,10 @@ class Controller:
     def staging(self, reach: int, most: int) -> int:
         """Slots of ``most`` to set aside for reading ``reach`` layers ahead: what the link can bring in their time, and
         what it is bringing. More would wait for nothing, where residents would have been hits."""
-        read_s, layer_s = self.link.read_s, self.link.layer_s.value
-        if self.fixed is not None or not read_s or layer_s is None:
+        expert_s, layer_s = self.link.expert_s, self.link.layer_s.value
+        if self.fixed is not None or not expert_s or layer_s is None:
             return most
-        reads = reach * layer_s / read_s
+        reads = reach * layer_s / expert_s
         least, largest = (math.ceil(max(0.0, reads + by)) + 1 for by in (-_DOUBT, _DOUBT))
         if not least <= self._set_aside <= largest:
             self._set_aside = math.ceil(reads) + 1
@@ -191,7 +191,7 @@ class Controller:
 
     def costs(self) -> Costs:
         """What any read costs and saves now."""
-        read_s = self.link.read_s
+        read_s = self.link.expert_s
         cpu_s = self._expert_bytes * CPU_SECONDS_PER_BYTE
         crowding = 1.0 if self.link.strain else _CROWDING
         return Costs(read_s, self._miss_s.get(read_s), cpu_s, self._in_hand * read_s, crowding)

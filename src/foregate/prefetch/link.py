@@ -80,13 +80,8 @@ class Link:
 
     @property
     def expert_s(self) -> float:
-        """Seconds for one expert in the long run; 0 before the first read."""
+        """Seconds for one expert; 0 before the first read."""
         return self._read_s.get() if self._long_run_s is None else self._long_run_s
-
-    @property
-    def read_s(self) -> float:
-        """Seconds for one expert now: after rests less than in the long run, but a link under strain has none."""
-        return self.expert_s if self.strain else self._read_s.get(self.expert_s)
 
     @property
     def need(self) -> float:
