@@ -87,3 +87,12 @@ def test_what_steps_needed_of_the_link_is_told_by_what_it_is_known_to_give() -> 
     assert found.busy
     found.saw_prompt(100 * EXPERT, 0.8, 0.5, 0.8)
     assert not found.busy
+
+
+def test_steps_are_told_at_what_layers_take_now() -> None:
+    """5 experts of 8 ms in 4 layers of 8, then of 12 on average: the first of a text take longer than those to come."""
+    found = link()
+    found.saw_step(5, 0.020)
+    assert found.need == pytest.approx(40 / 52)
+    found.saw_layer(0.016)
+    assert found.need == pytest.approx(40 / 68)

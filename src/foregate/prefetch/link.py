@@ -31,8 +31,8 @@ class Link:
         self._read_s = Average()
         self._long_run_s: float | None = None
         """For one expert, where a prompt was read as fast as the link gave it."""
-        self._needed, self._step_s = Average(0.1), Average(0.1)
-        """Of steps without speculation: experts that they need, and seconds that they take."""
+        self._needed, self._stall_s = Average(0.1), Average(0.1)
+        """Of steps without speculation: experts that they need, and seconds that they wait for them."""
         self.slow, self.busy = False, False
         """Whether an expert takes many layers' time, and whether steps need the link most of the time."""
 
@@ -67,7 +67,7 @@ class Link:
         """A step without speculation needed ``needed`` experts that were absent, and waited ``stall_s`` for them."""
         if self.layer_s.value is not None:
             self._needed.add(needed)
-            self._step_s.add(stall_s + self._layers * self.layer_s.value)
+            self._stall_s.add(stall_s)
             self._look()
 
     def _look(self) -> None:
@@ -85,9 +85,11 @@ class Link:
 
     @property
     def need(self) -> float:
-        """Share of steps without speculation for which it is needed; 0 before the first. Above 1 where it gave more
-        than it does in the long run."""
-        return self._needed.get() * self.expert_s / self._step_s.get(1.0)
+        """Share of steps without speculation for which it is needed, at what layers take now (the first ones of a text
+        take twice as long); 0 before the first. Above 1 where it gave more than it does in the long run."""
+        if self._stall_s.value is None:
+            return 0.0
+        return self._needed.get() * self.expert_s / (self._stall_s.value + self._layers * self.layer_s.get())
 
     @property
     def strain(self) -> str:
