@@ -66,6 +66,21 @@ def test_a_link_that_steps_need_most_of_the_time_is_busy_until_they_clearly_do_n
     assert not found.busy
 
 
+def test_a_link_that_needs_two_layers_time_for_an_expert_is_busy_sooner() -> None:
+    for expert_s, tight in ((0.0158, False), (0.0162, True)):
+        found = link(read_s=expert_s)
+        needed_for(0.79, found, expert_s)
+        assert (found.tight, found.busy) == (tight, False)
+        needed_for(0.85, found, expert_s)
+        assert found.busy is tight
+        for _ in range(100):
+            needed_for(0.76, found, expert_s)
+        assert found.busy is tight
+        for _ in range(100):
+            needed_for(0.70, found, expert_s)
+        assert not found.busy
+
+
 def test_a_prompt_tells_the_long_run_and_what_cannot_be_is_dropped_at_whichever_step_that_shows() -> None:
     """At two thirds of what the prompt said, steps need the link for 0.87 or 0.84 of their time."""
     for shares, busy in (([1.3], True), ([1.2, 1.32], False)):

@@ -12,7 +12,8 @@ queues and a link that never rests are in that. It must be more than the predict
 read ahead, and the hits that the slots set aside would have been (counted: misses of experts that were evicted last).
 On a slow link, which needs many layers' time for an expert, a read in vain costs much, and on a busy one, which steps
 need most of the time, little can be saved: there it is off at first, must have paid in the steps that probe, and by
-more than chance. Elsewhere doubt is in its favour.
+more than chance. On a tight one, between those and a fast one, it starts, and goes on if it has paid beyond doubt. Else
+doubt is in its favour.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ _PATIENCE = 8
 known yet, are in vain more often than later ones."""
 _PROBES = 4
 """Steps with speculation that a slow or busy link is to be judged by before probes become rare."""
-_FAVOUR, _ERRORS = 1, 2
+_FAVOUR, _TIGHT_ERRORS, _ERRORS = 1, 1, 2
 """Standard errors that speculation is given, as the first two steps without it say little; and by which it must have
-paid on a slow or busy link."""
+paid on a tight link, where computation often loses what waits gain, and on a slow or busy one."""
 _DOUBT = 0.25
 """Reads by which more or less than before must fit into the windows for slots to be given back or taken: each of those
 that are taken costs a resident."""
@@ -323,7 +324,7 @@ class Controller:
         else:
             alone, ahead = (waits.each(self._miss_s.get(expert_s)) for waits in (self._alone, self._with))
         error = math.hypot(self._alone.error(alone), self._with.error(ahead))
-        favour = -_ERRORS if strained else _FAVOUR
+        favour = -_ERRORS if strained else -_TIGHT_ERRORS if self.link.tight else _FAVOUR
         return self._alone.wait(needed, alone) - self._with.wait(needed, ahead) + favour * error
 
     def _decide(self) -> Decision:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from foregate.prefetch.average import Average
 
 _BOUND, _WAITED, _ENOUGH_EXPERTS = 0.95, 0.25, 16
@@ -10,11 +12,16 @@ from which on the link was its bound: where computing is, reads run all the time
 it must have read: fewer say little about the long run."""
 _SLOW, _SLOW_NO_MORE = 3.5, 3.0
 """A link that needs this many layers' time for an expert is slow: each read in vain costs so much that trying alone is
-dear. 1.0 to 1.2 without a throttle here, 2.5 to 3.2 at 1200 MB/s, 4.3 to 5.3 at 700."""
+dear. 4.3 to 5.3 at 700 MB/s here."""
 _BUSY, _RESTS = 0.86, 0.82
 """Share of a step without speculation for which the link is needed, from which on little can be saved, and below which
-that is over: 0.4 to 0.82 without a throttle here; at 1200 MB/s 0.5 to 0.8 where three of four experts are resident, and
-0.87 to 1 where fewer are."""
+that is over: 0.35 to 0.86 in the first two steps without a throttle here."""
+_TIGHT = 2.0
+"""A link that needs this many layers' time for an expert is tight: 0.8 to 1.9 without a throttle here, 2.1 to 3.3 at
+1200 MB/s."""
+_TIGHT_BUSY, _TIGHT_RESTS = 0.8, 0.74
+"""A tight link is busy from here on, as trying costs more: at 1200 MB/s 0.6 to 0.8 where three of four experts are
+resident, and 0.84 to 1.1 where two are."""
 _IMPOSSIBLE = 1.25
 """The same, beyond which the link is faster than the prompt has said: that also waited for something else, as for the
 memory of a new pool (1.3 to 1.5 then; 1.15 where a throttle saves up what is not read)."""
@@ -33,8 +40,8 @@ class Link:
         """For one expert, where a prompt was read as fast as the link gave it."""
         self._needed, self._stall_s = Average(0.1), Average(0.1)
         """Of steps without speculation: experts that they need, and seconds that they wait for them."""
-        self.slow, self.busy = False, False
-        """Whether an expert takes many layers' time, and whether steps need the link most of the time."""
+        self.tight, self.slow, self.busy = False, False, False
+        """Whether an expert takes two layers' time, whether many, and whether steps need the link most of the time."""
 
     def saw_io(self, nbytes: int, seconds: float) -> None:
         """``nbytes`` were read in ``seconds`` in which at least one read was running."""
@@ -74,9 +81,11 @@ class Link:
         """Whether it is slow or busy, as far as is known."""
         if self.need > _IMPOSSIBLE:
             self._long_run_s, self.busy = None, False
-        self.busy = self.need >= (_RESTS if self.busy else _BUSY)
-        if self.layer_s.value is not None:
-            self.slow = self.expert_s > (_SLOW_NO_MORE if self.slow else _SLOW) * self.layer_s.value
+        layers = self.expert_s / self.layer_s.get(math.inf)
+        self.tight = layers >= _TIGHT
+        busy, rests = (_TIGHT_BUSY, _TIGHT_RESTS) if self.tight else (_BUSY, _RESTS)
+        self.busy = self.need >= (rests if self.busy else busy)
+        self.slow = layers > (_SLOW_NO_MORE if self.slow else _SLOW)
 
     @property
     def expert_s(self) -> float:
