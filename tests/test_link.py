@@ -38,6 +38,14 @@ def test_a_slow_link_is_slow_until_it_clearly_is_not() -> None:
         assert found.slow is slow
 
 
+def test_a_tight_link_is_tight_until_it_clearly_is_not() -> None:
+    found = link(read_s=0.017)
+    for layer_s, tight in ((0.009, True), (0.0099, False), (0.0087, False)):
+        for _ in range(200):
+            found.saw_layer(layer_s)
+        assert found.tight is tight
+
+
 def test_before_anything_is_known_it_is_neither_slow_nor_busy() -> None:
     found = Link(EXPERT, LAYERS)
     found.saw_step(16, 0.1)
@@ -105,9 +113,15 @@ def test_what_steps_needed_of_the_link_is_told_by_what_it_is_known_to_give() -> 
 
 
 def test_steps_are_told_at_what_layers_take_now() -> None:
-    """5 experts of 8 ms in 4 layers of 8, then of 12 on average: the first of a text take longer than those to come."""
-    found = link()
-    found.saw_step(5, 0.020)
-    assert found.need == pytest.approx(40 / 52)
-    found.saw_layer(0.016)
-    assert found.need == pytest.approx(40 / 68)
+    """As the first layers of a text take longer. What they took then still tells what the link cannot be."""
+    found = link(prompt_s=0.012)
+    found.saw_step(8, 0.082)
+    assert (found.need, found.busy) == (pytest.approx(96 / 114), False)
+    for _ in range(200):
+        found.saw_layer(0.0045)
+    assert found.busy
+    for _ in range(200):
+        found.saw_layer(0.00001)
+    found.saw_step(8, 0.068)
+    assert found.need > 1.25
+    assert found.expert_s == 0.012

@@ -12,8 +12,8 @@ queues and a link that never rests are in that. It must be more than the predict
 read ahead, and the hits that the slots set aside would have been (counted: misses of experts that were evicted last).
 On a slow link, which needs many layers' time for an expert, a read in vain costs much, and on a busy one, which steps
 need most of the time, little can be saved: there it is off at first, must have paid in the steps that probe, and by
-more than chance. On a tight one, between those and a fast one, it starts, and goes on if it has paid beyond doubt. Else
-doubt is in its favour.
+more than chance: two standard errors. On a tight one that is neither it starts, but must have paid by one. Else it is
+given one, and so the benefit of the doubt.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ _PATIENCE = 8
 known yet, are in vain more often than later ones."""
 _PROBES = 4
 """Steps with speculation that a slow or busy link is to be judged by before probes become rare."""
-_FAVOUR, _TIGHT_ERRORS, _ERRORS = 1, 1, 2
-"""Standard errors that speculation is given, as the first two steps without it say little; and by which it must have
-paid on a tight link, where computation often loses what waits gain, and on a slow or busy one."""
+_DUE, _DUE_TIGHT, _DUE_STRAINED = -1, 1, 2
+"""Standard errors by which speculation must have paid, on a tight link, where computation often loses what waits gain,
+and on a slow or busy one. Elsewhere it is given one, as the first two steps without it say little."""
 _DOUBT = 0.25
 """Reads by which more or less than before must fit into the windows for slots to be given back or taken: each of those
 that are taken costs a resident."""
@@ -317,15 +317,16 @@ class Controller:
         return self.link.layer_s.value if window is None else window.value
 
     def _saved(self) -> float:
-        """Seconds that a step of the usual need waits less with speculation than without, and what doubt adds."""
+        """Seconds that a step of the usual need surely waits less with speculation than without; what is sure enough
+        depends on the link."""
         needed, expert_s, strained = self._needed.get(), self.link.expert_s, bool(self.link.strain)
         if strained:
             alone = ahead = expert_s
         else:
             alone, ahead = (waits.each(self._miss_s.get(expert_s)) for waits in (self._alone, self._with))
         error = math.hypot(self._alone.error(alone), self._with.error(ahead))
-        favour = -_ERRORS if strained else -_TIGHT_ERRORS if self.link.tight else _FAVOUR
-        return self._alone.wait(needed, alone) - self._with.wait(needed, ahead) + favour * error
+        due = _DUE_STRAINED if strained else _DUE_TIGHT if self.link.tight else _DUE
+        return self._alone.wait(needed, alone) - self._with.wait(needed, ahead) - due * error
 
     def _decide(self) -> Decision:
         precision, strain = self.precision.overall, self.link.strain

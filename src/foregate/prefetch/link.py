@@ -16,15 +16,16 @@ dear. 4.3 to 5.3 at 700 MB/s here."""
 _BUSY, _RESTS = 0.86, 0.82
 """Share of a step without speculation for which the link is needed, from which on little can be saved, and below which
 that is over: 0.35 to 0.86 in the first two steps without a throttle here."""
-_TIGHT = 2.0
+_TIGHT, _TIGHT_NO_MORE = 2.0, 1.8
 """A link that needs this many layers' time for an expert is tight: 0.8 to 1.9 without a throttle here, 2.1 to 3.3 at
 1200 MB/s."""
 _TIGHT_BUSY, _TIGHT_RESTS = 0.8, 0.74
-"""A tight link is busy from here on, as trying costs more: at 1200 MB/s 0.6 to 0.8 where three of four experts are
-resident, and 0.84 to 1.1 where two are."""
+"""A tight link is busy from here on and rests below that, as trying costs more: at 1200 MB/s 0.6 to 0.8 where three of
+four experts are resident, and 0.84 to 1.1 where two are."""
 _IMPOSSIBLE = 1.25
-"""The same, beyond which the link is faster than the prompt has said: that also waited for something else, as for the
-memory of a new pool (1.3 to 1.5 then; 1.15 where a throttle saves up what is not read)."""
+"""Share of the time that steps without speculation took, beyond which the link is faster than the prompt has said: that
+also waited for something else, as for the memory of a new pool (1.3 to 1.5 then; 1.15 where a throttle saves up what is
+not read)."""
 
 
 class Link:
@@ -38,8 +39,8 @@ class Link:
         self._read_s = Average()
         self._long_run_s: float | None = None
         """For one expert, where a prompt was read as fast as the link gave it."""
-        self._needed, self._stall_s = Average(0.1), Average(0.1)
-        """Of steps without speculation: experts that they need, and seconds that they wait for them."""
+        self._needed, self._stall_s, self._step_s = Average(0.1), Average(0.1), Average(0.1)
+        """Of steps without speculation: experts that they need, and seconds that they wait for them and take."""
         self.tight, self.slow, self.busy = False, False, False
         """Whether an expert takes two layers' time, whether many, and whether steps need the link most of the time."""
 
@@ -72,17 +73,19 @@ class Link:
 
     def saw_step(self, needed: int, stall_s: float) -> None:
         """A step without speculation needed ``needed`` experts that were absent, and waited ``stall_s`` for them."""
-        if self.layer_s.value is not None:
-            self._needed.add(needed)
-            self._stall_s.add(stall_s)
-            self._look()
+        if self.layer_s.value is None:
+            return
+        self._needed.add(needed)
+        self._stall_s.add(stall_s)
+        self._step_s.add(stall_s + self._layers * self.layer_s.value)
+        if self._needed.get() * self.expert_s > _IMPOSSIBLE * self._step_s.get():
+            self._long_run_s, self.busy = None, False
+        self._look()
 
     def _look(self) -> None:
-        """Whether it is slow or busy, as far as is known."""
-        if self.need > _IMPOSSIBLE:
-            self._long_run_s, self.busy = None, False
+        """Whether it is tight, slow or busy, as far as is known."""
         layers = self.expert_s / self.layer_s.get(math.inf)
-        self.tight = layers >= _TIGHT
+        self.tight = layers >= (_TIGHT_NO_MORE if self.tight else _TIGHT)
         busy, rests = (_TIGHT_BUSY, _TIGHT_RESTS) if self.tight else (_BUSY, _RESTS)
         self.busy = self.need >= (rests if self.busy else busy)
         self.slow = layers > (_SLOW_NO_MORE if self.slow else _SLOW)
@@ -95,7 +98,8 @@ class Link:
     @property
     def need(self) -> float:
         """Share of steps without speculation for which it is needed, at what layers take now (the first ones of a text
-        take twice as long); 0 before the first. Above 1 where it gave more than it does in the long run."""
+        take twice as long); 0 before the first. Above 1 where it gave more than it does in the long run, or where steps
+        waited less, as their layers took longer."""
         if self._stall_s.value is None:
             return 0.0
         return self._needed.get() * self.expert_s / (self._stall_s.value + self._layers * self.layer_s.get())
