@@ -112,14 +112,16 @@ def test_what_steps_needed_of_the_link_is_told_by_what_it_is_known_to_give() -> 
     assert not found.busy
 
 
-def test_steps_are_told_at_what_layers_take_now() -> None:
+def test_steps_on_a_tight_link_are_told_at_what_layers_take_now() -> None:
     """As the first layers of a text take longer. What they took then still tells what the link cannot be."""
     found = link(prompt_s=0.012)
     found.saw_step(8, 0.082)
-    assert (found.need, found.busy) == (pytest.approx(96 / 114), False)
-    for _ in range(200):
-        found.saw_layer(0.0045)
-    assert found.busy
+    for layer_s, busy in ((0.0065, False), (0.0045, True)):
+        assert (found.need, found.busy) == (pytest.approx(96 / 114), False)
+        for _ in range(200):
+            found.saw_layer(layer_s)
+        assert (found.tight, found.busy) == (busy, busy)
+    assert found.need == pytest.approx(96 / 100, rel=1e-3)
     for _ in range(200):
         found.saw_layer(0.00001)
     found.saw_step(8, 0.068)

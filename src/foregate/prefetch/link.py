@@ -97,12 +97,16 @@ class Link:
 
     @property
     def need(self) -> float:
-        """Share of steps without speculation for which it is needed, at what layers take now (the first ones of a text
-        take twice as long); 0 before the first. Above 1 where it gave more than it does in the long run, or where steps
-        waited less, as their layers took longer."""
+        """Share of steps without speculation for which it is needed; 0 before the first. Above 1 where it gave more
+        than it does in the long run.
+
+        Of a tight link at what layers take now: the first ones of a text take twice as long, and its steps would pass
+        for steps that need it little. Where trying is cheap that only wavers.
+        """
         if self._stall_s.value is None:
             return 0.0
-        return self._needed.get() * self.expert_s / (self._stall_s.value + self._layers * self.layer_s.get())
+        now_s = self._stall_s.value + self._layers * self.layer_s.get()
+        return self._needed.get() * self.expert_s / (now_s if self.tight else self._step_s.get())
 
     @property
     def strain(self) -> str:
