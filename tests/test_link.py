@@ -30,20 +30,18 @@ def test_a_link_is_slow_by_the_layers_time_that_an_expert_takes(read_s: float, s
     assert link(read_s=read_s).strain == strain
 
 
-def test_a_slow_link_is_slow_until_it_clearly_is_not() -> None:
-    found = link(read_s=0.029)
-    for layer_s, slow in ((0.009, True), (0.0105, False), (0.0085, False)):
+@pytest.mark.parametrize(
+    ("flag", "read_s", "layers_s"),
+    [("slow", 0.029, (0.009, 0.0105, 0.0085)), ("tight", 0.017, (0.009, 0.0099, 0.0087))],
+)
+def test_a_slow_or_tight_link_is_so_until_it_clearly_is_not(
+    flag: str, read_s: float, layers_s: tuple[float, float, float]
+) -> None:
+    found = link(read_s=read_s)
+    for layer_s, expected in zip(layers_s, (True, False, False), strict=True):
         for _ in range(200):
             found.saw_layer(layer_s)
-        assert found.slow is slow
-
-
-def test_a_tight_link_is_tight_until_it_clearly_is_not() -> None:
-    found = link(read_s=0.017)
-    for layer_s, tight in ((0.009, True), (0.0099, False), (0.0087, False)):
-        for _ in range(200):
-            found.saw_layer(layer_s)
-        assert found.tight is tight
+        assert getattr(found, flag) is expected
 
 
 def test_before_anything_is_known_it_is_neither_slow_nor_busy() -> None:
