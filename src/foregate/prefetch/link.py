@@ -17,11 +17,11 @@ _BUSY, _RESTS = 0.86, 0.82
 """Share of a step without speculation for which the link is needed, from which on little can be saved, and below which
 that is over: 0.35 to 0.86 in the first two steps without a throttle here."""
 _TIGHT, _TIGHT_NO_MORE = 2.0, 1.8
-"""A link that needs this many layers' time for an expert is tight: 0.8 to 1.9 without a throttle here, 2.1 to 3.3 at
-1200 MB/s."""
+"""A link that needs this many layers' time for an expert is tight: 0.8 to 2.0 without a throttle here; at 1200 MB/s 1.5
+to 2.4 in a text's first steps, 1.8 to 3.3 in later ones."""
 _TIGHT_BUSY, _TIGHT_RESTS = 0.8, 0.74
-"""A tight link is busy from here on and rests below that, as trying costs more: at 1200 MB/s 0.6 to 0.8 where three of
-four experts are resident, and 0.84 to 1.1 where two are."""
+"""A tight link is busy from here on and rests below that, as trying costs more: at 1200 MB/s 0.5 to 0.86 where three of
+four experts are resident, 0.81 to 1.1 where two are. They overlap: each is the lesser harm for the other."""
 _IMPOSSIBLE = 1.25
 """Share of the time that steps without speculation took, beyond which the link is faster than the prompt has said: that
 also waited for something else, as for the memory of a new pool (1.3 to 1.5 then; 1.15 where a throttle saves up what is
