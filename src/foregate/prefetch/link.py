@@ -21,7 +21,7 @@ _TIGHT, _TIGHT_NO_MORE = 2.0, 1.8
 to 2.4 in a text's first steps, 1.8 to 3.3 in later ones."""
 _TIGHT_BUSY, _TIGHT_RESTS = 0.8, 0.74
 """A tight link is busy from here on and rests below that, as trying costs more: at 1200 MB/s 0.5 to 0.86 where three of
-four experts are resident, 0.81 to 1.1 where two are. They overlap: each is the lesser harm for the other."""
+four experts are resident, 0.81 to 1.1 where two are. They overlap."""
 _IMPOSSIBLE = 1.25
 """Share of the time that steps without speculation took, beyond which the link is faster than the prompt has said: that
 also waited for something else, as for the memory of a new pool (1.3 to 1.5 then; 1.15 where a throttle saves up what is
