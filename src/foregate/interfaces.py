@@ -137,6 +137,16 @@ class RoutingAware(Protocol):
         ...
 
 
+@runtime_checkable
+class Advised(RoutingAware, Protocol):
+    """A policy that takes advice from a predictor, as ``echo`` does: see ``Adviser``."""
+
+    def advise(self, layer: int, advice: NDArray[np.float32], weights: NDArray[np.float32]) -> None:
+        """In what ``observe`` has just made known of ``layer``, log-odds of being needed soon: ``weights`` [5] of the
+        policy's own five features, and ``advice`` [E] in place of its bias. Until ``observe`` is called again."""
+        ...
+
+
 class RoutingObserver(Protocol):
     """Told of every routing decision, in execution order."""
 
@@ -258,4 +268,14 @@ class Beginner(Predictor, Protocol):
     def begin(self, signals: Signals) -> Callable[[], Sequence[Prediction]]:
         """Start, and return what waits for the end and tells what ``predict`` would. It is called before anything that
         ``signals`` show changes, and before the next ``observe``, ``reset`` or ``begin``; its answer may be dropped."""
+        ...
+
+
+class Adviser(Predictor, Protocol):
+    """A predictor that also tells the eviction policy which experts of the layer at hand will be needed again soon."""
+
+    def advise(self, signals: Signals) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """``Advised.advise``'s ``advice`` and ``weights``; None: nothing for this layer. Asked in decode steps once the
+        layer is routed, before ``observe``; whether or not speculation is on, for it reads nothing. The attribute may
+        be None: then it has no advice."""
         ...

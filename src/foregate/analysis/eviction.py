@@ -1,7 +1,8 @@
 """``python -m foregate.analysis.eviction TRACE…``: how much of the gap from LRU to Belady each cache policy closes.
 
 Held-out prompts only, event-atomic, without prefetch. ``--fit`` fits the weights of ``echo`` on the training prompts.
-Shapes: T tokens, L MoE layers, k chosen, E experts, P prompts.
+``--predictor`` adds ``echo`` with the advice of that file.
+Shapes: T tokens, L MoE layers, k chosen, E experts, D hidden, P prompts.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 from foregate.analysis.belady import Belady
 from foregate.analysis.prompt import Shape
 from foregate.analysis.replay import Event, Keys, Replay
-from foregate.errors import ForegateError, TraceError
+from foregate.errors import ForegateError, PredictorError, TraceError
 from foregate.experts.echo import PATIENCE, Echo
 from foregate.experts.policy import POLICIES
-from foregate.interfaces import EvictionPolicy, RoutingAware
+from foregate.interfaces import Advised, EvictionPolicy, RoutingAware
+from foregate.predictors.file import load
+from foregate.predictors.reuse import Reuse, reuse_of
 from foregate.trace.copying import SIDES, side_of
 from foregate.trace.part import Part
 from foregate.trace.reader import TraceReader
@@ -32,15 +35,19 @@ FRACTIONS, SPLIT_SEED = (0.8, 0.1, 0.1), 0
 """Train, validation and test, as in ``foregate train``."""
 CHOICES = " (choices)"
 """A policy that could use the router's scores, replayed without them."""
+ADVISED = " (advised)"
+"""A policy that takes advice from a predictor."""
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass routed: ``experts`` [T, L, k], ``scores`` [T, L, E] or None."""
+    """What one forward pass routed: ``experts`` [T, L, k], ``scores`` [T, L, E] or None; the ``residual`` [L, D] of one
+    that decodes, where it was asked for."""
 
     experts: NDArray[np.int64]
     scores: NDArray[np.float32] | None
+    residual: NDArray[np.float32] | None = None
 
     def layer(self, layer: int) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
         """[T, k] and [T, E] of one layer."""
@@ -50,8 +57,11 @@ class Pass:
 Passes = list[Pass]
 
 
-def held_out(paths: Sequence[Path], per_trace: int, sides: Sequence[str], prefill: bool) -> tuple[Shape, list[Passes]]:
-    """Prompts of the traces, mixed by a fixed seed, as passes. Raises TraceError where there is none."""
+def held_out(
+    paths: Sequence[Path], per_trace: int, sides: Sequence[str], prefill: bool, *, residual: bool = False
+) -> tuple[Shape, list[Passes]]:
+    """Prompts of the traces, mixed by a fixed seed, as passes. Raises TraceError where there is none, or no
+    ``residual`` that is asked for."""
     found: list[Passes] = []
     shapes = []
     for reader in map(TraceReader, paths):
@@ -59,7 +69,7 @@ def held_out(paths: Sequence[Path], per_trace: int, sides: Sequence[str], prefil
         shapes.append(Shape(model.experts_per_layer, model.top_k))
         names = [e.prompt for s in sides for e in reader.entries if side_of(e.content, FRACTIONS, SPLIT_SEED) == s]
         parts = reader.parts(prompts=set(names[:per_trace])) if names else iter(())
-        found += [list(_passes(part, reader.header.scores is not None, prefill)) for part in parts]
+        found += [list(_passes(part, reader.header.scores is not None, prefill, residual)) for part in parts]
     if len(set(shapes)) != 1:
         raise TraceError(f"traces of different models: {', '.join(map(str, paths))}")
     found = [passes for passes in found if passes]
@@ -69,13 +79,15 @@ def held_out(paths: Sequence[Path], per_trace: int, sides: Sequence[str], prefil
     return shapes[0], [found[number] for number in order]
 
 
-def _passes(part: Part, scored: bool, prefill: bool) -> Iterator[Pass]:
+def _passes(part: Part, scored: bool, prefill: bool, residual: bool) -> Iterator[Pass]:
     experts = part.grid(part.experts).astype(np.int64)
     scores = part.grid(part.scores) if scored else None
+    hidden = part.grid(part.feature("residual")) if residual else None
     decode, number = part.grid(part.decode)[:, 0], part.grid(part.pass_index)[:, 0]
     groups = [np.flatnonzero(~decode & (number == n)) for n in np.unique(number[~decode])] if prefill else []
     for rows in [*groups, *np.flatnonzero(decode)[:, None]]:
-        yield Pass(experts[rows], None if scores is None else scores[rows])
+        known = hidden[rows[0]] if hidden is not None and decode[rows[0]] else None
+        yield Pass(experts[rows], None if scores is None else scores[rows], known)
 
 
 def events_of(keys: Keys, passes: Passes, layers: int) -> list[Event]:
@@ -83,8 +95,11 @@ def events_of(keys: Keys, passes: Passes, layers: int) -> list[Event]:
     return [keys.event(n, np.unique(p.experts[:, n]).tolist()) for p in passes for n in range(layers)]
 
 
-def replayed(name: str, prompts: Sequence[Passes], shape: Shape, slots: int, *, cold: bool) -> NDArray[np.int64]:
-    """Hits and uses of each prompt, [P, 2]. ``cold``: every prompt begins with an empty cache and a new policy."""
+def replayed(
+    name: str, prompts: Sequence[Passes], shape: Shape, slots: int, *, cold: bool, reuse: Reuse | None = None
+) -> NDArray[np.int64]:
+    """Hits and uses of each prompt, [P, 2]. ``cold``: every prompt begins with an empty cache and a new policy. What is
+    ``ADVISED`` takes the advice of ``reuse``."""
     keys = Keys(shape)
     events = [events_of(keys, passes, shape.layers) for passes in prompts]
     counts, replay = [], None
@@ -93,16 +108,22 @@ def replayed(name: str, prompts: Sequence[Passes], shape: Shape, slots: int, *, 
             future = events[number] if cold else [event for some in events for event in some]
             replay = Replay(_policy(name, future), slots)
         hits, uses = replay.hits, replay.hits + replay.misses
-        _replay(replay, passes, events[number], shape.layers, told=not name.endswith(CHOICES))
+        advice = reuse if name.endswith(ADVISED) else None
+        _replay(replay, passes, events[number], shape.layers, told=not name.endswith(CHOICES), reuse=advice)
         counts.append((replay.hits - hits, replay.hits + replay.misses - uses))
     return np.array(counts)
 
 
-def _replay(replay: Replay, passes: Passes, events: Sequence[Event], layers: int, *, told: bool) -> None:
+def _replay(
+    replay: Replay, passes: Passes, events: Sequence[Event], layers: int, *, told: bool, reuse: Reuse | None
+) -> None:
     informed = replay.policy if told and isinstance(replay.policy, RoutingAware) else None
     for number, event in enumerate(events):
+        seen, layer = passes[number // layers], number % layers
         if informed is not None:
-            informed.observe(number % layers, *passes[number // layers].layer(number % layers))
+            informed.observe(layer, *seen.layer(layer))
+        if reuse is not None and seen.residual is not None and isinstance(informed, Advised):
+            informed.advise(layer, *reuse.on(layer, seen.residual[layer]))
         for start in range(0, len(event), replay.slots):
             replay.run(event[start : start + replay.slots])
 
@@ -110,7 +131,7 @@ def _replay(replay: Replay, passes: Passes, events: Sequence[Event], layers: int
 def _policy(name: str, future: Sequence[Event]) -> EvictionPolicy:
     if name == "belady":
         return Belady(future)
-    policy: EvictionPolicy = POLICIES.load(name.removesuffix(CHOICES))()
+    policy: EvictionPolicy = POLICIES.load(name.removesuffix(CHOICES).removesuffix(ADVISED))()
     return policy
 
 
@@ -125,7 +146,9 @@ def gap_closed(mine: NDArray[np.int64], lru: NDArray[np.int64], best: NDArray[np
     return float(shares[0]), float(low), float(high)
 
 
-def compare(arm: str, prompts: Sequence[Passes], shape: Shape, residency: float, *, cold: bool) -> list[dict[str, Any]]:
+def compare(
+    arm: str, prompts: Sequence[Passes], shape: Shape, residency: float, *, cold: bool, reuse: Reuse | None = None
+) -> list[dict[str, Any]]:
     """One row a policy. Raises TraceError for a pool that cannot hold one layer's choice."""
     slots = int(shape.total * residency)
     if slots < max(shape.top_k):
@@ -133,7 +156,9 @@ def compare(arm: str, prompts: Sequence[Passes], shape: Shape, residency: float,
     names = [*POLICIES.names, "belady"]
     if any(p.scores is not None for passes in prompts for p in passes):
         names += [name + CHOICES for name in POLICIES.names if issubclass(POLICIES.load(name), RoutingAware)]
-    found = {name: replayed(name, prompts, shape, slots, cold=cold) for name in names}
+    if reuse is not None:
+        names += [name + ADVISED for name in POLICIES.names if issubclass(POLICIES.load(name), Advised)]
+    found = {name: replayed(name, prompts, shape, slots, cold=cold, reuse=reuse) for name in names}
     rows = []
     for name, counts in found.items():
         closed, low, high = gap_closed(counts, found["lru"], found["belady"])
@@ -182,6 +207,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=12, help="most of each trace (default: %(default)s)")
     parser.add_argument("--residency", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--fit", action="store_true", help="fit the weights of echo on training prompts instead")
+    parser.add_argument("--predictor", type=Path, help="a file with advice; traces need --features residual")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     given = parser.parse_args(arguments)
     train, validation, test = SIDES
@@ -191,11 +217,21 @@ def _main(arguments: Sequence[str] | None = None) -> None:
             weights, bias = fit(prompts, shape.layers, told=told)
             print("scores" if told else "choices", [round(w, 3) for w in weights.tolist()], round(bias, 3))
         return
+    reuse = None if given.predictor is None else _advice(given.predictor)
     for arm, prefill, cold in ARMS:
-        shape, prompts = held_out(given.traces, given.prompts, [test, validation], prefill=prefill)
+        shape, prompts = held_out(
+            given.traces, given.prompts, [test, validation], prefill=prefill, residual=reuse is not None
+        )
         for residency in given.residency:
-            for row in compare(arm, prompts, shape, residency, cold=cold):
+            for row in compare(arm, prompts, shape, residency, cold=cold, reuse=reuse):
                 print(json.dumps(row) if given.json else _line(row), flush=True)
+
+
+def _advice(path: Path) -> Reuse:
+    found = reuse_of(load(path))
+    if found is None:
+        raise PredictorError(f"{path}: has no advice for an eviction policy; train fusion with reuse_epochs above 0")
+    return found
 
 
 ARMS = (("decode, cold", False, True), ("decode, kept", False, False), ("prefill and decode, kept", True, False))

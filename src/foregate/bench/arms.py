@@ -12,9 +12,13 @@ from foregate.errors import ConfigError
 from foregate.experts.policy import POLICIES
 from foregate.predictors import PREDICTORS, choice
 from foregate.predictors.file import load
+from foregate.predictors.reuse import has_reuse
 
 RESIDENT = "all-resident"
 BASELINE = "cache-only"
+CONTROL = "control:"
+"""A cache-only arm once more: what two equal arms of a run differ by."""
+ADVICE = "cache+advice:"
 PREFETCH = "cache+prefetch"
 ORACLE = "oracle@"
 ORACLE_ALL = "oracle-all@"
@@ -50,9 +54,14 @@ def standard_arms(predictors: Sequence[str], lookahead: int | None, policy: str)
         _arm("on-demand-parallel", 1, **quiet, cache_policy="lru"),
     ]
     found += [_arm(f"{BASELINE}:{name}", **quiet, cache_policy=name) for name in POLICIES.names]
+    found.append(_arm(f"{CONTROL}{policy}", **quiet, cache_policy=policy))
     for predictor, label in _labels(predictors).items():
         ahead = own_lookahead(predictor) if lookahead is None else lookahead
         found += [_prefetch_only(predictor, label, ahead), _both(predictor, label, ahead, policy)]
+        if advises(predictor):
+            # its own lookahead: nothing is predicted
+            advised: dict[str, Any] = {**quiet, "predictor": predictor, "prefetch": "off", "cache_policy": policy}
+            found.append(_arm(f"{ADVICE}{label}", **advised))
     found += [_oracle(ahead, policy, all_read) for all_read in (False, True) for ahead in (1, 2, 4)]
     # prefetch off: a prompt's reading ahead of whole layers would read experts that no token has needed
     settled = MappingProxyType({**quiet, "prefetch": "off", "cache_policy": "lru"})
@@ -65,6 +74,11 @@ def own_lookahead(predictor: str) -> int:
     if choice.is_file(predictor):
         return load(Path(predictor).expanduser()).lookahead
     return int(getattr(PREDICTORS.load(predictor), "default_lookahead", 1))
+
+
+def advises(predictor: str) -> bool:
+    """Whether ``predictor`` is a file that has advice for the eviction policy. Raises PredictorError."""
+    return choice.is_file(predictor) and has_reuse(load(Path(predictor).expanduser()))
 
 
 def _prefetch_only(predictor: str, label: str, lookahead: int) -> Arm:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from foregate.bench.arms import BASELINE, BEST, ORACLE, ORACLE_ALL, PREFETCH, RESIDENT, RIVAL
+from foregate.bench.arms import ADVICE, BASELINE, BEST, CONTROL, ORACLE, ORACLE_ALL, PREFETCH, RESIDENT, RIVAL
 from foregate.bench.session import Outcome
 
 Runs = Sequence[Mapping[str, Any]]
@@ -142,7 +142,9 @@ def ratios(runs: Runs) -> dict[str, Any]:
 
     # a rival that is only there at its full size is so in a cell that holds everything, as our arms then do
     peers = limited or whole
-    for name in (name for name in arms if name.startswith((PREFETCH, ORACLE, ORACLE_ALL))):
+    for name in (name for name in arms if name.startswith(CONTROL)):
+        compare(name, f"{BASELINE}:{name.removeprefix(CONTROL)}")
+    for name in (name for name in arms if name.startswith((PREFETCH, ADVICE, ORACLE, ORACLE_ALL))):
         if best is not None:
             found[f"{name} vs {BEST}"] = {"against": best, **paired(runs, name, best)}
         for other in (*(policies if name.startswith(PREFETCH) else ()), *ON_DEMAND, *peers):
@@ -271,7 +273,7 @@ def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
 def oracle_gain(arms: Mapping[str, Any], best: str | None, name: str, kind: str) -> float | None:
     """Stall that ``name`` saves against cache-only ``best``, over what the best oracle of ``kind`` saves."""
     oracles = [arm["exposed_io_ms"] for other, arm in arms.items() if other.startswith(kind)]
-    if best is None or not oracles or not name.startswith((PREFETCH, ORACLE, ORACLE_ALL)):
+    if best is None or not oracles or not name.startswith((PREFETCH, ADVICE, ORACLE, ORACLE_ALL)):
         return None
     possible = arms[best]["exposed_io_ms"] - min(oracles)
     return (arms[best]["exposed_io_ms"] - arms[name]["exposed_io_ms"]) / possible if possible > 0 else None

@@ -153,6 +153,7 @@ def _text(read: Callable[[], str], place: str) -> str:
 def stats_table(report: dict[str, Any]) -> Table:
     """Speed, hits, bytes, stalls and memory of one run."""
     decode, prefetch = report["decode"], report["prefetch"]
+    advised = " advised by the predictor" if report["eviction_advised"] else ""
     speed = f"{1 / report['tpot_s']:.1f} tok/s" if report["tpot_s"] else "-"
     rows = [
         ("decode speed", f"{speed}  (TPOT {report['tpot_s'] * 1e3:.1f} ms, TTFT {report['ttft_s']:.2f} s)"),
@@ -165,7 +166,7 @@ def stats_table(report: dict[str, Any]) -> Table:
         ("process", f"{size(report['rss_peak_bytes'])} peak RSS, {size(report['dense_bytes'])} of it dense weights"),
         ("prefetch", ", ".join(f"{prefetch[name]} {name}" for name in prefetch)),
         ("predictor", f"{report['predictor']}, lookahead {report['lookahead']}: {report['controller']['reason']}"),
-        ("cache", f"{report['cache_policy']}, {report['slots']} slots of {report['experts']} experts"),
+        ("cache", f"{report['cache_policy']}{advised}, {report['slots']} slots of {report['experts']} experts"),
         ("reads", f"{report['store']} file, {'O_DIRECT' if report['direct_io'] else 'buffered'}"),
     ]
     if report["lossy"]:

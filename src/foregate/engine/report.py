@@ -35,6 +35,8 @@ class RunReport:
     controller: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
     readers: dict[str, Any] = field(default_factory=dict)
+    advised: bool = False
+    """Whether the eviction policy took advice from the predictor."""
     lossy: dict[str, Any] | None = None
     """Mode and measured deviation of a run whose tokens may differ from the exact one's."""
     steps: list[GenerationStep] = field(default_factory=list)
@@ -97,6 +99,7 @@ class RunReport:
             "prefetch_setting": self.prefetch,
             "lookahead": self.lookahead,
             "cache_policy": self.cache_policy,
+            "eviction_advised": self.advised,
             "controller": self.controller,
             "prefetch_ledger": self.ledger,
             "store": self.store,

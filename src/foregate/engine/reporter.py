@@ -49,6 +49,7 @@ class Reporter:
         report.resident_bytes_peak = engine.pool.peak_bytes
         report.rss_peak_bytes = rss_peak()
         report.direct_io = engine.store.direct_io
+        report.advised = engine.runtime.advised
         deviation = engine.deviation
         if deviation is not None and self._departed is not None:
             report.lossy = {"mode": engine.config.lossy, **deviation.since(self._departed).as_dict()}

@@ -9,7 +9,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from time import perf_counter_ns
+from time import perf_counter, perf_counter_ns
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from foregate.experts.compute import (
     experts_forward,
     experts_of,
 )
-from foregate.interfaces import Predictor, RoutingAware, RoutingObserver
+from foregate.interfaces import Advised, Predictor, RoutingAware, RoutingObserver
 from foregate.native import kernels
 from foregate.native.decoder_layer import Choice, DecoderLayer
 from foregate.predictors.choice import beginning, reach
@@ -97,7 +98,13 @@ class ExpertRuntime(Speculation):
         """Has what was begun for the next token dropped: its experts may lose their slots."""
         signals.reached = self._reached
         self._informed = cache.policy if isinstance(cache.policy, RoutingAware) else None
+        self._advise: Any = getattr(predictor, "advise", None) if isinstance(cache.policy, Advised) else None
         signals.listen(on=self._informed is not None)
+
+    @property
+    def advised(self) -> bool:
+        """Whether the eviction policy takes advice from the predictor."""
+        return self._advise is not None
 
     def begin_prefill(self) -> None:
         """A prompt starts: staging will hold whole layers."""
@@ -214,7 +221,23 @@ class ExpertRuntime(Speculation):
         if self._informed is not None:
             scores = self._signals.routed(step, None if choice is None else choice.scores)
             self._informed.observe(layer, experts, scores)
+            if self._advise is not None and self.phase is Phase.DECODE and len(experts) == 1:
+                self._take_advice(layer)
         return step
+
+    def _take_advice(self, layer: int) -> None:
+        """The predictor tells the policy what will be needed again."""
+        began = perf_counter()
+        if self._asked(layer, Moment.AFTER_ROUTING, self._pass_on, layer) is None:
+            self._advise = None
+        self._prefetcher.stats.predict_s += perf_counter() - began
+
+    def _pass_on(self, layer: int) -> bool:
+        policy: Any = self._informed
+        said = self._advise(self._signals)
+        if said is not None:
+            policy.advise(layer, *said)
+        return True
 
     def _tell(self, step: RoutingStep) -> None:
         """The predictor, and observers, are told."""

@@ -13,11 +13,12 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.errors import IntegrityError
+from foregate.errors import ConfigError, IntegrityError
 from foregate.native.echo import MOST_CHOSEN, NEGATIVE, SEEN, EchoPast, EchoRules, Lowest, available
 from foregate.types import ExpertKey
 
 Floats = NDArray[np.float32]
+Advice = tuple[Floats, Floats]
 
 WINDOW = 1 << 16
 """Numbers kept per layer and array: the window has ``WINDOW`` / E tokens, 1,024 at most."""
@@ -49,6 +50,7 @@ class _Past:
         self._after = np.zeros((2 * self.length, experts), np.float32)
         self._rows = 0
         self.scored = False
+        self.advice: Advice | None = None
         self._native = self._bound()
 
     def _bound(self) -> EchoPast | None:
@@ -60,6 +62,12 @@ class _Past:
         self._shares, self._keys, self._after = (np.pad(old, more) for old in (self._shares, self._keys, self._after))
         self.means = self._shares[:-1]
         self._native = self._bound()
+
+    def advise(self, advice: Floats, weights: Floats) -> None:
+        """See ``Echo.advise``; until more is seen."""
+        self.advice = advice, weights
+        if self._native is not None:
+            self._native.advise(advice, weights)
 
     def see(self, shares: Floats, choices: Floats, keys: Floats) -> None:
         """The newest tokens, [T, E] each: rows of ``shares`` and ``choices`` sum to 1, ``keys`` have norm 1."""
@@ -97,9 +105,13 @@ class _Past:
 
     def worth(self) -> Floats:
         """log of the expected exp(-(tokens to the next use - 1) / PATIENCE), [E]: overwritten by the next call."""
+        advice = self.advice if self.scored else None
         if self._native is not None:
-            return self._native.worth(self._rows, int(self.scored))
+            return self._native.worth(self._rows, int(self.scored) if advice is None else None)
+        bias: Floats | float
         weights, bias = (SCORE_WEIGHTS, SCORE_BIAS) if self.scored else (CHOICE_WEIGHTS, CHOICE_BIAS)
+        if advice is not None:
+            bias, weights = advice
         worth: Floats = weights @ self.features()
         worth += bias
         np.exp(np.negative(worth, out=worth), out=worth)
@@ -166,6 +178,8 @@ class Echo:
         self._observed = True
         self._layer = layer
         past = self._pasts.get(layer) if len(experts) == 1 else None
+        if past is not None:
+            past.advice = None
         if past is not None and self._see_compiled(past, experts[0], scores):
             self._stale.add(layer)
             return
@@ -189,6 +203,17 @@ class Echo:
         if code == SEEN:
             past.scored = row is not None
         return code == SEEN
+
+    def advise(self, layer: int, advice: Floats, weights: Floats) -> None:
+        """See ``interfaces.Advised``. Used where the router's scores were told, with which advice is trained."""
+        past = self._pasts[layer]
+        known = past.means.shape[1]
+        if len(advice) < known or weights.shape != SCORE_WEIGHTS.shape:
+            raise ConfigError(f"advice {advice.shape} by {weights.shape} on {known} experts of MoE layer {layer}")
+        if not math.isfinite(np.add.reduce(advice)):
+            raise ConfigError(f"advice on MoE layer {layer} that is not finite")
+        past.advise(advice[:known], weights)
+        self._stale.add(layer)
 
     def touch(self, key: ExpertKey) -> None:
         layer, expert = key
@@ -262,7 +287,7 @@ class Echo:
             scores = None  # not of all its experts
         width = max(width, int(experts.max(initial=0)) + 1 if scores is None else scores.shape[1])
         past = self._make(layer, past, width)
-        past.scored = scores is not None
+        past.scored, past.advice = scores is not None, None
         self._stale.add(layer)
         if len(experts) == 1:
             self._see_one(past, experts[0], None if scores is None else scores[0])

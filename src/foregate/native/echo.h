@@ -122,8 +122,9 @@ AVX512 static void votes_avx512(const echo_rules *rules, const echo_past *p, int
 #endif
 
 /* `worth` [E] after `rows` rows of the window: a logistic regression on the logs of the means and the votes, of so many
- * weights and a bias. */
-int foregate_echo_judge(const echo_rules *rules, const echo_past *p, int64_t rows, const float *weights, float *worth) {
+ * weights and a bias, and `advice` [E] or NULL. */
+int foregate_echo_judge(const echo_rules *rules, const echo_past *p, int64_t rows, const float *weights,
+                        const float *advice, float *worth) {
     const int n = p->experts;
     choose_best();
 #ifdef X86
@@ -135,7 +136,7 @@ int foregate_echo_judge(const echo_rules *rules, const echo_past *p, int64_t row
 #endif
         echo_votes(rules, p, (int)rows);
     for (int e = 0; e < n; e++) {
-        float sum = weights[ECHO_MEANS + 1];
+        float sum = weights[ECHO_MEANS + 1] + (advice ? advice[e] : 0.0f);
         for (int m = 0; m <= ECHO_MEANS; m++)
             sum += weights[m] * logf((float)n * p->shares[(size_t)m * n + e] + rules->floor);
         worth[e] = -log1pf(expf(-sum));

@@ -63,8 +63,10 @@ class EchoPast:
         self._given = addressof(rules), addressof(self._past)
         self._from, self._named, self._to = (a.ctypes.data for a in (self._scores, self._ids, self._worth))
         self._weights = [array.ctypes.data for array in weights]
+        self._own, self._advice = np.zeros(len(weights[0]), np.float32), np.zeros(experts, np.float32)
+        self._advised = self._own.ctypes.data, self._advice.ctypes.data
         found = _library()
-        self._see, self._judge = function(found, "foregate_echo_see", 7), function(found, "foregate_echo_judge", 5)
+        self._see, self._judge = function(found, "foregate_echo_see", 7), function(found, "foregate_echo_judge", 6)
 
     def see(self, row: int, chosen: NDArray[np.int64], scores: Floats | None, *, logits: bool) -> int:
         """One more token of [k] experts, at most ``MOST_CHOSEN``, as ``row`` of the window, with the ``scores`` [E] of
@@ -78,9 +80,16 @@ class EchoPast:
             raise MemoryError("no memory to keep a routing")
         return code
 
-    def worth(self, rows: int, kind: int) -> Floats:
-        """By the ``kind``-th of the weights, after ``rows`` rows of the window, [E]: overwritten by the next call."""
-        self._judge(*self._given, rows, self._weights[kind], self._to)
+    def advise(self, advice: Floats, weights: Floats) -> None:
+        """What ``worth`` of no kind goes by: ``weights`` [5] of the five and, in place of a bias, ``advice`` [E]."""
+        self._advice[:] = advice
+        self._own[:-1] = weights
+
+    def worth(self, rows: int, kind: int | None) -> Floats:
+        """By the ``kind``-th of the weights (None: as ``advise`` said), after ``rows`` rows of the window, [E]:
+        overwritten by the next call."""
+        by = self._advised if kind is None else (self._weights[kind], None)
+        self._judge(*self._given, rows, *by, self._to)
         return self._worth
 
 

@@ -20,6 +20,7 @@ from foregate.predictors.file import Artifact
 from foregate.predictors.fitted import NOBODY
 from foregate.predictors.learned import Floats, LearnedPredictor
 from foregate.predictors.pending import PendingChoice
+from foregate.predictors.reuse import reuse_of
 from foregate.predictors.targets import targets
 from foregate.types import Prediction, PredictorCost, RoutingStep
 
@@ -32,7 +33,8 @@ class Fusion(PendingChoice, LearnedPredictor):
     q_h = u + outward_h z + experts_h g, the guessed residual of layer l+h;
     scores_h = router_h q_h / rms(q_h) + direct_h z + repeat_h c_h, with c_h what layer l+h chose last.
 
-    Of a choice of more than the model's top-k experts the first are taken.
+    Of a choice of more than the model's top-k experts the first are taken. The file may hold advice for the eviction
+    policy as well: see ``predictors.reuse``.
     """
 
     name = "fusion"
@@ -76,6 +78,8 @@ class Fusion(PendingChoice, LearnedPredictor):
         self._copies = np.zeros((2, hidden), np.float32)
         self._copied = tuple(row.ctypes.data for row in self._copies)
         self._kernel = self._compiled() if available() else None
+        self.advise = reuse_of(artifact)
+        """See ``interfaces.Adviser``; None where the file has none."""
 
     def _compiled(self) -> FusionKernel | None:
         products, rows = (self._dense, self._outward, self._router), (self._picked, self._repeat)

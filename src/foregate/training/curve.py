@@ -9,8 +9,10 @@ from foregate.errors import ConfigError
 
 
 def draw(curve: Path, out: Path, title: str) -> bool:
-    """Loss by step, of training and validation, as SVG. False where nothing was logged (methods that only count)."""
+    """Loss by step, of training and validation, as SVG. False where nothing was logged (methods that only count). What
+    a second training of the same file logged has another loss: it is left out."""
     records = [json.loads(line) for line in curve.read_text().splitlines()] if curve.exists() else []
+    records = [record for record in records if "stage" not in record]
     if not records:
         return False
     try:

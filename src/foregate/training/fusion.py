@@ -6,13 +6,14 @@ Shapes: B tokens, L layers, l of them in a step, H hops, E experts, D hidden, R 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from foregate.training import reuse
 from foregate.training.dataset import Dataset
 from foregate.training.judge import CACHE_SHARE
 from foregate.training.learner import Learner, LearnOptions, Stack, experts_mask, hops_ahead, mean_known
@@ -24,13 +25,19 @@ from foregate.training.view import Targets, View
 
 @dataclass(frozen=True)
 class FusionOptions(LearnOptions):
-    """``width`` is R; ``misses`` weighs the loss over absent experts against that over all."""
+    """``width`` is R; ``misses`` weighs the loss over absent experts against that over all. ``reuse_epochs``: of advice
+    for the eviction policy (``training.reuse``); 0: none."""
 
     lookahead: int = 1
     epochs: int = 8
     learning_rate: float = 2e-3
     width: int = 64
     misses: float = 1.0
+    reuse_epochs: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least("reuse_epochs", 0)
 
 
 class Fusion(Learner):
@@ -132,7 +139,19 @@ def _inside(values: Tensor, hop: int) -> Tensor:
 def fit(data: Dataset, options: FusionOptions, watch: Watch) -> Fitted:
     """Train on ``data``."""
     torch.manual_seed(options.seed)
-    return Training(Fusion(data, options), data, options, watch).run()
+    training = Training(Fusion(data, options), data, options, watch)
+    found = training.run()
+    if not options.reuse_epochs:
+        return found
+    further = reuse.ReuseOptions(
+        seed=options.seed,
+        patience=options.patience,
+        precision=options.precision,
+        block=options.block,
+        epochs=options.reuse_epochs,
+    )
+    more = reuse.fit(data, further, watch, training.steps)
+    return replace(found, tensors={**found.tensors, **more.tensors}, metrics={**found.metrics, "reuse": more.metrics})
 
 
 TRAINER = Trainer(fit, FusionOptions, ("residual", "pre_attention", "router_input"), scores=True)

@@ -61,6 +61,8 @@ class Learner(nn.Module):
     """Share of experts of the cache whose misses the loss counts; None where it counts none."""
     objective = "recall_at_k"
     """The validation metric that early stopping watches; larger is better."""
+    replays = False
+    """Whether it looks at ``View.policy`` and ``Targets.again``."""
     in_order = False
     """Whether a batch must be a whole block, token after token."""
 

@@ -9,7 +9,6 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foregate.errors import ConfigError
-from foregate.training.dataset import TRAIN, VALIDATION, Dataset
+from foregate.training.dataset import TRAIN, VALIDATION, Block, Dataset
 from foregate.training.judge import CACHE_SHARE, Judge
 from foregate.training.learner import Learner, LearnOptions
 from foregate.training.trainer import Fitted, Watch
@@ -49,9 +48,21 @@ class Progress:
 
 
 class Training:
-    """One training of one learner. ``run`` starts it, or continues from the checkpoint in ``watch.state``."""
+    """One training of one learner. ``run`` starts it, or continues from the checkpoint in ``watch.state``.
 
-    def __init__(self, learner: Learner, data: Dataset, options: LearnOptions, watch: Watch) -> None:
+    A ``second`` one of the same file has a name, a checkpoint of its own, and steps that follow those of the first.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        data: Dataset,
+        options: LearnOptions,
+        watch: Watch,
+        *,
+        second: str = "",
+        before: int = 0,
+    ) -> None:
         data.require(TRAIN, VALIDATION)
         self._learner, self._data, self._options, self._watch = learner, data, options, watch
         self._optimizer = torch.optim.AdamW(
@@ -59,12 +70,14 @@ class Training:
         )
         self._at = Progress()
         self._total = data.tokens(TRAIN)
+        self._name, self._before = second, before
+        self._path = watch.state / f"{second}{STATE}"
         self._saved = monotonic()
 
     def run(self) -> Fitted:
         """Train to the end and give the best weights."""
         options, at = self._options, self._load()
-        self._watch.begin("training", options.epochs * self._total)
+        self._watch.begin(self._name or "training", options.epochs * self._total)
         self._watch.advance(at.epoch * self._total + at.tokens)
         while at.epoch < options.epochs and not at.stale(options.patience):
             self._epoch()
@@ -85,7 +98,7 @@ class Training:
             skip=at.block,
             cache_share=self._learner.cache_share,
         ):
-            tensors = Tensors(block, self._data.model.experts_per_layer, self._data.score_kind)
+            tensors = _tensors(self._learner, self._data, block)
             generator = torch.Generator().manual_seed(_mix(options.seed, at.epoch, at.block))
             size = tensors.tokens if self._learner.in_order else options.batch
             shuffled = None if self._learner.in_order else generator
@@ -93,13 +106,22 @@ class Training:
                 losses.append(self._step(view, generator, len(view.at)))
             at.block += 1
             self._watch.advance(block.tokens)
-            self._watch.log({"step": at.step, "epoch": at.epoch + 1, "loss": sum(losses) / len(losses)})
+            self._log({"loss": sum(losses) / len(losses)})
             losses.clear()
             if monotonic() - self._saved > SAVE_SECONDS:
                 self._save()
         self._judge()
         at.epoch, at.block, at.tokens = at.epoch + 1, 0, 0
         self._save()
+
+    @property
+    def steps(self) -> int:
+        """Taken so far, those before it included."""
+        return self._before + self._at.step
+
+    def _log(self, said: Mapping[str, Any]) -> None:
+        stage = {"stage": self._name} if self._name else {}
+        self._watch.log({"step": self.steps, "epoch": self._at.epoch + 1, **stage, **said})
 
     def _step(self, view: Any, generator: torch.Generator, tokens: int) -> float:
         at, learner = self._at, self._learner
@@ -128,14 +150,14 @@ class Training:
         value, best = metrics[self._learner.objective], at.best_metrics.get(self._learner.objective)
         if value is None:
             raise ConfigError(f"the validation prompts say nothing of {self._learner.objective}; trace longer ones")
-        self._watch.log({"step": at.step, "epoch": at.epoch + 1, "validation": _scalars(metrics)})
+        self._log({"validation": _scalars(metrics)})
         if best is None or value > best:
             at.best_epoch, at.best_metrics = at.epoch, metrics
             at.best = copy.deepcopy(self._learner.state_dict())
 
     def _save(self) -> None:
         self._saved = monotonic()
-        path = self._watch.state / STATE
+        path = self._path
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "progress": self._at.__dict__,
@@ -148,7 +170,7 @@ class Training:
         beside.replace(path)
 
     def _load(self) -> Progress:
-        path: Path = self._watch.state / STATE
+        path = self._path
         if path.exists():
             try:
                 state = torch.load(path, weights_only=True)
@@ -172,13 +194,17 @@ def judge(learner: Learner, data: Dataset, where: str, options: LearnOptions) ->
         for block in data.blocks(
             where, options.block, learner.features, cache_share=learner.cache_share or CACHE_SHARE
         ):
-            tensors = Tensors(block, data.model.experts_per_layer, data.score_kind)
+            tensors = _tensors(learner, data, block)
             for view in tensors.batches(tensors.tokens if learner.in_order else options.batch, None):
                 scores, targets = learner.scores(view, everything), view.targets(learner.hops)
                 judged.add(scores, targets)
                 total += float(learner.loss(scores, targets)) * len(view.at)
                 events += len(view.at)
     return {"loss": round(total / max(1, events), 6), **judged.metrics()}
+
+
+def _tensors(learner: Learner, data: Dataset, block: Block) -> Tensors:
+    return Tensors(block, data.model.experts_per_layer, data.score_kind, replay=learner.replays)
 
 
 def _groups(learner: Learner, decay: float) -> list[dict[str, Any]]:

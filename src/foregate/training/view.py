@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foregate.training.dataset import Block
+from foregate.training.replayed import again, policy_features
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,21 @@ class Targets:
     """Of the layers at each hop: what was chosen, the router's log-probabilities, what a cache lacked.
 
     ``chosen`` and ``absent`` (None if not asked for) [B, L, H, E] are 0 or 1; ``known`` [B, L, H] is False where the
-    trace ends before.
+    trace ends before. ``again`` [B, L, E] (None if not asked for) is how soon the layer at hand needs an expert again,
+    NaN where too little follows to tell: see ``replayed``.
     """
 
     chosen: Tensor
     absent: Tensor | None
     log_probs: Tensor | None
     known: Tensor
+    again: Tensor | None = None
 
 
 class Tensors:
     """The tensors of one block."""
 
-    def __init__(self, block: Block, experts: Sequence[int], score_kind: str) -> None:
+    def __init__(self, block: Block, experts: Sequence[int], score_kind: str, *, replay: bool = False) -> None:
         width = max(experts)
         self.tokens, self.layers, _ = block.experts.shape
         self.first = torch.from_numpy(block.first)
@@ -42,6 +45,8 @@ class Tensors:
         self.gates = _gates(block, width)
         self.log_probs = _log_probs(block, score_kind)
         self.features = {name: torch.from_numpy(np.nan_to_num(values)) for name, values in block.features.items()}
+        self.policy = torch.from_numpy(policy_features(block, experts)) if replay else None
+        self.again = torch.from_numpy(again(block, width)) if replay else None
 
     def batches(self, size: int, generator: torch.Generator | None) -> Iterator[View]:
         """Views of ``size`` tokens each, in random order, or as they come."""
@@ -75,6 +80,12 @@ class View:
         """Hidden states [B, L, D]."""
         return self.block.features[name][self.at]
 
+    @property
+    def policy(self) -> Tensor:
+        """Features of the policy ``echo`` once it has seen the token, [B, L, E, 5]; only where a learner replays it."""
+        assert self.block.policy is not None
+        return self.block.policy[self.at]
+
     def previous(self, name: str) -> Tensor:
         """Hidden states of the token before, zero where there is none, [B, L, D]."""
         return self.block.features[name][self._before] * self.follows
@@ -101,7 +112,8 @@ class View:
         known = (place < block.layers)[None] | ~ends[:, None, None]
         scores = None if block.log_probs is None else ahead(block.log_probs)
         absent = None if block.absent is None else ahead(block.absent).float()
-        return Targets(ahead(block.chosen).float(), absent, scores, known)
+        soon = None if block.again is None else block.again[self.at]
+        return Targets(ahead(block.chosen).float(), absent, scores, known, soon)
 
 
 def _multi_hot(block: Block, width: int) -> Tensor:
