@@ -16,7 +16,7 @@ from foregate.bench.arms import standard_arms
 from foregate.config import RunConfig, SamplingConfig
 from foregate.engine.engine import Engine
 from foregate.errors import ConfigError, PredictorError
-from foregate.experts.echo import PATIENCE, SCORE_BIAS, SCORE_WEIGHTS, Echo
+from foregate.experts.echo import FOLLOWING, PATIENCE, SCORE_BIAS, SCORE_WEIGHTS, Echo
 from foregate.interfaces import Signals
 from foregate.native import products
 from foregate.predictors.file import Artifact, ModelIdentity, load, save
@@ -24,7 +24,7 @@ from foregate.predictors.reuse import PREFIX, Reuse
 from foregate.testing.routing import FEATURES, made_trace
 from foregate.training import loop, reuse
 from foregate.training.dataset import TRAIN, Dataset
-from foregate.training.replayed import FOLLOWING, again, policy_features
+from foregate.training.replayed import again, policy_features
 from foregate.training.run import Request, train
 from foregate.training.view import Tensors, View
 from foregate.types import ExpertKey
@@ -319,7 +319,8 @@ class Knowing:
     """Advice by what a cyclic routing needs next."""
 
     def on(self, layer: int, residual: Any) -> tuple[Any, Any]:
-        return np.where(np.arange(8) // 2 == (int(residual[0]) + 1) % 4, 9.0, -9.0).astype(np.float32), SCORE_WEIGHTS
+        needed = np.arange(8) // 2 == (int(residual[0]) + 1) % 4
+        return np.where(needed, 4.0, -0.5).astype(np.float32), 0 * SCORE_WEIGHTS
 
 
 def test_advice_that_knows_the_next_token_closes_more_of_the_gap() -> None:

@@ -146,6 +146,10 @@ class Advised(RoutingAware, Protocol):
         policy's own five features, and ``advice`` [E] in place of its bias. Until ``observe`` is called again."""
         ...
 
+    def takes_advice(self) -> bool:
+        """Not while that is worse than what it knows by itself."""
+        ...
+
 
 class RoutingObserver(Protocol):
     """Told of every routing decision, in execution order."""

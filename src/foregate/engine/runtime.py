@@ -104,7 +104,8 @@ class ExpertRuntime(Speculation):
     @property
     def advised(self) -> bool:
         """Whether the eviction policy takes advice from the predictor."""
-        return self._advise is not None
+        policy = self._cache.policy
+        return self._advise is not None and isinstance(policy, Advised) and policy.takes_advice()
 
     def begin_prefill(self) -> None:
         """A prompt starts: staging will hold whole layers."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foregate.errors import ConfigError, IntegrityError
+from foregate.experts.trust import Trust
 from foregate.native.echo import MOST_CHOSEN, NEGATIVE, SEEN, EchoPast, EchoRules, Lowest, available
 from foregate.types import ExpertKey
 
@@ -37,6 +38,8 @@ CHOICE_WEIGHTS, CHOICE_BIAS = np.array([0.08, 0.04, 0.1, 0.12, 0.5], np.float32)
 the mean of choices, the votes. Fitted on training prompts of the reference model; what one domain gives holds for the
 others (``python -m foregate.analysis.eviction --fit``). The second line is for routing without scores."""
 PATIENCE = 4.0
+FOLLOWING = round(2 * PATIENCE)
+"""Tokens that must follow for what is not used in them to count as not used: exp(-2) is little."""
 
 
 class _Past:
@@ -158,7 +161,8 @@ class Echo:
     The time has two parts: how far the layer itself is (the one that has just run comes again last), and how likely
     its router is to choose the expert then and soon after. ``observe`` tells all it can use. Where nobody calls it,
     choices are taken from the accesses, and router scores are not known. Nothing is reset when an expert is evicted.
-    Ties go to the lower layer, then the lower expert. Memory: up to 1 MiB a layer.
+    Ties go to the lower layer, then the lower expert. Memory: up to 1 MiB a layer. Advice is taken as long as it
+    does not turn out to be worse than what the policy knows by itself (``experts.trust``).
     """
 
     def __init__(self) -> None:
@@ -172,11 +176,13 @@ class Echo:
         self._touched: dict[int, None] = {}
         self._observed = False
         self._logits = False
+        self._trust = Trust(PATIENCE, FOLLOWING)
 
     def observe(self, layer: int, experts: NDArray[np.int64], scores: Floats | None = None) -> None:
         """See ``interfaces.RoutingAware``."""
         self._observed = True
         self._layer = layer
+        self._trust.saw(layer, experts)
         past = self._pasts.get(layer) if len(experts) == 1 else None
         if past is not None:
             past.advice = None
@@ -212,8 +218,16 @@ class Echo:
             raise ConfigError(f"advice {advice.shape} by {weights.shape} on {known} experts of MoE layer {layer}")
         if not math.isfinite(np.add.reduce(advice)):
             raise ConfigError(f"advice on MoE layer {layer} that is not finite")
-        past.advise(advice[:known], weights)
-        self._stale.add(layer)
+        if past.scored and self._trust.wants(layer, len(self._pasts)):
+            features = past.features()
+            self._trust.begin(layer, SCORE_WEIGHTS @ features + SCORE_BIAS, weights @ features + advice[:known])
+        if self._trust.given:
+            past.advise(advice[:known], weights)
+            self._stale.add(layer)
+
+    def takes_advice(self) -> bool:
+        """See ``interfaces.Advised``."""
+        return self._trust.given
 
     def touch(self, key: ExpertKey) -> None:
         layer, expert = key

@@ -10,11 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from foregate.experts.echo import PATIENCE, SCORE_WEIGHTS, Echo
+from foregate.experts.echo import FOLLOWING, PATIENCE, SCORE_WEIGHTS, Echo
 from foregate.training.dataset import Block
-
-FOLLOWING = round(2 * PATIENCE)
-"""Tokens of the prompt that must follow for what is not used in them to count as not used: exp(-2) is little."""
 
 
 def policy_features(block: Block, experts: Sequence[int]) -> NDArray[np.float32]:
