@@ -115,7 +115,7 @@ def replayed(
 
 
 def _replay(
-    replay: Replay, passes: Passes, events: Sequence[Event], layers: int, *, told: bool, reuse: Reuse | None
+    replay: Replay, passes: Passes, events: Sequence[Event], layers: int, *, told: bool, reuse: Reuse | None = None
 ) -> None:
     informed = replay.policy if told and isinstance(replay.policy, RoutingAware) else None
     for number, event in enumerate(events):

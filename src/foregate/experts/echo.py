@@ -68,7 +68,7 @@ class _Past:
 
     def advise(self, advice: Floats, weights: Floats) -> None:
         """See ``Echo.advise``; until more is seen."""
-        self.advice = advice, weights
+        self.advice = advice.copy(), weights.copy()
         if self._native is not None:
             self._native.advise(advice, weights)
 
