@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from foregate.analysis import eviction
 from foregate.analysis.eviction import Pass, Passes, compare
 from foregate.analysis.prompt import Shape
 from foregate.bench.arms import standard_arms
@@ -85,8 +87,10 @@ def test_advice_without_scores_is_not_believed(way: bool) -> None:  # noqa: F811
     policy = Echo()
     policy.observe(0, np.array([[0, E - 1]]))
     before = policy.worth(0)
+    assert not policy.wants_advice(0)
     policy.advise(0, np.linspace(-5, 5, E, dtype=np.float32), SCORE_WEIGHTS)
     assert (policy.worth(0) == before).all()
+    assert not policy.takes_advice()
 
 
 def test_advice_that_is_no_advice_is_refused() -> None:
@@ -100,6 +104,8 @@ def test_advice_that_is_no_advice_is_refused() -> None:
     for bad in (np.nan, np.inf):
         with pytest.raises(ConfigError, match="not finite"):
             policy.advise(0, np.append(good[:-1], np.float32(bad)), SCORE_WEIGHTS)
+        with pytest.raises(ConfigError, match="not finite"):
+            policy.advise(0, good, np.append(SCORE_WEIGHTS[:-1], np.float32(bad)))
     assert (policy.worth(0) == before).all()
 
 
@@ -254,6 +260,10 @@ class Advising(Early):
             raise ValueError("no idea")
         if self._says == "short":
             return np.zeros(experts - 1, np.float32), SCORE_WEIGHTS
+        if self._says == "huge":
+            return np.full(experts, -1e300), SCORE_WEIGHTS
+        if self._says == "words":
+            return np.array(["soon"] * experts, object), SCORE_WEIGHTS
         assert len(signals.hidden("residual")) > 0
         return np.arange(experts, dtype=np.float32), SCORE_WEIGHTS
 
@@ -279,6 +289,13 @@ def test_advice_is_asked_once_a_layer_before_the_choice_is_told_and_changes_no_t
     assert report["eviction_advised"]
 
 
+def test_advice_reaches_the_policy_where_the_predicted_experts_run(tiny: Tiny) -> None:
+    predictor = Advising()
+    _, _, report = advised(tiny, predictor, lossy="execute-predicted")
+    assert ("advise", 1) in predictor.heard
+    assert report["eviction_advised"]
+
+
 def test_advice_changes_what_is_evicted(tiny: Tiny) -> None:
     class Sided(Advising):
         def __init__(self, sign: int) -> None:
@@ -294,14 +311,20 @@ def test_advice_changes_what_is_evicted(tiny: Tiny) -> None:
     assert np.mean([key.expert for key in low]) < np.mean([key.expert for key in high]) - 0.5
 
 
-@pytest.mark.parametrize("says", ["raises", "short"])
-def test_an_adviser_that_breaks_is_asked_no_more_and_changes_no_token(tiny: Tiny, says: str) -> None:
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("prefetch", ["2", "off"])
+@pytest.mark.parametrize("says", ["raises", "short", "huge", "words"])
+def test_an_adviser_that_breaks_is_asked_no_more_and_changes_no_token(
+    tiny: Tiny, says: str, prefetch: str, caplog: pytest.LogCaptureFixture
+) -> None:
     predictor = Advising(says)
-    tokens, engine, report = advised(tiny, predictor)
+    tokens, engine, report = advised(tiny, predictor, prefetch=prefetch)
     assert tokens == run(str(tiny("qwen3_moe")), predictor="none", memory_budget="100%")[0]
     assert [what for what, _ in predictor.heard].count("advise") == 1
     assert not report["eviction_advised"]
-    assert "failed" in engine.prefetcher.controller.off_reason
+    assert "failed" in report["eviction_advice_fault"]
+    assert report["eviction_advice_fault"] in caplog.text
+    assert "failed" not in engine.prefetcher.controller.off_reason, "its predictions are still as good"
 
 
 def test_other_policies_and_a_budget_for_all_take_no_advice(tiny: Tiny) -> None:
@@ -348,3 +371,20 @@ def test_a_file_with_advice_has_an_arm_without_reads_ahead_and_every_run_a_contr
     assert [name for name in arms if name.startswith("cache+advice:")] == ["cache+advice:wise"]
     assert arms["cache+advice:wise"]["prefetch"] == "off"
     assert arms["control:echo"] == arms["cache-only:echo"]
+    assert not [arm.name for arm in standard_arms([str(path)], None, "lru") if arm.name.startswith("cache+advice:")]
+
+
+def test_advice_of_another_model_without_scores_or_without_a_use_is_refused(
+    data: Dataset, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = reuse.Reuse(data, reuse.ReuseOptions(width=16))
+    mine = artifact(data, {PREFIX + name: value for name, value in made.arrays().items()})
+    path = tmp_path / "other.safetensors"
+    save(path, replace(mine, model=replace(mine.model, fingerprint="f" * 64)))
+    with pytest.raises(PredictorError, match="made for made"):
+        eviction._main([str(trace), "--predictor", str(path)])
+    with pytest.raises(SystemExit):
+        eviction._main([str(trace), "--predictor", str(path), "--fit"])
+    assert "--fit knows nothing of --predictor" in capsys.readouterr().err
+    with pytest.raises(PredictorError, match="a residual of 3 numbers"):
+        Reuse(mine).on(0, np.zeros(3, np.float32))

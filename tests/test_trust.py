@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from foregate.experts import trust as module
-from foregate.experts.echo import FOLLOWING, SCORE_WEIGHTS, Echo
+from foregate.experts.echo import JUDGED, SCORE_WEIGHTS, Echo
 from foregate.experts.trust import ENOUGH, Trust
 
 E = 8
@@ -59,6 +59,14 @@ def test_advice_is_dropped_once_it_is_surely_worse_and_taken_again_once_it_is_be
     assert trust.given
 
 
+def test_one_absurd_value_does_not_outweigh_what_follows() -> None:
+    trust, own = Trust(4.0, 1), np.zeros(2, np.float32)
+    for advised in [np.array([-3e38, 0], np.float32)] + 200 * [np.array([-1.0, 0], np.float32)]:
+        trust.begin(0, own, advised)
+        trust.saw(0, np.array([[0]]))
+    assert not trust.given
+
+
 def test_what_may_be_chance_drops_nothing() -> None:
     trust = Trust(4.0, 1)
     told(trust, [-0.6, 0.5] * 40)
@@ -79,7 +87,7 @@ def test_a_prompt_ends_a_trial_without_a_judgement() -> None:
 @pytest.mark.parametrize("right", [True, False])
 def test_the_policy_judges_one_layer_after_the_other_and_leaves_bad_advice_alone(layers: int, right: bool) -> None:
     """Experts take turns in every layer; advice knows which comes, or names others."""
-    policy, begun = Echo(), []
+    policy, begun, asked = Echo(), [], 0
     begin = policy._trust.begin
 
     def noting(layer: int, own: module.Floats, advised: module.Floats) -> None:
@@ -92,9 +100,13 @@ def test_the_policy_judges_one_layer_after_the_other_and_leaves_bad_advice_alone
         for layer in range(layers):
             policy.observe(layer, np.array([[(token + layer) % E]]), scores)
             before = policy.worth(layer)
+            if not policy.wants_advice(layer):
+                continue
+            asked += 1
             distance = (np.arange(E) - token - layer - (1 if right else 5)) % E
             policy.advise(layer, (2 - distance).astype(np.float32), 0 * SCORE_WEIGHTS)
     assert policy.takes_advice() is right
+    assert (asked == 300 * layers) is right, "what is not followed is asked for where it is judged only"
     assert bool((policy.worth(layers - 1) == before).all()) is not right
-    assert policy._trust.judged >= 300 // (FOLLOWING + layers) - 1
+    assert policy._trust.judged >= 300 // (JUDGED + layers) - 1
     assert begun[: 2 * layers] == [n % layers for n in range(min(len(begun), 2 * layers))]

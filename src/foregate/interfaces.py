@@ -143,11 +143,16 @@ class Advised(RoutingAware, Protocol):
 
     def advise(self, layer: int, advice: NDArray[np.float32], weights: NDArray[np.float32]) -> None:
         """In what ``observe`` has just made known of ``layer``, log-odds of being needed soon: ``weights`` [5] of the
-        policy's own five features, and ``advice`` [E] in place of its bias. Until ``observe`` is called again."""
+        policy's own five features, and ``advice`` [E] in place of its bias. Until ``observe`` is called again. Raises
+        ConfigError for another shape or values that are not finite."""
+        ...
+
+    def wants_advice(self, layer: int) -> bool:
+        """Whether advice on ``layer``, of which ``observe`` has just told, would be used, if only to judge it."""
         ...
 
     def takes_advice(self) -> bool:
-        """Not while that is worse than what it knows by itself."""
+        """Whether some was used, and it is not worse than what the policy knows by itself."""
         ...
 
 

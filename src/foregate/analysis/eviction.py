@@ -25,7 +25,7 @@ from foregate.errors import ForegateError, PredictorError, TraceError
 from foregate.experts.echo import PATIENCE, Echo
 from foregate.experts.policy import POLICIES
 from foregate.interfaces import Advised, EvictionPolicy, RoutingAware
-from foregate.predictors.file import load
+from foregate.predictors.file import ModelIdentity, load
 from foregate.predictors.reuse import Reuse, reuse_of
 from foregate.trace.copying import SIDES, side_of
 from foregate.trace.part import Part
@@ -211,13 +211,15 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     given = parser.parse_args(arguments)
     train, validation, test = SIDES
+    if given.fit and given.predictor:
+        parser.error("--fit knows nothing of --predictor")
     if given.fit:
         shape, prompts = held_out(given.traces, given.prompts, [train], prefill=True)
         for told in (True, False):
             weights, bias = fit(prompts, shape.layers, told=told)
             print("scores" if told else "choices", [round(w, 3) for w in weights.tolist()], round(bias, 3))
         return
-    reuse = None if given.predictor is None else _advice(given.predictor)
+    reuse = None if given.predictor is None else _advice(given.predictor, given.traces)
     for arm, prefill, cold in ARMS:
         shape, prompts = held_out(
             given.traces, given.prompts, [test, validation], prefill=prefill, residual=reuse is not None
@@ -227,10 +229,16 @@ def _main(arguments: Sequence[str] | None = None) -> None:
                 print(json.dumps(row) if given.json else _line(row), flush=True)
 
 
-def _advice(path: Path) -> Reuse:
-    found = reuse_of(load(path))
+def _advice(path: Path, traces: Sequence[Path]) -> Reuse:
+    artifact = load(path)
+    found = reuse_of(artifact)
     if found is None:
         raise PredictorError(f"{path}: has no advice for an eviction policy; train fusion with reuse_epochs above 0")
+    for trace in traces:
+        header = TraceReader(trace).header
+        if header.scores is None:
+            raise TraceError(f"{trace}: without the router's scores advice is not used; trace with --scores")
+        artifact.check_model(ModelIdentity.of_trace(header.model))
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from foregate.errors import ConfigError
 from foregate.experts.policy import POLICIES
+from foregate.interfaces import Advised
 from foregate.predictors import PREDICTORS, choice
 from foregate.predictors.file import load
 from foregate.predictors.reuse import has_reuse
@@ -58,7 +59,7 @@ def standard_arms(predictors: Sequence[str], lookahead: int | None, policy: str)
     for predictor, label in _labels(predictors).items():
         ahead = own_lookahead(predictor) if lookahead is None else lookahead
         found += [_prefetch_only(predictor, label, ahead), _both(predictor, label, ahead, policy)]
-        if advises(predictor):
+        if advises(predictor) and issubclass(POLICIES.load(policy), Advised):
             # its own lookahead: nothing is predicted
             advised: dict[str, Any] = {**quiet, "predictor": predictor, "prefetch": "off", "cache_policy": policy}
             found.append(_arm(f"{ADVICE}{label}", **advised))

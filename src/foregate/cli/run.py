@@ -154,6 +154,8 @@ def stats_table(report: dict[str, Any]) -> Table:
     """Speed, hits, bytes, stalls and memory of one run."""
     decode, prefetch = report["decode"], report["prefetch"]
     advised = " advised by the predictor" if report["eviction_advised"] else ""
+    if report["eviction_advice_fault"]:
+        advised = f" (no advice: {report['eviction_advice_fault']})"
     speed = f"{1 / report['tpot_s']:.1f} tok/s" if report["tpot_s"] else "-"
     rows = [
         ("decode speed", f"{speed}  (TPOT {report['tpot_s'] * 1e3:.1f} ms, TTFT {report['ttft_s']:.2f} s)"),

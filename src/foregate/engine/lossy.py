@@ -277,6 +277,7 @@ class _Remembering:
     def __init__(self, inner: Predictor, planned: dict[int, Prediction]) -> None:
         self.name, self.signal, self.moment = inner.name, inner.signal, inner.moment
         self.lookahead, self.asks_routers = inner.lookahead, inner.asks_routers
+        self.advise = getattr(inner, "advise", None)
         self._inner = inner
         self._planned = planned
 

@@ -36,7 +36,9 @@ class RunReport:
     ledger: dict[str, Any] = field(default_factory=dict)
     readers: dict[str, Any] = field(default_factory=dict)
     advised: bool = False
-    """Whether the eviction policy took advice from the predictor."""
+    """Whether the eviction policy took advice from the predictor, and still does."""
+    advice_fault: str = ""
+    """Why the predictor was asked for advice no more."""
     lossy: dict[str, Any] | None = None
     """Mode and measured deviation of a run whose tokens may differ from the exact one's."""
     steps: list[GenerationStep] = field(default_factory=list)
@@ -100,6 +102,7 @@ class RunReport:
             "lookahead": self.lookahead,
             "cache_policy": self.cache_policy,
             "eviction_advised": self.advised,
+            "eviction_advice_fault": self.advice_fault or None,
             "controller": self.controller,
             "prefetch_ledger": self.ledger,
             "store": self.store,

@@ -49,7 +49,7 @@ class Reporter:
         report.resident_bytes_peak = engine.pool.peak_bytes
         report.rss_peak_bytes = rss_peak()
         report.direct_io = engine.store.direct_io
-        report.advised = engine.runtime.advised
+        report.advised, report.advice_fault = engine.runtime.advised, engine.runtime.advice_fault
         deviation = engine.deviation
         if deviation is not None and self._departed is not None:
             report.lossy = {"mode": engine.config.lossy, **deviation.since(self._departed).as_dict()}

@@ -21,7 +21,7 @@ from foregate.engine.clock import Clock
 from foregate.engine.following import AfterExperts, Following
 from foregate.engine.signals import ModelSignals
 from foregate.engine.speculation import Speculation
-from foregate.events import ControllerDecided, Part, TimeSpent
+from foregate.events import ControllerDecided, Part, TimeSpent, ns
 from foregate.experts.cache import ExpertCache
 from foregate.experts.compute import (
     End,
@@ -99,6 +99,7 @@ class ExpertRuntime(Speculation):
         signals.reached = self._reached
         self._informed = cache.policy if isinstance(cache.policy, RoutingAware) else None
         self._advise: Any = getattr(predictor, "advise", None) if isinstance(cache.policy, Advised) else None
+        self._advice_fault = ""
         signals.listen(on=self._informed is not None)
 
     @property
@@ -106,6 +107,11 @@ class ExpertRuntime(Speculation):
         """Whether the eviction policy takes advice from the predictor."""
         policy = self._cache.policy
         return self._advise is not None and isinstance(policy, Advised) and policy.takes_advice()
+
+    @property
+    def advice_fault(self) -> str:
+        """Why the predictor is asked for advice no more; empty where it is, or has none."""
+        return self._advice_fault
 
     def begin_prefill(self) -> None:
         """A prompt starts: staging will hold whole layers."""
@@ -227,18 +233,24 @@ class ExpertRuntime(Speculation):
         return step
 
     def _take_advice(self, layer: int) -> None:
-        """The predictor tells the policy what will be needed again."""
-        began = perf_counter()
-        if self._asked(layer, Moment.AFTER_ROUTING, self._pass_on, layer) is None:
-            self._advise = None
-        self._prefetcher.stats.predict_s += perf_counter() - began
-
-    def _pass_on(self, layer: int) -> bool:
+        """The predictor tells the policy what will be needed again, if that would be used."""
         policy: Any = self._informed
-        said = self._advise(self._signals)
-        if said is not None:
-            policy.advise(layer, *said)
-        return True
+        if not policy.wants_advice(layer):
+            return
+        began = perf_counter()
+        self._signals.layer, self._signals.moment = layer, Moment.AFTER_ROUTING
+        try:
+            said = self._advise(self._signals)
+            if said is not None:
+                policy.advise(layer, *said)
+        except Exception as error:  # nor may a stranger's advice
+            self._advise = None
+            self._advice_fault = f"predictor {self.predictor.name!r} failed: {type(error).__name__}: {error}"
+            log.warning("the cache policy gets no more advice: %s", self._advice_fault)
+        ended = perf_counter()
+        self._prefetcher.stats.predict_s += ended - began
+        if self._events.on:
+            self._events.emit(TimeSpent(ns(began), ns(ended), Part.PREDICT, layer))
 
     def _tell(self, step: RoutingStep) -> None:
         """The predictor, and observers, are told."""

@@ -99,10 +99,7 @@ class HeldOut:
     @property
     def identity(self) -> ModelIdentity:
         """The traced model, as predictor files name it."""
-        model = self.model
-        return ModelIdentity(
-            model.name, model.fingerprint, model.experts_per_layer, max(model.top_k), model.hidden_size
-        )
+        return ModelIdentity.of_trace(self.model)
 
     @property
     def prompts_in_all(self) -> int:

@@ -40,6 +40,8 @@ others (``python -m foregate.analysis.eviction --fit``). The second line is for 
 PATIENCE = 4.0
 FOLLOWING = round(2 * PATIENCE)
 """Tokens that must follow for what is not used in them to count as not used: exp(-2) is little."""
+JUDGED = 2 * FOLLOWING
+"""Tokens by which advice is judged: what comes later counts as never, which must not favour lower odds."""
 
 
 class _Past:
@@ -176,7 +178,8 @@ class Echo:
         self._touched: dict[int, None] = {}
         self._observed = False
         self._logits = False
-        self._trust = Trust(PATIENCE, FOLLOWING)
+        self._trust = Trust(PATIENCE, JUDGED)
+        self._advised = False
 
     def observe(self, layer: int, experts: NDArray[np.int64], scores: Floats | None = None) -> None:
         """See ``interfaces.RoutingAware``."""
@@ -214,9 +217,10 @@ class Echo:
         """See ``interfaces.Advised``. Used where the router's scores were told, with which advice is trained."""
         past = self._pasts[layer]
         known = past.means.shape[1]
-        if len(advice) < known or weights.shape != SCORE_WEIGHTS.shape:
+        advice, weights = np.asarray(advice, np.float32), np.asarray(weights, np.float32)
+        if advice.ndim != 1 or len(advice) < known or weights.shape != SCORE_WEIGHTS.shape:
             raise ConfigError(f"advice {advice.shape} by {weights.shape} on {known} experts of MoE layer {layer}")
-        if not math.isfinite(np.add.reduce(advice)):
+        if not math.isfinite(np.add.reduce(advice) + np.add.reduce(weights)):
             raise ConfigError(f"advice on MoE layer {layer} that is not finite")
         if past.scored and self._trust.wants(layer, len(self._pasts)):
             features = past.features()
@@ -224,10 +228,15 @@ class Echo:
         if self._trust.given:
             past.advise(advice[:known], weights)
             self._stale.add(layer)
+            self._advised |= past.scored
+
+    def wants_advice(self, layer: int) -> bool:
+        """See ``interfaces.Advised``."""
+        return self._pasts[layer].scored and (self._trust.given or self._trust.wants(layer, len(self._pasts)))
 
     def takes_advice(self) -> bool:
         """See ``interfaces.Advised``."""
-        return self._trust.given
+        return self._advised and self._trust.given
 
     def touch(self, key: ExpertKey) -> None:
         layer, expert = key

@@ -18,6 +18,8 @@ SURE = 2.0
 """Standard errors by which advice must have been worse to be dropped. It is taken again once it is better at all."""
 ENOUGH = 16
 """Judgements before which nothing is said."""
+FARTHEST = 30.0
+"""Log-odds beyond are judged as this: one absurd value must not outweigh all else."""
 
 
 class Trust:
@@ -30,22 +32,21 @@ class Trust:
         self.judged = 0
         self._soon = [math.exp(-ago / patience) for ago in range(following)]
         self._trials: dict[int, _Trial] = {}
-        self._asked = 0
+        self._seen = 0
         self._mean = self._square = 0.0
 
     def wants(self, layer: int, layers: int) -> bool:
-        """Whether a trial of ``layer``, of so many, is to begin now: one in about a token, of another layer each time.
-        Asked once for every advice."""
-        turn = self._asked % (layers + 1) == 0
-        self._asked += 1
-        return turn and layer not in self._trials
+        """Whether a trial of ``layer``, of so many, is to begin now: one in about a token, of another layer each
+        time."""
+        return self._seen % (layers + 1) == 0 and layer not in self._trials
 
     def begin(self, layer: int, own: Floats, advised: Floats) -> None:
         """Log-odds [E] of either kind are to be judged by what ``layer`` chooses from now on."""
-        self._trials[layer] = _Trial(own, advised)
+        self._trials[layer] = _Trial(*(np.clip(odds, -FARTHEST, FARTHEST) for odds in (own, advised)))
 
     def saw(self, layer: int, experts: NDArray[np.int64]) -> None:
         """``layer`` chose ``experts`` [T, k] (-1: none). A prompt ends a trial without a judgement."""
+        self._seen += 1
         trial = self._trials.get(layer)
         if trial is None:
             return

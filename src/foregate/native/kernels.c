@@ -1208,4 +1208,4 @@ int foregate_helped(int64_t nothing) {
 }
 
 /* library.py says when this is counted up. */
-int foregate_version_11(void) { return 10; }
+int foregate_version_11(void) { return 11; }

@@ -21,6 +21,7 @@ from foregate.checkpoint.jsonfile import parse
 from foregate.errors import PredictorError, TraceError
 from foregate.trace.durable import write_file
 from foregate.trace.fields import Fields
+from foregate.trace.header import ModelInfo
 
 FORMAT = "foregate-predictor-1"
 KEY = "foregate"
@@ -43,6 +44,11 @@ class ModelIdentity:
     top_k: int
     hidden_size: int
     original: str = ""
+
+    @classmethod
+    def of_trace(cls, model: ModelInfo) -> ModelIdentity:
+        """That of a traced model."""
+        return cls(model.name, model.fingerprint, model.experts_per_layer, model.width, model.hidden_size)
 
     @property
     def layers(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from foregate.errors import PredictorError
 from foregate.interfaces import Signals
 from foregate.native.library import function
 from foregate.native.matrix import F32
@@ -67,12 +68,16 @@ class Reuse:
         """Advice [E] on the layer at hand, overwritten by the next on it, and the weights [5] that go with it."""
         where = None if self._kernel is None else signals.addresses("residual", numbers=self._hidden)
         if where is None:
-            return self.on(signals.layer, signals.hidden("residual")[: self._hidden])
+            return self.on(signals.layer, signals.hidden("residual"))
         (at,), dtype = where
         return self._told(signals.layer, at, dtype)
 
     def on(self, layer: int, residual: Floats) -> tuple[Floats, Floats]:
-        """The same for a ``residual`` [D] of ``layer``."""
+        """The same for a ``residual`` [D] of ``layer``; what an inflated model has beyond D is left out. Raises
+        PredictorError for a shorter one."""
+        if len(residual) < self._hidden:
+            raise PredictorError(f"a residual of {len(residual)} numbers, where advice is by {self._hidden}")
+        residual = residual[: self._hidden]
         if self._kernel is not None:
             row = np.ascontiguousarray(residual, np.float32)
             return self._told(layer, row.ctypes.data, F32)
@@ -90,15 +95,10 @@ class Reuse:
         advice[self._order[:there]] = self._scores[:there]
         return advice, self._own[layer]
 
-    @property
-    def nbytes(self) -> int:
-        """Of weights that one piece of advice reads."""
-        return sum(stage.products.nbytes for stage in self._stages)
-
 
 def has_reuse(artifact: Artifact) -> bool:
     """Whether the file of a predictor says anything about reuse."""
-    return f"{PREFIX}own" in artifact.arrays
+    return any(name.startswith(PREFIX) for name in artifact.arrays)
 
 
 def reuse_of(artifact: Artifact) -> Reuse | None:

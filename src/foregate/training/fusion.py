@@ -26,7 +26,7 @@ from foregate.training.view import Targets, View
 @dataclass(frozen=True)
 class FusionOptions(LearnOptions):
     """``width`` is R; ``misses`` weighs the loss over absent experts against that over all. ``reuse_epochs``: of advice
-    for the eviction policy (``training.reuse``); 0: none."""
+    for the eviction policy (``training.reuse``, which has its own width, batch, learning rate and decay); 0: none."""
 
     lookahead: int = 1
     epochs: int = 8

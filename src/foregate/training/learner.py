@@ -60,7 +60,7 @@ class Learner(nn.Module):
     cache_share: float | None = None
     """Share of experts of the cache whose misses the loss counts; None where it counts none."""
     objective = "recall_at_k"
-    """The validation metric that early stopping watches; larger is better."""
+    """The validation metric that early stopping watches; larger is better, but of ``loss``."""
     replays = False
     """Whether it looks at ``View.policy`` and ``Targets.again``."""
     in_order = False
@@ -78,6 +78,10 @@ class Learner(nn.Module):
         """Mean over what is known."""
         losses = functional.binary_cross_entropy_with_logits(scores, targets.chosen, reduction="none").mean(-1)
         return mean_known(losses, targets)
+
+    def known(self, targets: Targets) -> int:
+        """What ``loss`` is a mean over: how much it counts in a mean of such means."""
+        return len(targets.chosen)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What serving needs."""

@@ -151,7 +151,7 @@ class Training:
         if value is None:
             raise ConfigError(f"the validation prompts say nothing of {self._learner.objective}; trace longer ones")
         self._log({"validation": _scalars(metrics)})
-        if best is None or value > best:
+        if best is None or (value < best if self._learner.objective == "loss" else value > best):
             at.best_epoch, at.best_metrics = at.epoch, metrics
             at.best = copy.deepcopy(self._learner.state_dict())
 
@@ -198,9 +198,10 @@ def judge(learner: Learner, data: Dataset, where: str, options: LearnOptions) ->
             for view in tensors.batches(tensors.tokens if learner.in_order else options.batch, None):
                 scores, targets = learner.scores(view, everything), view.targets(learner.hops)
                 judged.add(scores, targets)
-                total += float(learner.loss(scores, targets)) * len(view.at)
-                events += len(view.at)
-    return {"loss": round(total / max(1, events), 6), **judged.metrics()}
+                known = learner.known(targets)
+                total += float(learner.loss(scores, targets)) * known
+                events += known
+    return {"loss": round(total / events, 6) if events else None, **judged.metrics()}
 
 
 def _tensors(learner: Learner, data: Dataset, block: Block) -> Tensors:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from foregate.experts.echo import SCORE_BIAS, SCORE_WEIGHTS
 from foregate.predictors.reuse import PREFIX
 from foregate.training.dataset import Dataset
-from foregate.training.learner import Learner, LearnOptions, Stack
+from foregate.training.learner import Learner, LearnOptions, Stack, experts_mask
 from foregate.training.loop import Training
 from foregate.training.trainer import Fitted, Watch
 from foregate.training.view import Targets, View
@@ -36,7 +36,7 @@ class Reuse(Learner):
 
     features = ("residual",)
     replays = True
-    objective = "next_token"
+    objective = "loss"
 
     def __init__(self, data: Dataset, options: ReuseOptions) -> None:
         super().__init__()
@@ -45,20 +45,25 @@ class Reuse(Learner):
         self.inward = Stack(data.layers, data.model.hidden_size, options.width)
         self.outward = Stack(data.layers, options.width, data.experts, zero=True)
         nn.init.constant_(self.outward.bias, SCORE_BIAS)
+        self.register_buffer("mask", experts_mask(data.model.experts_per_layer, self.hops), persistent=False)
 
     def scores(self, view: View, layers: Tensor) -> Tensor:
         residual = view.feature("residual")
         unit = residual * residual.square().mean(-1, keepdim=True).add(1e-9).rsqrt()
         advice = self.outward(functional.silu(self.inward(unit, layers)), layers)
-        return (advice + (view.policy * self.own[:, None]).sum(-1))[:, :, None]
+        return (advice + (view.policy * self.own[:, None]).sum(-1))[:, :, None] + self.mask[layers]
 
     def loss(self, scores: Tensor, targets: Targets) -> Tensor:
         assert targets.again is not None
-        known = ~targets.again.isnan()
+        known = ~targets.again.isnan() & (self.mask[:, 0] == 0)
         losses = functional.binary_cross_entropy_with_logits(
             scores[:, :, 0], targets.again.nan_to_num(), reduction="none"
         )
         return (losses * known).sum() / known.sum().clamp(min=1)
+
+    def known(self, targets: Targets) -> int:
+        assert targets.again is not None
+        return int((~targets.again.isnan()).any(-1).any(-1).sum())
 
 
 def fit(data: Dataset, options: ReuseOptions, watch: Watch, before: int) -> Fitted:

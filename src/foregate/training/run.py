@@ -139,7 +139,7 @@ def train(request: Request, bar: Bar) -> Artifact:
             fitted = trainer.fit(data, options, FileWatch(request.state, request.curve, bar))
         artifact = Artifact(
             method=request.predictor,
-            model=_identity(data),
+            model=ModelIdentity.of_trace(data.model),
             lookahead=options.lookahead,
             arrays=fitted.tensors,
             options={**asdict(options), **fitted.settings},
@@ -196,11 +196,6 @@ def _claim(request: Request, wanted: Mapping[str, Any], bar: Bar) -> None:
     request.state.mkdir(parents=True, exist_ok=True)
     request.curve.unlink(missing_ok=True)
     write_file(path, json.dumps(wanted, indent=1).encode())
-
-
-def _identity(data: Dataset) -> ModelIdentity:
-    model = data.model
-    return ModelIdentity(model.name, model.fingerprint, model.experts_per_layer, model.width, model.hidden_size)
 
 
 @contextlib.contextmanager
