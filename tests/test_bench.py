@@ -455,6 +455,8 @@ def test_llama_cpp_and_accelerate_run_beside_our_arms(tmp_path: Path) -> None:
         ["--budget", "-3%"],
         ["--predictor", "seer"],
         ["--prompt-tokens", "0"],
+        ["--prompts", "6"],
+        ["--prompts", "7", "--prompt-tokens", "64"],
         ["--rivals", "lama.cpp"],
         ["--work-dir", "elsewhere"],
     ],

@@ -263,6 +263,8 @@ def _prompt_ids(
     from foregate.engine.model import load_tokenizer
     from foregate.engine.text import encode
 
+    if each != 1 and (lengths is not None or not datasets):
+        raise ConfigError(f"prompts {each} is for whole prompts of data sets: name one with --dataset")
     tokenizer = load_tokenizer(locate(model))
     if lengths is not None:
         plain = partial(encode, tokenizer, template="off", context=2**31)
