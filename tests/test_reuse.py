@@ -374,7 +374,7 @@ def test_a_file_with_advice_has_an_arm_without_reads_ahead_and_every_run_a_contr
     assert not [arm.name for arm in standard_arms([str(path)], None, "lru") if arm.name.startswith("cache+advice:")]
 
 
-def test_advice_of_another_model_without_scores_or_without_a_use_is_refused(
+def test_advice_of_another_model_or_without_a_use_is_refused(
     data: Dataset, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = reuse.Reuse(data, reuse.ReuseOptions(width=16))

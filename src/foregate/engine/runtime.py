@@ -99,7 +99,8 @@ class ExpertRuntime(Speculation):
         signals.reached = self._reached
         self._informed = cache.policy if isinstance(cache.policy, RoutingAware) else None
         self._advise: Any = getattr(predictor, "advise", None) if isinstance(cache.policy, Advised) else None
-        self._advice_fault = ""
+        self.advice_fault = ""
+        """Why the predictor is asked for advice no more; empty where it is, or has none."""
         signals.listen(on=self._informed is not None)
 
     @property
@@ -107,11 +108,6 @@ class ExpertRuntime(Speculation):
         """Whether the eviction policy takes advice from the predictor."""
         policy = self._cache.policy
         return self._advise is not None and isinstance(policy, Advised) and policy.takes_advice()
-
-    @property
-    def advice_fault(self) -> str:
-        """Why the predictor is asked for advice no more; empty where it is, or has none."""
-        return self._advice_fault
 
     def begin_prefill(self) -> None:
         """A prompt starts: staging will hold whole layers."""
@@ -243,10 +239,10 @@ class ExpertRuntime(Speculation):
             said = self._advise(self._signals)
             if said is not None:
                 policy.advise(layer, *said)
-        except Exception as error:  # nor may a stranger's advice
+        except Exception as error:  # a stranger's advice must not decide whether the text comes out
             self._advise = None
-            self._advice_fault = f"predictor {self.predictor.name!r} failed: {type(error).__name__}: {error}"
-            log.warning("the cache policy gets no more advice: %s", self._advice_fault)
+            self.advice_fault = f"predictor {self.predictor.name!r} failed: {type(error).__name__}: {error}"
+            log.warning("the cache policy gets no more advice: %s", self.advice_fault)
         ended = perf_counter()
         self._prefetcher.stats.predict_s += ended - began
         if self._events.on:
